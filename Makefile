@@ -1,0 +1,60 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := libs/common libs/sim services/ingress services/scheduler services/discovery services/mirror libs/cli
+STAMP := $(VENV)/.synced
+ARGS ?=
+
+.PHONY: help sync up test unit integration lint types contracts check bench fmt docs
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+sync: $(STAMP) ## set up .venv with every package and the tools, nothing else
+
+$(STAMP): constraints.txt requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
+	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed: set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: on Debian, apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt $(PACKAGES:%=-e %)
+	@touch $@
+
+up: sync ## start the whole stack with simulated engines (ARGS="--sim 4 --port 9000")
+	@exec $(BIN)/penstock up $(ARGS)
+
+test: unit integration ## every test: unit, contract, integration with real servers
+
+unit: sync ## tests of the packages
+	$(BIN)/pytest libs services $(ARGS)
+
+integration: sync ## services as processes, real servers
+	$(BIN)/pytest tests/integration $(ARGS)
+
+lint: sync ## style, the one place for subjects, no stray __init__.py, generated docs in step
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/check_tree.py
+	$(BIN)/python -m penstock.cli.docs --check
+
+types: sync ## mypy, strict
+	$(BIN)/mypy libs services tests
+
+contracts: sync ## the arrows between packages
+	$(BIN)/lint-imports
+
+check: lint types contracts unit ## what a change must pass before review
+
+bench: sync ## the gateway against direct calls, CPU per request (ARGS="--seconds 5")
+	$(BIN)/python -m penstock.cli.bench $(ARGS)
+
+docs: sync ## write the generated tables in docs/
+	$(BIN)/python -m penstock.cli.docs
+
+fmt: sync ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,340 @@
+"""The bus within one process: for tests of services and for the simulator.
+
+Messages cross it encoded, in order, one loop turn later, so that what works here works on NATS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, WatchEvent
+from penstock.common.codec import DecodeError, decode, encode
+from penstock.common.errors import BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
+from penstock.common.subjects import Bucket, Service, Stream, Subject
+from penstock.common.telemetry import Metrics
+
+MAX_WATCH_EVENTS = 65_536
+
+
+class MemoryBroker:
+    """What the processes of a test share: subscriptions, buckets, streams."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.subscriptions: list[_Subscription] = []
+        self.buckets: dict[str, _Bucket] = {}
+        self.streams: dict[str, _Stream] = {}
+        self.services: dict[tuple[str, str], Mapping[str, str]] = {}
+        self.buses: list[MemoryBus] = []
+        self._turns = itertools.count()
+
+    def set_up(self, up: bool) -> None:
+        """Take the broker down, or bring it back; buses notice at once."""
+        if up != self.up:
+            self.up = up
+            for bus in self.buses:
+                bus.connection_changed(up)
+            for bucket in self.buckets.values():
+                bucket.reconnected() if up else bucket.lost("the bus is down")
+
+    def drop_storage(self) -> None:
+        """Forget every bucket and stream, as a server restarted without its store does."""
+        for bucket in self.buckets.values():
+            bucket.lost("the bucket is gone")
+            bucket.exists = False
+        self.streams.clear()
+
+    def deliver(self, subject: str, payload: bytes, reply: Callable[[bytes], None] | None) -> int:
+        """Hand a message to every plain subscription and to one member of each queue group."""
+        matching = [s for s in self.subscriptions if fnmatch.fnmatchcase(subject, s.pattern)]
+        turn = next(self._turns)
+        groups: dict[str, list[_Subscription]] = {}
+        for subscription in matching:
+            if subscription.group:
+                groups.setdefault(subscription.group, []).append(subscription)
+            else:
+                subscription.push(payload, reply)
+        for members in groups.values():
+            members[turn % len(members)].push(payload, reply)
+        return len(matching)
+
+
+class _Subscription:
+    def __init__(
+        self,
+        broker: MemoryBroker,
+        pattern: str,
+        group: str,
+        limit: int,
+        handle: Callable[..., None],
+        drop: Callable[[], None],
+    ) -> None:
+        self.pattern, self.group = pattern, group
+        self._broker, self._limit, self._handle, self._drop, self._pending = broker, limit, handle, drop, 0
+        broker.subscriptions.append(self)
+
+    def push(self, payload: bytes, reply: Callable[[bytes], None] | None) -> None:
+        if self._pending >= self._limit:
+            self._drop()
+            return
+        self._pending += 1
+        asyncio.get_running_loop().call_soon(self._run, payload, reply)
+
+    def _run(self, payload: bytes, reply: Callable[[bytes], None] | None) -> None:
+        self._pending -= 1
+        self._handle(payload, reply)
+
+    async def close(self) -> None:
+        if self in self._broker.subscriptions:
+            self._broker.subscriptions.remove(self)
+
+
+class _Bucket:
+    _made = itertools.count(1)
+
+    def __init__(self) -> None:
+        self.exists = False
+        self.incarnation, self.sequence = "", 0
+        self.entries: dict[str, Entry] = {}
+        self.queues: list[asyncio.Queue[WatchEvent]] = []
+
+    def create(self) -> None:
+        self.exists, self.incarnation, self.sequence = True, f"memory-{next(self._made)}", 0
+        self.entries.clear()
+        self.reconnected()
+
+    def position(self) -> Position:
+        return Position(self.incarnation, self.sequence)
+
+    def lost(self, cause: str) -> None:
+        self.tell(Lost(cause))
+
+    def reconnected(self) -> None:
+        if self.exists:
+            self.tell(Listing(self.position(), dict(self.entries)))
+
+    def tell(self, event: WatchEvent) -> None:
+        for queue in self.queues:
+            if queue.full():
+                # A watcher this far behind starts over, as it would on NATS.
+                while not queue.empty():
+                    queue.get_nowait()
+                event = Listing(self.position(), dict(self.entries))
+            queue.put_nowait(event)
+
+
+class _Stream:
+    def __init__(self, stream: Stream) -> None:
+        self.patterns = [s.replace(">", "*") for s in stream.subjects]
+        self.messages: list[Stored] = []
+        self.seen: dict[str, int] = {}
+        self.arrived = asyncio.Event()
+
+
+class MemoryBus:
+    """One process's connection to a MemoryBroker."""
+
+    def __init__(self, broker: MemoryBroker, metrics: Metrics | None = None) -> None:
+        self._broker = broker
+        self._dropped = (metrics or Metrics()).counter(
+            "penstock_bus_dropped_total", "Bus messages dropped", "subject", "reason"
+        )
+        self._listeners: list[Callable[[bool], None]] = []
+        broker.buses.append(self)
+
+    @property
+    def connected(self) -> bool:
+        return self._broker.up
+
+    def on_connection(self, listener: Callable[[bool], None]) -> None:
+        self._listeners.append(listener)
+
+    def connection_changed(self, up: bool) -> None:
+        """The broker went down or came back."""
+        for listener in self._listeners:
+            listener(up)
+
+    def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
+        payload = _checked(subject, message)
+        if not self._broker.up:
+            self._dropped.inc(subject.pattern, "disconnected")
+            return False
+        self._broker.deliver(subject.name(*tokens), payload, None)
+        return True
+
+    async def request(self, service: Service[M, R], message: M, *tokens: str, deadline_s: float) -> R:
+        subject = service.request.name(*tokens)
+        payload = _checked(service.request, message)
+        if not self._broker.up:
+            raise BusUnavailable(subject, "the bus is down")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def reply(data: bytes) -> None:
+            if not answer.done():
+                answer.set_result(data)
+
+        if not self._broker.deliver(subject, payload, reply):
+            raise BusUnavailable(subject, "nobody serves it")
+        try:
+            return decode(service.reply, await asyncio.wait_for(answer, deadline_s))
+        except TimeoutError:
+            raise BusTimeout(subject, deadline_s) from None
+        except DecodeError as exc:
+            self._dropped.inc(service.request.pattern, "undecodable reply")
+            raise BusTimeout(subject, deadline_s) from exc
+
+    async def subscribe(
+        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+    ) -> _Subscription:
+        def handle(payload: bytes, reply: Callable[[bytes], None] | None) -> None:
+            self._guarded(subject, payload, handler)
+
+        return self._subscribe(subject, "", handle, tokens)
+
+    async def serve(
+        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
+    ) -> _Subscription:
+        def handle(payload: bytes, reply: Callable[[bytes], None] | None) -> None:
+            answer = self._guarded(service.request, payload, handler)
+            if answer is not None and reply is not None and self._broker.up:
+                reply(encode(answer))
+
+        return self._subscribe(service.request, service.request.queue_group, handle, tokens)
+
+    def _subscribe(
+        self, subject: Subject[Any], group: str, handle: Callable[..., None], tokens: tuple[str, ...]
+    ) -> _Subscription:
+        pattern = subject.name(*tokens) if tokens else subject.pattern
+        drop = self._dropped.labels(subject.pattern, "pending limit")
+
+        def dropped() -> None:
+            drop.value += 1
+
+        return _Subscription(self._broker, pattern, group, subject.pending_messages, handle, dropped)
+
+    def _guarded(self, subject: Subject[Any], payload: bytes, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(decode(subject.message, payload))
+        except DecodeError:
+            self._dropped.inc(subject.pattern, "undecodable")
+        except Exception:  # noqa: BLE001  # a handler's fault is counted, the subscription lives (port contract)
+            self._dropped.inc(subject.pattern, "handler failed")
+        return None
+
+    async def ensure_stream(self, stream: Stream) -> None:
+        self._require_up(stream.name)
+        self._broker.streams.setdefault(stream.name, _Stream(stream))
+
+    def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        stream = next(
+            (
+                s
+                for s in self._broker.streams.values()
+                if any(fnmatch.fnmatchcase(subject, p) for p in s.patterns)
+            ),
+            None,
+        )
+        if not self._broker.up or stream is None:
+            future.set_exception(BusUnavailable(subject, "no stream covers it"))
+            return future
+        message_id = headers.get("Nats-Msg-Id", "")
+        sequence = stream.seen.get(message_id, 0)
+        if not sequence:
+            sequence = len(stream.messages) + 1
+            stream.messages.append(Stored(subject, sequence, time.time(), dict(headers), payload))
+            stream.arrived.set()
+            if message_id:
+                stream.seen[message_id] = sequence
+        future.set_result(sequence)
+        return future
+
+    async def follow(
+        self, stream: Stream, subject: str, since_s: float | None
+    ) -> AsyncGenerator[Stored, None]:
+        held = self._broker.streams.setdefault(stream.name, _Stream(stream))
+        start = time.time() - since_s if since_s is not None else None
+        position = 0 if start is not None else len(held.messages)
+        while True:
+            while position < len(held.messages):
+                message = held.messages[position]
+                position += 1
+                if fnmatch.fnmatchcase(message.subject, subject) and (
+                    start is None or message.time_s >= start
+                ):
+                    yield message
+            held.arrived.clear()
+            await held.arrived.wait()
+
+    async def ensure_bucket(self, bucket: Bucket) -> bool:
+        self._require_up(bucket.name)
+        held = self._bucket(bucket)
+        if held.exists:
+            return False
+        held.create()
+        return True
+
+    async def put(self, bucket: Bucket, key: str, value: bytes, *, expected: int | None = None) -> int:
+        if len(value) > bucket.max_value_bytes:
+            raise MessageTooLarge(bucket.subject(key), len(value), bucket.max_value_bytes)
+        return self._write(bucket, key, value, expected)
+
+    async def delete(self, bucket: Bucket, key: str, *, expected: int | None = None) -> None:
+        self._write(bucket, key, None, expected)
+
+    def _write(self, bucket: Bucket, key: str, value: bytes | None, expected: int | None) -> int:
+        self._require_up(bucket.name)
+        held = self._bucket(bucket)
+        if not held.exists:
+            raise BusUnavailable(bucket.name, "the bucket does not exist")
+        current = held.entries.get(key)
+        if expected is not None and expected != (current.revision if current else 0):
+            raise RevisionConflict(key, expected)
+        held.sequence += 1
+        entry = None if value is None else Entry(value, held.sequence)
+        if entry is None:
+            held.entries.pop(key, None)
+        else:
+            held.entries[key] = entry
+        held.tell(Change(held.position(), key, entry))
+        return held.sequence
+
+    async def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
+        held = self._bucket(bucket)
+        queue: asyncio.Queue[WatchEvent] = asyncio.Queue(MAX_WATCH_EVENTS)
+        if held.exists and self._broker.up:
+            queue.put_nowait(Listing(held.position(), dict(held.entries)))
+        held.queues.append(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            held.queues.remove(queue)
+
+    async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:
+        self._broker.services[service, instance] = dict(metadata)
+
+    async def close(self) -> None:
+        if self in self._broker.buses:
+            self._broker.buses.remove(self)
+
+    def _bucket(self, bucket: Bucket) -> _Bucket:
+        return self._broker.buckets.setdefault(bucket.name, _Bucket())
+
+    def _require_up(self, what: str) -> None:
+        if not self._broker.up:
+            raise BusUnavailable(what, "the bus is down")
+
+
+def _checked(subject: Subject[Any], message: msgspec.Struct) -> bytes:
+    payload = encode(message)
+    if len(payload) > subject.max_bytes:
+        raise MessageTooLarge(subject.pattern, len(payload), subject.max_bytes)
+    return payload

@@ -1,0 +1,266 @@
+"""The bus on NATS: core messages, JetStream's API spoken directly, micro-service directory.
+
+The JetStream calls are the JSON requests of NATS's ADR-1 and ADR-8 (key-value buckets).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+import msgspec
+from nats.micro.service import ServiceConfig
+
+from penstock.common.adapters.nats_connection import NatsConnection, RawMessage, RawSubscription
+from penstock.common.adapters.nats_streams import api, consume, watch_bucket
+from penstock.common.bus import M, R, Stored, WatchEvent
+from penstock.common.codec import DecodeError, decode, encode
+from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
+from penstock.common.settings import BusSettings
+from penstock.common.subjects import Bucket, Service, Stream, Subject
+from penstock.common.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+WRITE_DEADLINE_S = 5.0
+WRONG_LAST_SEQUENCE = 10071
+DELETED = {"KV-Operation": "DEL"}
+
+
+class NatsBus:
+    """One process's view of the bus; `start` it, then use it as `penstock.common.bus.Bus`."""
+
+    def __init__(self, settings: BusSettings, name: str, metrics: Metrics) -> None:
+        self._replicas = settings.nats_replicas
+        self._connection = NatsConnection(settings, name, metrics)
+        self._dropped = self._connection.dropped
+
+    async def start(self) -> None:
+        """Begin to connect, and keep connected until `close`."""
+        await self._connection.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._connection.connected
+
+    def on_connection(self, listener: Callable[[bool], None]) -> None:
+        self._connection.listeners.append(listener)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
+        payload = _checked(subject, message)
+        trouble = self._connection.send(subject.name(*tokens), payload)
+        if trouble:
+            self._dropped.inc(subject.pattern, trouble)
+        return not trouble
+
+    async def request(self, service: Service[M, R], message: M, *tokens: str, deadline_s: float) -> R:
+        subject = service.request.name(*tokens)
+        answer = await self._connection.request(subject, _checked(service.request, message), deadline_s)
+        try:
+            return decode(service.reply, answer.data)
+        except DecodeError as exc:
+            self._dropped.inc(service.request.pattern, "undecodable reply")
+            raise BusTimeout(subject, deadline_s) from exc
+
+    async def subscribe(
+        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+    ) -> RawSubscription:
+        def handle(message: RawMessage) -> None:
+            self._guarded(subject, message.data, handler)
+
+        return await self._subscribe(subject, handle, tokens)
+
+    async def serve(
+        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
+    ) -> RawSubscription:
+        def handle(message: RawMessage) -> None:
+            answer = self._guarded(service.request, message.data, handler)
+            if answer is not None and message.reply:
+                trouble = self._connection.send(message.reply, encode(answer))
+                if trouble:
+                    self._dropped.inc(service.request.pattern, f"reply: {trouble}")
+
+        return await self._subscribe(service.request, handle, tokens, service.request.queue_group)
+
+    async def _subscribe(
+        self,
+        subject: Subject[Any],
+        handle: Callable[[RawMessage], None],
+        tokens: tuple[str, ...],
+        queue: str = "",
+    ) -> RawSubscription:
+        name = subject.name(*tokens) if tokens else subject.pattern
+        return await self._connection.subscribe(
+            name, handle, queue=queue, pending_messages=subject.pending_messages
+        )
+
+    def _guarded(self, subject: Subject[Any], data: bytes, handler: Callable[[Any], Any]) -> Any:
+        if len(data) > subject.max_bytes:
+            self._dropped.inc(subject.pattern, "over the bound")
+            return None
+        try:
+            return handler(decode(subject.message, data))
+        except DecodeError as exc:
+            self._dropped.inc(subject.pattern, "undecodable")
+            log.debug("%s: %s", subject.pattern, exc)
+        except Exception:
+            # The port's contract: a handler's fault costs its message, not the subscription.
+            self._dropped.inc(subject.pattern, "handler failed")
+            log.exception("handler of %s failed", subject.pattern)
+        return None
+
+    async def ensure_stream(self, stream: Stream) -> None:
+        config = {
+            "name": stream.name,
+            "subjects": list(stream.subjects),
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old",
+            "max_bytes": stream.max_bytes,
+            "max_age": int(stream.max_age_s * 1e9),
+            "max_msg_size": stream.max_message_bytes,
+            "num_replicas": self._replicas,
+            "duplicate_window": int(120e9),
+            "allow_direct": True,
+        }
+        await self._ensure(stream.name, config)
+
+    async def ensure_bucket(self, bucket: Bucket) -> bool:
+        config = {
+            "name": bucket.stream,
+            "subjects": [bucket.subject(">")],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "new",
+            "max_bytes": bucket.max_bytes,
+            "max_msg_size": bucket.max_value_bytes + 1024,
+            "max_msgs_per_subject": 1,
+            "num_replicas": self._replicas,
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+        }
+        return await self._ensure(bucket.stream, config)
+
+    async def _ensure(self, name: str, config: dict[str, Any]) -> bool:
+        info = await api(self._connection, f"STREAM.INFO.{name}", None, missing_ok=True)
+        if info is None:
+            await api(self._connection, f"STREAM.CREATE.{name}", config)
+            return True
+        held = info["config"]
+        if any(held.get(key) != value for key, value in config.items()):
+            await api(self._connection, f"STREAM.UPDATE.{name}", held | config)
+        return False
+
+    def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        stored: asyncio.Future[int] = loop.create_future()
+        answer = self._connection.ask(subject, payload, headers)
+        timer = loop.call_later(WRITE_DEADLINE_S, answer.cancel)
+
+        def settle(done: asyncio.Future[RawMessage]) -> None:
+            timer.cancel()
+            if stored.done():
+                return
+            try:
+                stored.set_result(_sequence_of(subject, done.result().data))
+            except asyncio.CancelledError:
+                stored.set_exception(BusTimeout(subject, WRITE_DEADLINE_S))
+            except BusError as exc:
+                stored.set_exception(exc)
+
+        answer.add_done_callback(settle)
+        return stored
+
+    async def put(self, bucket: Bucket, key: str, value: bytes, *, expected: int | None = None) -> int:
+        if len(value) > bucket.max_value_bytes:
+            raise MessageTooLarge(bucket.subject(key), len(value), bucket.max_value_bytes)
+        return await self._write(bucket, key, value, {}, expected)
+
+    async def delete(self, bucket: Bucket, key: str, *, expected: int | None = None) -> None:
+        await self._write(bucket, key, b"", DELETED, expected)
+
+    async def _write(
+        self, bucket: Bucket, key: str, value: bytes, headers: dict[str, str], expected: int | None
+    ) -> int:
+        subject = bucket.subject(key)
+        if expected is None:
+            return await self.append(subject, value, headers)
+        try:
+            return await self.append(subject, value, headers | {_EXPECT: str(expected)})
+        except _WrongRevision:
+            deleted = await self._deletion_of(bucket, key) if expected == 0 else None
+            if deleted is None:
+                raise RevisionConflict(key, expected) from None
+        try:
+            return await self.append(subject, value, headers | {_EXPECT: str(deleted)})
+        except _WrongRevision:
+            raise RevisionConflict(key, expected) from None
+
+    async def _deletion_of(self, bucket: Bucket, key: str) -> int | None:
+        """The sequence of the key's deletion mark, if that is what it holds: such a key does not exist."""
+        body = {"last_by_subj": bucket.subject(key)}
+        answer = await api(self._connection, f"STREAM.MSG.GET.{bucket.stream}", body, missing_ok=True)
+        message = (answer or {}).get("message", {})
+        # Headers come base64-encoded; a deletion mark is the only kind of entry without data.
+        return message.get("seq") if message and not message.get("data") else None
+
+    async def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
+        async for event in watch_bucket(self._connection, bucket):
+            yield event
+
+    async def follow(
+        self, stream: Stream, subject: str, since_s: float | None
+    ) -> AsyncGenerator[Stored, None]:
+        async for stored in consume(self._connection, stream, subject, since_s):
+            yield stored
+
+    async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:
+        await self._connection.register(
+            ServiceConfig(name=f"penstock-{service}", version=version, metadata={"id": instance, **metadata})
+        )
+
+
+_EXPECT = "Nats-Expected-Last-Subject-Sequence"
+
+
+class _WrongRevision(BusError):
+    """JetStream's "wrong last sequence"."""
+
+
+class _AckError(msgspec.Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _Ack(msgspec.Struct):
+    seq: int = 0
+    error: _AckError | None = None
+
+
+_ack_decoder = msgspec.json.Decoder(_Ack)
+
+
+def _sequence_of(subject: str, data: bytes) -> int:
+    try:
+        ack = _ack_decoder.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise BusUnavailable(subject, f"unreadable acknowledgement: {exc}") from exc
+    if ack.error is None:
+        return ack.seq
+    if ack.error.err_code == WRONG_LAST_SEQUENCE:
+        raise _WrongRevision(subject)
+    raise BusUnavailable(subject, f"not stored: {ack.error.description}")
+
+
+def _checked(subject: Subject[Any], message: msgspec.Struct) -> bytes:
+    payload = encode(message)
+    if len(payload) > subject.max_bytes:
+        raise MessageTooLarge(subject.pattern, len(payload), subject.max_bytes)
+    return payload

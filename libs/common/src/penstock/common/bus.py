@@ -1,0 +1,153 @@
+"""The bus port. Two adapters fulfil it, NATS and memory, and one behaviour suite holds both to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from penstock.common.subjects import Bucket, Service, Stream, Subject
+
+M = TypeVar("M", bound=msgspec.Struct)
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class Position(msgspec.Struct, frozen=True):
+    """A place in a bucket's history: which incarnation of the bucket, and the sequence within it."""
+
+    incarnation: str
+    sequence: int
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One key of a bucket: its bytes and the revision they were written at."""
+
+    value: bytes
+    revision: int
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """Everything the bucket held at `position`."""
+
+    position: Position
+    entries: Mapping[str, Entry]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One key written, or deleted when `entry` is None."""
+
+    position: Position
+    key: str
+    entry: Entry | None
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The watch cannot vouch for what was delivered; the last state stays valid until a Listing."""
+
+    cause: str
+
+
+WatchEvent = Listing | Change | Lost
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """One message of a stream; `time_s` is the server's clock, Unix seconds."""
+
+    subject: str
+    sequence: int
+    time_s: float
+    headers: Mapping[str, str]
+    payload: bytes
+
+
+class Subscription(Protocol):
+    """Interest in a subject."""
+
+    async def close(self) -> None:
+        """End it; messages already delivered are still handled."""
+
+
+class Bus(Protocol):
+    """What services need of a message bus.
+
+    Handlers are plain functions, called on the loop, one message at a time and in order per
+    subscription. A message that cannot be decoded, or whose handler raises, is counted and dropped;
+    the subscription lives on. Everything below survives the loss of the connection: subscriptions
+    and watches come back by themselves.
+    """
+
+    @property
+    def connected(self) -> bool:
+        """Whether the bus answers, as far as is known."""
+
+    def on_connection(self, listener: Callable[[bool], None]) -> None:
+        """Call `listener` at every change of `connected`."""
+
+    def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
+        """Send without waiting, at most once. False if it was dropped (and counted): no connection, or
+        the bounded send buffer is full.
+
+        Raises:
+            MessageTooLarge: over the subject's bound.
+        """
+
+    async def request(self, service: Service[M, R], message: M, *tokens: str, deadline_s: float) -> R:
+        """Ask one member of the service's queue group.
+
+        Raises:
+            BusUnavailable: no connection, or no member.
+            BusTimeout: no valid answer within the deadline.
+            MessageTooLarge: over the subject's bound.
+        """
+
+    async def subscribe(
+        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+    ) -> Subscription:
+        """Deliver every message; without tokens, of all names of the subject."""
+
+    async def serve(
+        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
+    ) -> Subscription:
+        """Answer requests as a member of the queue group; None sends no answer."""
+
+    async def ensure_stream(self, stream: Stream) -> None:
+        """Create the stream unless it exists; its settings are brought up to date.
+
+        Raises:
+            BusError: the bus cannot be asked, or refused.
+        """
+
+    def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
+        """Store a message in the stream that covers `subject`; the future gives its sequence, or
+        BusError when it is not known to be stored. A repeated `Nats-Msg-Id` is stored once."""
+
+    def follow(self, stream: Stream, subject: str, since_s: float | None) -> AsyncGenerator[Stored, None]:
+        """Messages stored under the filter `subject`: those of the last `since_s` seconds (None: of none),
+        then every one to come, across reconnects."""
+
+    async def ensure_bucket(self, bucket: Bucket) -> bool:
+        """Create the bucket unless it exists; True if it was created. Raises BusError."""
+
+    async def put(self, bucket: Bucket, key: str, value: bytes, *, expected: int | None = None) -> int:
+        """Write a key and return its revision. `expected` is the revision it must have (0: none yet).
+
+        Raises:
+            RevisionConflict: it has another one.
+            BusError: not known to be written.
+        """
+
+    async def delete(self, bucket: Bucket, key: str, *, expected: int | None = None) -> None:
+        """Delete a key; raises as `put` does."""
+
+    def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
+        """A Listing, then every Change after it. Whenever the watch can no longer vouch for being
+        complete (connection lost, bucket re-created, a sequence missed) it says Lost and later lists
+        again. It waits for a bucket that does not exist."""
+
+    async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:
+        """Appear in the bus's directory of services for as long as the process lives."""
+
+    async def close(self) -> None:
+        """Send what is buffered, then disconnect; at most a few seconds."""

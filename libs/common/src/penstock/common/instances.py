@@ -1,0 +1,149 @@
+"""InstanceTable: what a service knows of the fleet, derived from the registry watch.
+
+A new incarnation of the bucket (restarted without its store) lists nothing at first. What an older
+incarnation held stays, per source, until that source's `complete` marker says that it has written
+all it has (DESIGN D4); so an empty bucket never empties the fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from penstock.common.bus import Change, Entry, Listing, Lost, WatchEvent
+from penstock.common.codec import DecodeError, decode_record, encode_record
+from penstock.common.messages import CompleteMarker
+from penstock.common.model import Instance, InstanceId
+from penstock.common.subjects import token
+
+INSTANCE_PREFIX = "instance."
+COMPLETE_PREFIX = "complete."
+
+
+def instance_key(instance_id: InstanceId) -> str:
+    """Key of an instance's record."""
+    return INSTANCE_PREFIX + token(instance_id)
+
+
+def complete_key(source: str) -> str:
+    """Key of a source's marker."""
+    return COMPLETE_PREFIX + token(source)
+
+
+def encode_instance(instance: Instance) -> bytes:
+    """An instance's record as it stands in the bucket."""
+    return encode_record(instance)
+
+
+class InstanceTable:
+    """Instances by key, by model, with the marks that say how far the table can be trusted."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Instance, int]] = {}
+        self._inherited: set[str] = set()
+        self._markers: dict[str, CompleteMarker] = {}
+        self._incarnation = ""
+        self._by_model: dict[str, tuple[Instance, ...]] = {}
+        self._by_id: dict[InstanceId, Instance] = {}
+        self.synced = False
+        self.lost = True
+        self.version = 0
+        self.undecodable = 0
+
+    def get(self, instance_id: InstanceId) -> Instance | None:
+        """The instance of this id."""
+        return self._by_id.get(instance_id)
+
+    def instances(self) -> Iterable[Instance]:
+        """All of them."""
+        return self._by_id.values()
+
+    def serving(self, model: str) -> tuple[Instance, ...]:
+        """The pool of a model, in order of id; empty for an unknown one."""
+        return self._by_model.get(model, ())
+
+    def models(self) -> Iterable[str]:
+        """Every model name and LoRA adapter served by some instance."""
+        return self._by_model.keys()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def apply(self, event: WatchEvent) -> bool:
+        """Take one event of the watch; True if the instances changed."""
+        before = self._by_id
+        match event:
+            case Listing():
+                self._list(event)
+            case Change():
+                self._change(event)
+            case Lost():
+                self.lost = True
+                return False
+        self._settle()
+        self._index()
+        changed = self._by_id != before
+        self.version += changed
+        return changed
+
+    def _list(self, listing: Listing) -> None:
+        self.lost = False
+        same = listing.position.incarnation == self._incarnation
+        if same:
+            self._held.clear()
+            self._inherited.clear()
+        else:
+            # Everything held comes from an older incarnation until this one names it.
+            self._inherited = set(self._held)
+            self._incarnation = listing.position.incarnation
+        self._markers.clear()
+        for key, entry in listing.entries.items():
+            self._put(key, entry)
+
+    def _change(self, change: Change) -> None:
+        if change.position.incarnation != self._incarnation:
+            return
+        if change.entry is not None:
+            self._put(change.key, change.entry)
+        elif change.key.startswith(COMPLETE_PREFIX):
+            self._markers.pop(change.key, None)
+        elif (
+            change.position.sequence > self._held.get(change.key, (None, 0))[1]
+            or change.key in self._inherited
+        ):
+            self._held.pop(change.key, None)
+            self._inherited.discard(change.key)
+
+    def _put(self, key: str, entry: Entry) -> None:
+        try:
+            if key.startswith(COMPLETE_PREFIX):
+                self._markers[key] = decode_record(CompleteMarker, entry.value)
+            elif key.startswith(INSTANCE_PREFIX):
+                held = self._held.get(key)
+                if held is None or key in self._inherited or entry.revision > held[1]:
+                    self._held[key] = decode_record(Instance, entry.value), entry.revision
+                    self._inherited.discard(key)
+        except DecodeError:
+            # One broken record costs itself only: what was known of that instance stays.
+            self.undecodable += 1
+
+    def _settle(self) -> None:
+        """Drop what an older incarnation held and a complete source of this one did not write."""
+        complete = {marker.source for marker in self._markers.values()}
+        wanted = {source for marker in self._markers.values() for source in marker.sources}
+        if complete:
+            for key in list(self._inherited):
+                source = self._held[key][0].source
+                if source in complete or source not in wanted:
+                    del self._held[key]
+                    self._inherited.discard(key)
+        if complete and complete >= wanted:
+            self.synced = True
+
+    def _index(self) -> None:
+        by_model: dict[str, list[Instance]] = {}
+        self._by_id = {}
+        for _, (instance, _) in sorted(self._held.items()):
+            self._by_id[instance.id] = instance
+            for model in {*instance.models, *instance.lora_adapters}:
+                by_model.setdefault(model, []).append(instance)
+        self._by_model = {model: tuple(pool) for model, pool in by_model.items()}

@@ -1,0 +1,182 @@
+"""Every struct that crosses the bus. Hot ones are arrays: a longer array from a later release is
+read up to the fields known here, a shorter one takes the defaults. Fields are only appended.
+
+Times are budgets or ages in ms or s, never wall clocks.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from penstock.common.model import EngineLoad, Name, ShortName
+
+MAX_BATCH = 32
+MAX_BLOCKS = 2048
+MAX_REPORT_ENTRIES = 4096
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+PackedHashes = Annotated[bytes, msgspec.Meta(max_length=MAX_BLOCKS * 8)]
+
+
+class Mode(StrEnum):
+    """How prefill and decode are placed."""
+
+    NEUTRAL = "neutral"
+    PD_BATCH = "pd_batch"
+    PD_STAGED = "pd_staged"
+
+
+class Stage(StrEnum):
+    """Which of the two placements of `pd_staged` is asked for."""
+
+    ONLY = "only"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Reason(StrEnum):
+    """Why a request was refused before dispatch."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    NO_INSTANCE = "no_instance"
+    SATURATED = "saturated"
+    BAD_STRATEGY = "bad_strategy"
+    BAD_REQUEST = "bad_request"
+
+
+class ScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request to place (DESIGN 3.4). Hashes are packed little-endian u64, at most 2,048."""
+
+    decision_id: ShortName
+    request_id: Name
+    model: Name
+    owner: Name = ""
+    strategy: Name = ""
+    profile: Name = ""
+    prompt_tokens: Count = 0
+    max_tokens: Count = 0
+    block_hashes: PackedHashes = b""
+    session: Name = ""
+    user: Name = ""
+    priority: int = 0
+    excluded: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] = ()
+    mode: Mode = Mode.NEUTRAL
+    stage: Stage = Stage.ONLY
+    prefill_instance: Name = ""
+    prefill_group: Name = ""
+    lease_ms: Count = 0
+
+
+class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True):
+    """Requests of one loop tick of one ingress; not decided once `budget_ms` is spent."""
+
+    ingress: ShortName
+    incarnation: ShortName
+    budget_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)]
+    requests: Annotated[tuple[ScheduleRequest, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class Placement(msgspec.Struct, frozen=True, array_like=True, tag="placement", gc=False):
+    """Where a request goes: `instance` decodes (and prefills too, unless `prefill_instance` is set)."""
+
+    decision_id: ShortName
+    instance: Name
+    prefill_instance: Name = ""
+    policy: Name = ""
+    matched_blocks: Count = 0
+
+
+class Rejection(msgspec.Struct, frozen=True, array_like=True, tag="rejection", gc=False):
+    """Why a request goes nowhere."""
+
+    decision_id: ShortName
+    reason: Reason
+    message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+
+
+class ScheduleReply(msgspec.Struct, frozen=True, array_like=True):
+    """One outcome per request of the batch, in its order."""
+
+    replica: ShortName
+    outcomes: Annotated[tuple[Placement | Rejection, ...], msgspec.Meta(max_length=MAX_BATCH)]
+
+
+class Placed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One placement as the other replicas need it: what it adds to load and to the prefix index.
+
+    `tail` holds the packed hashes after the first `matched_blocks`; receivers hold the matched ones.
+    """
+
+    decision_id: ShortName
+    ingress: ShortName
+    incarnation: ShortName
+    instance: Name
+    tokens: Count = 0
+    matched_blocks: Count = 0
+    tail: PackedHashes = b""
+
+
+class PlacedFeed(msgspec.Struct, frozen=True, array_like=True):
+    """Placements of one replica, in order; `first_sequence` counts placements, from 1."""
+
+    replica: ShortName
+    incarnation: ShortName
+    first_sequence: Count
+    placed: Annotated[tuple[Placed, ...], msgspec.Meta(max_length=MAX_BATCH)]
+    confirm_within_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 1.0
+
+
+class InFlight(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Work of one decision as its ingress knows it; absolute values, so that repeats do no harm."""
+
+    decision_id: ShortName
+    instance: Name
+    prompt_tokens: Count = 0
+    output_tokens: Count = 0
+
+
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """What changed in an ingress's in-flight work, or all of it.
+
+    `sequence` counts the reports of one incarnation from 1. `pieces` is 0 for changes; a snapshot
+    comes in `pieces` reports numbered from 0 and replaces everything once the last one is in.
+    `finished` also names placements that came too late to be used.
+    """
+
+    ingress: ShortName
+    incarnation: ShortName
+    sequence: Count
+    in_flight: Annotated[tuple[InFlight, ...], msgspec.Meta(max_length=MAX_REPORT_ENTRIES)] = ()
+    finished: Annotated[tuple[ShortName, ...], msgspec.Meta(max_length=MAX_REPORT_ENTRIES)] = ()
+    piece: Count = 0
+    pieces: Count = 0
+    leaving: bool = False
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """An engine's own load, read by discovery's prober `age_s` before it was sent."""
+
+    instance: Name
+    load: EngineLoad
+    age_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """A service process is alive; `ready` says that it takes work."""
+
+    service: ShortName
+    id: ShortName
+    incarnation: ShortName
+    ready: bool
+    version: ShortName = ""
+
+
+class CompleteMarker(msgspec.Struct, frozen=True):
+    """A source has written all its records; `sources` are all sources that discovery runs."""
+
+    source: ShortName
+    sources: tuple[ShortName, ...]

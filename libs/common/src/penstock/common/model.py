@@ -1,0 +1,92 @@
+"""Value types that several services speak about."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+InstanceId = str
+
+# Text from outside is bounded where it is decoded: longer is a decode error, not a slow service.
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+ShortName = Annotated[str, msgspec.Meta(max_length=128)]
+
+
+class Role(StrEnum):
+    """What an instance may do; neutral does both."""
+
+    NEUTRAL = "neutral"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class InstanceState(StrEnum):
+    """Only `ready` takes new work; `stale` is ready by its last known record while its source is silent."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    UNHEALTHY = "unhealthy"
+    STALE = "stale"
+
+
+TAKES_WORK = frozenset({InstanceState.READY, InstanceState.STALE})
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Address of an instance."""
+
+    host: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    scheme: ShortName = "http"
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, an IPv6 host in brackets."""
+        return f"{self.scheme}://{self}"
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """One registry record (DESIGN 3.5)."""
+
+    id: Name
+    endpoint: Endpoint
+    models: Annotated[tuple[Name, ...], msgspec.Meta(max_length=1024)] = ()
+    lora_adapters: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
+    owner: Name = ""
+    role: Role = Role.NEUTRAL
+    engine: ShortName = ""
+    group: Name = ""
+    dp_rank: Annotated[int, msgspec.Meta(ge=0)] = 0
+    dp_size: Annotated[int, msgspec.Meta(ge=1)] = 1
+    kv_address: Name = ""
+    bootstrap_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    labels: dict[Name, Name] = msgspec.field(default_factory=dict)
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    state: InstanceState = InstanceState.READY
+    reason: Name = ""
+    source: ShortName = ""
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether new requests may be placed here."""
+        return self.state in TAKES_WORK
+
+    def serves(self, model: str) -> bool:
+        """Whether `model` is one of its models or LoRA adapters."""
+        return model in self.models or model in self.lora_adapters
+
+
+class EngineLoad(msgspec.Struct, frozen=True):
+    """Load as an engine reports it; NaN is never stored, an unknown figure is None."""
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage_ratio: float | None = None
+    kv_blocks: int | None = None
+    block_size: int | None = None

@@ -1,0 +1,103 @@
+"""What the routing log says: the data of each event type. Ids and counts only, never prompt text or keys.
+
+The event's `subject` is the request id (the instance id for `instance`, the service for `degraded`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED = (
+    "placement",
+    "rejection",
+    "outcome",
+    "instance",
+    "degraded",
+)
+
+
+class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One of the best candidates of a decision and what spoke for it."""
+
+    instance: str
+    score: float
+    in_flight: int = 0
+    matched_blocks: int = 0
+
+
+class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request was given an instance, by a scheduler or, in need, by its ingress (`policy` "local")."""
+
+    decision_id: str
+    request_id: str
+    model: str
+    instance: str
+    policy: str
+    replica: str
+    ingress: str = ""
+    prefill_instance: str = ""
+    prompt_tokens: int = 0
+    matched_blocks: int = 0
+    blocks: int = 0
+    candidates: list[CandidateTerms] = []
+    excluded: dict[str, int] = {}
+    seed: int = 0
+
+
+class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request was refused before dispatch; `excluded` counts the instances filtered out, by filter."""
+
+    decision_id: str
+    request_id: str
+    model: str
+    reason: str
+    replica: str
+    ingress: str = ""
+    message: str = ""
+    excluded: dict[str, int] = {}
+
+
+class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an admitted request ended. `outcome` is one of penstock.ingress.exchange.Outcome; times in ms."""
+
+    request_id: str
+    model: str
+    outcome: str
+    status: int
+    path: str
+    ingress: str
+    decisions: list[str] = []
+    instance: str = ""
+    attempts: int = 0
+    stream: bool = False
+    scheduling_ms: float = 0.0
+    ttft_ms: float = 0.0
+    e2e_ms: float = 0.0
+    bytes_out: int = 0
+    chunks: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: str = ""
+
+
+class InstanceEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The fleet changed: `change` is added, updated, removed, stale, recovered, unhealthy or draining."""
+
+    instance: str
+    change: str
+    endpoint: str
+    source: str
+    models: tuple[str, ...] = ()
+    state: str = ""
+    reason: str = ""
+
+
+class DegradedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A service began (`active`) or ceased to work around something that is missing."""
+
+    service: str
+    id: str
+    what: str
+    active: bool
+    cause: str = ""

@@ -1,0 +1,267 @@
+"""Settings: one frozen record per service, read once from flags, environment and a YAML file.
+
+Precedence: flag, then environment (`PENSTOCK_` and the flag's name in upper snake case), then the
+file named by `--config`, then the default. All faults of all sources are reported together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+ENV_PREFIX = "PENSTOCK_"
+
+
+class SettingsError(Exception):
+    """Everything that is wrong with the settings, one line a fault."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class Settings(BaseModel):
+    """Base of every settings record; each field is a flag, a variable and a key of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: Path | None = Field(
+        None, description="YAML file with any of these settings; keys as the flags' names"
+    )
+
+
+class BusSettings(Settings):
+    """How a service reaches the bus (DESIGN D13)."""
+
+    nats_url: str = Field(
+        "nats://127.0.0.1:4222", description="NATS servers, comma-separated; may carry user:password@"
+    )
+    nats_user: str = Field("", description="NATS user, with --nats-password")
+    nats_password: SecretStr = Field(SecretStr(""), description="NATS password")
+    nats_creds: Path | None = Field(None, description="NATS credentials file (JWT and seed)")
+    nats_tls_ca: Path | None = Field(
+        None, description="CA certificates the NATS server is verified with (PEM)"
+    )
+    nats_tls_cert: Path | None = Field(
+        None, description="client certificate for NATS (PEM), with --nats-tls-key"
+    )
+    nats_tls_key: Path | None = Field(None, description="key of the client certificate (PEM)")
+    nats_replicas: int = Field(
+        1, ge=1, le=5, description="copies that NATS keeps of the streams and buckets made by this service"
+    )
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if bool(self.nats_tls_cert) != bool(self.nats_tls_key):
+            raise ValueError("--nats-tls-cert and --nats-tls-key go together: give both or neither")
+        if self.nats_password.get_secret_value() and not self.nats_user:
+            raise ValueError("--nats-password needs --nats-user")
+        if self.nats_creds and self.nats_user:
+            raise ValueError("--nats-creds and --nats-user exclude each other: give one")
+        return self
+
+
+class ServiceSettings(BusSettings):
+    """What every service has: bus, admin listener, log, drain."""
+
+    admin_host: str = Field(
+        "127.0.0.1", description="address of the admin listener (/livez /readyz /metrics)"
+    )
+    admin_port: int = Field(0, ge=0, le=65535, description="port of the admin listener; 0 picks a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+    drain_timeout: float = Field(
+        30.0, ge=0, le=3600, description="seconds that running work gets to finish after SIGTERM"
+    )
+
+
+T = TypeVar("T", bound=Settings)
+
+
+def flag_of(field: str) -> str:
+    """`nats_url` -> `--nats-url`."""
+    return "--" + field.replace("_", "-")
+
+
+def env_of(field: str) -> str:
+    """`nats_url` -> `PENSTOCK_NATS_URL`."""
+    return ENV_PREFIX + field.upper()
+
+
+def load(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    environ: Mapping[str, str] | None = None,
+    description: str | None = None,
+) -> T:
+    """Read `cls` from all sources.
+
+    Raises:
+        SettingsError: with every fault found in any source.
+        SystemExit: 0 after `--help`.
+    """
+    environ = os.environ if environ is None else environ
+    faults: list[str] = []
+    flags = _read_flags(cls, sys.argv[1:] if argv is None else argv, prog, description, faults)
+    variables = _read_environment(cls, environ)
+    path = flags.get("config") or variables.get("config")
+    file = _read_file(cls, Path(path), faults) if path else {}
+    merged = {**file, **variables, **flags}
+    origin = {
+        name: flag_of(name) if name in flags else env_of(name) if name in variables else f"{path}: {name}"
+        for name in merged
+    }
+    try:
+        settings = cls.model_validate(merged)
+    except ValidationError as exc:
+        faults.extend(_explain(cls, error, origin) for error in exc.errors())
+    if faults:
+        raise SettingsError(faults)
+    return settings
+
+
+def load_or_exit(
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str | None = None
+) -> T:
+    """`load`, with the faults printed for a person and exit code 2."""
+    try:
+        return load(cls, argv, prog=prog, description=description)
+    except SettingsError as exc:
+        exit_with_faults(prog, exc.faults)
+
+
+def exit_with_faults(prog: str, faults: Sequence[str]) -> NoReturn:
+    """Print every fault and leave with the exit code of bad settings."""
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    print(f"{prog}: bad settings ({count}):", file=sys.stderr)
+    for fault in faults:
+        print(f"  {fault}", file=sys.stderr)
+    print(f"See {prog} --help.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def unknown_variables(known: Sequence[type[Settings]], environ: Mapping[str, str] | None = None) -> list[str]:
+    """`PENSTOCK_*` variables that no record in `known` reads; worth a warning, never fatal."""
+    environ = os.environ if environ is None else environ
+    names = {env_of(name) for cls in known for name in cls.model_fields}
+    return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in names)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that hands its complaint back instead of leaving at the first one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _read_flags(
+    cls: type[Settings], argv: Sequence[str], prog: str, description: str | None, faults: list[str]
+) -> dict[str, Any]:
+    parser = _Parser(prog=prog, description=description or cls.__doc__, allow_abbrev=False)
+    for name, field in cls.model_fields.items():
+        is_bool = field.annotation is bool
+        parser.add_argument(
+            flag_of(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            nargs="?" if is_bool else None,
+            const="true" if is_bool else None,
+            metavar=_kind(field.annotation),
+            help=_help(name, field).replace("%", "%%"),
+        )
+    try:
+        known, unknown = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as exc:
+        faults.append(str(exc))
+        return {}
+    faults.extend(f"{arg}: unknown flag" for arg in unknown if arg.startswith("-"))
+    faults.extend(
+        f"{arg}: unexpected argument"
+        for arg in unknown
+        if not arg.startswith("-") and not _is_value(arg, argv)
+    )
+    return dict(vars(known))
+
+
+def _is_value(arg: str, argv: Sequence[str]) -> bool:
+    """Whether `arg` only follows an unknown flag, so that the flag alone is reported."""
+    position = list(argv).index(arg)
+    return position > 0 and argv[position - 1].startswith("-")
+
+
+def _kind(annotation: Any) -> str:
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, options)) + "}"
+    if options and isinstance(annotation, types.UnionType):
+        return _kind(next(o for o in options if o is not type(None)))
+    names = {int: "N", float: "SECONDS", bool: "true|false", Path: "FILE", SecretStr: "SECRET"}
+    return names.get(annotation, "TEXT")
+
+
+def _shown(field: Any) -> str:
+    default = field.default
+    text = (
+        default.get_secret_value()
+        if isinstance(default, SecretStr)
+        else ""
+        if default is None
+        else str(default)
+    )
+    return text.lower() if isinstance(default, bool) else text
+
+
+def _help(name: str, field: Any) -> str:
+    default = _shown(field)
+    return f"{field.description} {f'(default {default}) ' if default else ''}[{env_of(name)}]"
+
+
+def _read_environment(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:
+    return {name: environ[env_of(name)] for name in cls.model_fields if env_of(name) in environ}
+
+
+def _read_file(cls: type[Settings], path: Path, faults: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        faults.append(f"--config {path}: cannot be read: {exc}")
+        return {}
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        faults.append(f"--config {path}: must hold a mapping of settings, holds a {type(content).__name__}")
+        return {}
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for name in sorted(values.keys() - cls.model_fields.keys()):
+        faults.append(f"{path}: {name.replace('_', '-')}: unknown key")
+        del values[name]
+    return values
+
+
+def _explain(cls: type[Settings], error: Any, origin: Mapping[str, str]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = str(error["loc"][0])
+    where = origin.get(name, flag_of(name))
+    if cls.model_fields[name].annotation is SecretStr:
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {error['input']!r}"
+
+
+def describe(cls: type[Settings]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (flag, variable, default, description) for the generated flag tables."""
+    for name, field in cls.model_fields.items():
+        yield flag_of(name), env_of(name), _shown(field), field.description or ""

@@ -1,0 +1,127 @@
+"""The whole wire on one screen: every subject, bucket and stream with its message and bounds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+
+from penstock.common import messages
+
+M = TypeVar("M", bound=msgspec.Struct)
+R = TypeVar("R", bound=msgspec.Struct)
+
+KIB, MIB = 1024, 1024 * 1024
+_ROOT = "penstock.v1"
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_SPECIAL = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def token(text: str) -> str:
+    """`text` as one subject token and KV key part: `=XX` for every other byte, long ones cut and hashed."""
+    if _PLAIN.fullmatch(text):
+        return text
+    escaped = _SPECIAL.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode("utf-8", "replace")), text)
+    if len(escaped) > 128:
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+        escaped = f"{escaped[:100]}=={digest}"
+    return escaped or "="
+
+
+@dataclass(frozen=True)
+class Subject(Generic[M]):
+    """One kind of message: `pattern` ends in one `*` per token that `name` takes.
+
+    Over `max_bytes` a message is not sent; a subscriber holds at most `pending_messages` undecoded
+    ones and drops and counts what comes on top.
+    """
+
+    pattern: str
+    message: type[M]
+    queue_group: str = ""
+    max_bytes: int = 256 * KIB
+    pending_messages: int = 8192
+
+    def name(self, *tokens: str) -> str:
+        """The concrete subject; tokens are escaped."""
+        head, stars = self.pattern.split(".*", 1)[0], self.pattern.count("*")
+        if len(tokens) != stars:
+            raise ValueError(f"{self.pattern} takes {stars} tokens, got {len(tokens)}")
+        return ".".join((head, *map(token, tokens)))
+
+
+@dataclass(frozen=True)
+class Service(Generic[M, R]):
+    """A subject that is answered."""
+
+    request: Subject[M]
+    reply: type[R]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A KV bucket: file storage, history 1."""
+
+    name: str
+    max_value_bytes: int
+    max_bytes: int = 256 * MIB
+
+    @property
+    def stream(self) -> str:
+        """The stream that holds it."""
+        return f"KV_{self.name}"
+
+    def subject(self, key: str) -> str:
+        """The subject of one key."""
+        return f"$KV.{self.name}.{key}"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream with file storage; at either bound the oldest messages go."""
+
+    name: str
+    subjects: tuple[str, ...]
+    max_bytes: int
+    max_age_s: float
+    max_message_bytes: int
+
+
+SCHEDULE = Service(
+    Subject(f"{_ROOT}.schedule.*", messages.ScheduleBatch, queue_group="scheduler", pending_messages=1024),
+    messages.ScheduleReply,
+)
+PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
+LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
+STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
+HEARTBEAT = Subject(f"{_ROOT}.heartbeat.*", messages.Heartbeat, max_bytes=4 * KIB)
+
+INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB)
+
+EVENTS = Stream(
+    "PENSTOCK_ROUTING",
+    (f"{_ROOT}.events.>",),
+    max_bytes=1024 * MIB,
+    max_age_s=7 * 86400,
+    max_message_bytes=512 * KIB,
+)
+
+SUBJECTS: tuple[Subject[msgspec.Struct], ...] = (SCHEDULE.request, PLACED, LOAD, STATUS, HEARTBEAT)  # type: ignore[assignment]  # Subject is invariant; the table only lists
+BUCKETS = (INSTANCES,)
+STREAMS = (EVENTS,)
+
+# The one shard there is by default; models travel inside the message (DESIGN D3).
+DEFAULT_SHARD = "0"
+
+
+def event_subject(event_type: str, model: str) -> str:
+    """Where events of one type and model go; `-` stands for no model."""
+    return f"{_ROOT}.events.{token(event_type)}.{token(model or '-')}"
+
+
+def event_filter(event_type: str = "", model: str = "") -> str:
+    """A filter over the event subjects; empty means any."""
+    return f"{_ROOT}.events.{token(event_type) if event_type else '*'}.{token(model) if model else '*'}"

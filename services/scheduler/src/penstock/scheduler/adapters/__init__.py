@@ -1,0 +1,1 @@
+"""One file per outside system; the only importers of I/O libraries."""
