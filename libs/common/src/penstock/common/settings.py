@@ -159,6 +159,17 @@ def unknown_variables(known: Sequence[type[Settings]], environ: Mapping[str, str
     return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in names)
 
 
+def reveal(settings: Settings) -> dict[str, Any]:
+    """Every value as plain JSON types, secrets included: for handing a record to a process of one's own."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, SecretStr):
+            return value.get_secret_value()
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(getattr(settings, name)) for name in type(settings).model_fields}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that hands its complaint back instead of leaving at the first one."""
 

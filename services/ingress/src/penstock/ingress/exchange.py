@@ -1,0 +1,430 @@
+"""One request's life: placed, connected, sent, relayed, finished. Every path ends in `finish`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from enum import Enum, StrEnum
+
+from penstock.common.messages import Placement, Rejection
+from penstock.common.model import Instance
+from penstock.common.routing_events import OUTCOME, OutcomeEvent
+from penstock.ingress.failures import PHRASES, REJECTIONS, GatewayError
+from penstock.ingress.gateway import Gateway
+from penstock.ingress.http_wire import (
+    CHUNKED,
+    LAST_CHUNK,
+    UNTIL_CLOSE,
+    ChunkedBody,
+    RequestHead,
+    ResponseHead,
+)
+from penstock.ingress.in_flight import Work
+from penstock.ingress.openai import InferenceRequest, parse, usage_in
+from penstock.ingress.ports import Downstream, Upstream
+
+log = logging.getLogger(__name__)
+
+# Moves to another instance that cost no retry: nothing of the request can have been worked on.
+FREE_MOVES = 2
+# Enough for a usage object with every detail field, at the end of a response.
+TAIL_BYTES = 2048
+_UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
+
+
+class State(Enum):
+    """Where a request is."""
+
+    PLACING = "placing"
+    CONNECTING = "connecting"
+    WAITING = "waiting"
+    RELAYING = "relaying"
+    DONE = "done"
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CLIENT_GONE = "client_gone"
+    SHUTDOWN = "shutdown"
+
+
+class Exchange:
+    """From a whole request to the last byte of its response; knows ports only."""
+
+    __slots__ = (
+        "_account_id",
+        "_body",
+        "_bytes_out",
+        "_chunked",
+        "_chunks",
+        "_decisions",
+        "_downstream",
+        "_error",
+        "_first_byte_at",
+        "_free_moves",
+        "_gateway",
+        "_head",
+        "_inference",
+        "_instance",
+        "_keep_alive",
+        "_last",
+        "_path",
+        "_paused",
+        "_placed_at",
+        "_policy",
+        "_previous",
+        "_received_at",
+        "_response",
+        "_retries",
+        "_status",
+        "_stream_clean",
+        "_upstream",
+        "_work",
+        "deadline",
+        "request",
+        "request_id",
+        "state",
+    )
+
+    def __init__(self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes) -> None:
+        self._gateway, self._downstream, self._head, self._body = gateway, downstream, head, body
+        self._path = head.path
+        self.state = State.PLACING
+        self.request_id = gateway.request_id(head.header(b"x-request-id"))
+        self._received_at = gateway.clock()
+        self._placed_at = self._first_byte_at = 0.0
+        self.deadline = self._received_at + gateway.settings.request_timeout
+        self._upstream: Upstream | None = None
+        self._instance: Instance | None = None
+        self._response: ResponseHead | None = None
+        self._chunked: ChunkedBody | None = None
+        self._inference: InferenceRequest | None = None
+        self._policy = self._account_id = self._error = ""
+        self._work: Work | None = None
+        self._paused = False
+        self._decisions: list[str] = []
+        self._retries = self._free_moves = 0
+        self._status = self._bytes_out = self._chunks = 0
+        self._last = self._previous = b""
+        self._stream_clean = True
+        self._keep_alive = head.keep_alive
+
+    def start(self) -> None:
+        """Parse the body and ask for a placement."""
+        gateway = self._gateway
+        gateway.exchanges.add(self)
+        try:
+            gateway.admit()
+            self._inference = inference = parse(self._path, self._head.header(b"content-type"), self._body)
+            gateway.require_model(inference.model)
+            self.request = gateway.schedule_request(self._head, inference, self.request_id)
+        except GatewayError as exc:
+            self._fail(exc, Outcome.REJECTED)
+            return
+        self._decisions.append(self.request.decision_id)
+        gateway.placer.submit(self)
+
+    # -- placement ---------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a placement is still wanted."""
+        return self.state is State.PLACING
+
+    def placed(self, placement: Placement, instance: Instance) -> None:
+        """Go to `instance`."""
+        gateway = self._gateway
+        self._placed_at = self._placed_at or gateway.clock()
+        self._instance, self._policy = instance, placement.policy
+        self._account_id = placement.decision_id
+        self._work = gateway.account.start(placement.decision_id, instance.id, self.request.prompt_tokens)
+        self.state = State.CONNECTING
+        gateway.upstreams.acquire(instance, self)
+
+    def rejected(self, rejection: Rejection) -> None:
+        """No instance. After a failed attempt the failure is the answer, not the lack of others."""
+        if self._error:
+            self._fail(GatewayError("upstream_unreachable", self._error), Outcome.FAILED)
+            return
+        code = REJECTIONS[rejection.reason]
+        param = {"model_not_found": "model", "invalid_strategy": "routing-strategy"}.get(code)
+        error = GatewayError(code, rejection.message, param=param, retry_after_s=rejection.retry_after_s)
+        self._fail(error, Outcome.REJECTED)
+
+    # -- upstream ----------------------------------------------------------------------------------
+
+    def upstream_connected(self, upstream: Upstream) -> None:
+        """Send the request."""
+        if self.state is not State.CONNECTING or self._instance is None:
+            upstream.release()
+            return
+        self._upstream = upstream
+        self.state = State.WAITING
+        upstream.send(
+            self._gateway.upstream_head(self._head, self._instance, self.request_id, len(self._body)),
+            self._body,
+        )
+
+    def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
+        """No connection: another instance at once, at most twice."""
+        if self.state is not State.CONNECTING:
+            return
+        if overflow:
+            self._fail(GatewayError("overloaded", cause, retry_after_s=1.0), Outcome.REJECTED)
+            return
+        self._upstream = None
+        self._again(cause, free=True)
+
+    def upstream_lost(self, cause: str, *, answered: bool) -> None:
+        """The instance went away, or answered nonsense."""
+        upstream, self._upstream = self._upstream, None
+        if self.state is State.WAITING:
+            # A pooled connection that dies before any byte is a keep-alive race, not a failed attempt.
+            self._again(cause, free=upstream is not None and upstream.reused and not answered)
+        elif self.state is State.RELAYING:
+            self._break_off(
+                "upstream_unreachable", f"the instance ended the response early: {cause}", Outcome.FAILED
+            )
+
+    def upstream_head(self, head: ResponseHead) -> None:
+        """Pass the head on, unless another instance is to be tried."""
+        if head.status >= 500 and self._retries < self._gateway.settings.retry_max_count:
+            self._drop_upstream()
+            self._again(f"the instance answered {head.status}", free=False)
+            return
+        self.state = State.RELAYING
+        self._response, self._status = head, head.status
+        if head.length == CHUNKED and self._head.minor == 0:
+            self._chunked = ChunkedBody(collect=True)
+        if head.length == UNTIL_CLOSE or self._chunked or self._gateway.draining:
+            self._keep_alive = False
+        self._touch()
+        self._downstream.write(self._client_head(head))
+
+    def upstream_data(self, data: bytes, boundary: bool) -> None:
+        """Pass a piece on as it is."""
+        if not self._first_byte_at:
+            self._first_byte_at = self._gateway.clock()
+        if self._chunked is not None:
+            self._chunked.feed(data)
+            data = b"".join(self._chunked.data)
+            self._chunked.data.clear()
+        self._bytes_out += len(data)
+        self._chunks += 1
+        self._previous, self._last = self._last, data
+        self._stream_clean = boundary
+        self._touch()
+        self._downstream.write(data)
+
+    def upstream_done(self) -> None:
+        """The response is complete."""
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.release()
+        if self._response is not None and self._response.length == CHUNKED and self._chunked is None:
+            self._downstream.write(LAST_CHUNK)
+        self.finish(Outcome.COMPLETED)
+
+    # -- downstream --------------------------------------------------------------------------------
+
+    def client_gone(self) -> None:
+        """The client left: cancel the work."""
+        self.finish(Outcome.CLIENT_GONE)
+
+    def pause(self) -> None:
+        """The client reads slowly: its own upstream waits, and nobody else's."""
+        self._paused = True
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """The client caught up. Time spent waiting for it is not the instance's silence."""
+        self._paused = False
+        if self._upstream is not None:
+            self._touch()
+            self._upstream.resume()
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """The deadline passed."""
+        settings = self._gateway.settings
+        if self.state is State.RELAYING:
+            who = "the client read" if self._paused else "the instance sent"
+            text = f"{who} nothing for {settings.stream_idle_timeout:g} s"
+            self._break_off("upstream_timeout", text, Outcome.TIMED_OUT)
+        else:
+            text = f"no response within {settings.request_timeout:g} s"
+            self._fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)
+
+    def shut_down(self) -> None:
+        """The drain timeout is over."""
+        text = "the gateway is shutting down"
+        if self.state is State.RELAYING:
+            self._break_off("shutting_down", text, Outcome.SHUTDOWN)
+        else:
+            self._fail(GatewayError("shutting_down", text, retry_after_s=1.0), Outcome.SHUTDOWN)
+
+    def finish(self, outcome: Outcome) -> None:
+        """The one way out: releases what is held, tells the log, hands the connection back."""
+        if self.state is State.DONE:
+            return
+        relaying = self.state is State.RELAYING
+        self.state = State.DONE
+        self._drop_upstream()
+        self._release()
+        gateway = self._gateway
+        gateway.exchanges.discard(self)
+        if self._inference is not None and self._decisions:
+            self._log(outcome)
+        gateway.count(outcome, self._status, self._received_at, self._first_byte_at)
+        if outcome is not Outcome.CLIENT_GONE:
+            complete = outcome is Outcome.COMPLETED or not relaying
+            self._downstream.exchange_done(self._keep_alive and complete)
+
+    def _again(self, cause: str, *, free: bool) -> None:
+        """Another instance, if the request may still move; the failed one is excluded."""
+        failed = self._instance.id if self._instance else ""
+        self._error = f"instance {failed}: {cause}"
+        if free and self._free_moves < FREE_MOVES:
+            self._free_moves += 1
+        elif self._retries < self._gateway.settings.retry_max_count:
+            self._retries += 1
+        else:
+            self._fail(GatewayError("upstream_unreachable", self._error), Outcome.FAILED)
+            return
+        self._release()
+        self._gateway.count_move(free)
+        self.state = State.PLACING
+        self.request = self._gateway.another_attempt(self.request, failed)
+        self._decisions.append(self.request.decision_id)
+        self._gateway.placer.submit(self)
+
+    def _release(self) -> None:
+        if self._account_id:
+            self._gateway.account.finish(self._account_id)
+            self._account_id, self._work = "", None
+
+    def _drop_upstream(self) -> None:
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abort()
+
+    def _fail(self, error: GatewayError, outcome: Outcome) -> None:
+        """An error of ours as the whole response."""
+        self._status, self._error = error.status, error.message
+        if self._gateway.draining:
+            self._keep_alive = False
+        self._downstream.write(
+            error_response(
+                error, self.request_id, keep_alive=self._keep_alive, head_only=self._head.method == b"HEAD"
+            )
+        )
+        self.finish(outcome)
+
+    def _break_off(self, code: str, text: str, outcome: Outcome) -> None:
+        """An error after the head went out: a last event for streams, then the connection ends."""
+        self._error = text
+        response = self._response
+        if (
+            response is not None
+            and response.event_stream
+            and self._stream_clean
+            and self._ends_between_events()
+        ):
+            event = b"data: " + GatewayError(code, text).body() + b"\n\n"
+            if response.length == CHUNKED and self._chunked is None:
+                self._downstream.write(b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK))
+                self.finish(outcome)
+                return
+            if response.length == UNTIL_CLOSE or self._chunked is not None:
+                self._downstream.write(event)
+                self.finish(outcome)
+                return
+        self._downstream.abort()
+        self.finish(outcome)
+
+    def _ends_between_events(self) -> bool:
+        tail = (self._previous[-4:] + self._last)[-4:]
+        return not tail or tail.endswith((b"\n\n", b"\n\n\r\n"))
+
+    def _touch(self) -> None:
+        self.deadline = self._gateway.clock() + self._gateway.settings.stream_idle_timeout
+        if self._work is not None:
+            self._work.output_tokens = self._chunks
+
+    def _client_head(self, head: ResponseHead) -> bytes:
+        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason or PHRASES.get(head.status, "").encode())]
+        lines += head.fields
+        if head.length == CHUNKED:
+            if self._chunked is None:
+                lines.append(b"transfer-encoding: chunked")
+        elif head.length >= 0 and head.status not in (204, 304):
+            lines.append(b"content-length: %d" % head.length)
+        lines.append(b"x-request-id: " + self.request_id.encode())
+        if self._gateway.settings.expose_routing_headers and self._instance is not None:
+            lines.append(_routing_headers(self._policy, self._instance))
+        if not self._keep_alive:
+            lines.append(b"connection: close")
+        lines.append(b"\r\n")
+        return b"\r\n".join(lines)
+
+    def _log(self, outcome: Outcome) -> None:
+        gateway, inference = self._gateway, self._inference
+        if inference is None:
+            return
+        tail = (self._previous[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
+        prompt, completion, cached = usage_in(tail) if self._status == 200 else (0, 0, 0)
+        event = OutcomeEvent(
+            request_id=self.request_id,
+            model=inference.model,
+            outcome=outcome.value,
+            status=self._status,
+            path=self._path.decode("ascii", "replace"),
+            ingress=gateway.identity.id,
+            decisions=self._decisions,
+            instance=self._instance.id if self._instance else "",
+            attempts=1 + self._retries + self._free_moves,
+            stream=inference.stream,
+            scheduling_ms=_ms(self._received_at, self._placed_at),
+            ttft_ms=_ms(self._received_at, self._first_byte_at),
+            e2e_ms=_ms(self._received_at, gateway.clock()),
+            bytes_out=self._bytes_out,
+            chunks=self._chunks,
+            prompt_tokens=prompt or self.request.prompt_tokens,
+            completion_tokens=completion,
+            cached_tokens=cached,
+            error=self._error,
+        )
+        gateway.events.emit(OUTCOME, inference.model, self.request_id, event)
+        gateway.access_log.add(event)
+
+
+def error_response(
+    error: GatewayError, request_id: str, *, keep_alive: bool, head_only: bool = False
+) -> bytes:
+    """An error of ours on the wire."""
+    body = error.body()
+    retry = f"retry-after: {max(1, round(error.retry_after_s))}\r\n" if error.retry_after_s else ""
+    close = "" if keep_alive else "connection: close\r\n"
+    head = (
+        f"HTTP/1.1 {error.status} {PHRASES[error.status]}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{retry}{close}\r\n"
+    )
+    return head.encode() if head_only else head.encode() + body
+
+
+def _routing_headers(policy: str, instance: Instance) -> bytes:
+    # Both come from the bus: nothing of them may end a header line.
+    policy, name = _UNPRINTABLE.sub("?", policy), _UNPRINTABLE.sub("?", instance.id)
+    address = _UNPRINTABLE.sub("?", str(instance.endpoint))
+    return f"routing-strategy: {policy}\r\ntarget-pod: {name}\r\ntarget-pod-ip: {address}".encode()
+
+
+def _ms(start: float, end: float) -> float:
+    return round((end - start) * 1000, 3) if end else 0.0

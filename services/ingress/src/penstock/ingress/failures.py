@@ -1,0 +1,72 @@
+"""Every way the ingress refuses or fails a request: the only map from codes to HTTP (DESIGN 3.2)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.common.messages import Reason
+
+# code -> (status, OpenAI's error type, reason phrase)
+CODES: dict[str, tuple[int, str]] = {
+    "invalid_request": (400, "invalid_request_error"),
+    "bad_framing": (400, "invalid_request_error"),
+    "invalid_strategy": (400, "invalid_request_error"),
+    "model_not_found": (404, "invalid_request_error"),
+    "not_found": (404, "invalid_request_error"),
+    "method_not_allowed": (405, "invalid_request_error"),
+    "request_timeout": (408, "invalid_request_error"),
+    "request_too_large": (413, "invalid_request_error"),
+    "headers_too_large": (431, "invalid_request_error"),
+    "no_available_instance": (503, "overloaded_error"),
+    "overloaded": (503, "overloaded_error"),
+    "shutting_down": (503, "overloaded_error"),
+    "upstream_unreachable": (502, "api_error"),
+    "upstream_timeout": (504, "api_error"),
+}
+
+PHRASES = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+REJECTIONS = {
+    Reason.UNKNOWN_MODEL: "model_not_found",
+    Reason.NO_INSTANCE: "no_available_instance",
+    Reason.SATURATED: "overloaded",
+    Reason.BAD_STRATEGY: "invalid_strategy",
+    Reason.BAD_REQUEST: "invalid_request",
+}
+
+
+class GatewayError(Exception):
+    """A request that gets an error of ours; `code` is a key of CODES."""
+
+    def __init__(
+        self, code: str, message: str, *, param: str | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
+        super().__init__(f"{code}: {message}")
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return CODES[self.code][0]
+
+    def body(self) -> bytes:
+        """The JSON body of DESIGN 3.2."""
+        error = {
+            "message": self.message,
+            "type": CODES[self.code][1],
+            "code": self.code,
+            "param": self.param,
+        }
+        return msgspec.json.encode({"error": error})

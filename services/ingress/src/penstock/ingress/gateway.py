@@ -1,0 +1,168 @@
+"""What all exchanges of one ingress process share."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import Identity
+from penstock.common.instances import InstanceTable
+from penstock.common.messages import ScheduleRequest
+from penstock.common.model import Instance
+from penstock.common.telemetry import Metrics
+from penstock.ingress.access_log import AccessLog
+from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.ingress.failures import GatewayError
+from penstock.ingress.http_wire import RequestHead
+from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.openai import InferenceRequest
+from penstock.ingress.ports import Upstreams
+from penstock.ingress.settings import IngressSettings
+
+if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange, Outcome
+    from penstock.ingress.placing import Placer
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_HEADER_TEXT = 512
+MAX_EXCLUDED = 64
+_SEED_CACHE = 1024
+
+
+class Gateway:
+    """Settings, account, log and table of one process, and the exchanges that run on them."""
+
+    placer: Placer
+    upstreams: Upstreams
+
+    def __init__(
+        self,
+        settings: IngressSettings,
+        identity: Identity,
+        table: InstanceTable,
+        account: InFlightAccount,
+        events: EventWriter,
+        access_log: AccessLog,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.settings, self.identity, self.table, self.account = settings, identity, table, account
+        self.events, self.access_log, self.clock = events, access_log, clock
+        self.exchanges: set[Exchange] = set()
+        self.draining = False
+        self._decision_numbers = itertools.count(1)
+        self._request_numbers = itertools.count(1)
+        self._secret = settings.block_hash_secret.get_secret_value()
+        self._seeds: dict[tuple[str, str], int] = {}
+        self._requests = metrics.counter(
+            "penstock_ingress_requests_total", "Requests by how they ended", "outcome", "status"
+        )
+        self._ttft = metrics.histogram(
+            "penstock_ingress_ttft_seconds", "Request received to first byte of the response's body"
+        ).labels()
+        self._e2e = metrics.histogram("penstock_ingress_e2e_seconds", "Request received to its end").labels()
+        self._moves = metrics.counter(
+            "penstock_ingress_moves_total",
+            "Requests moved to another instance before a byte was sent",
+            "kind",
+        )
+        metrics.gauge("penstock_ingress_exchanges", "Requests in hand", lambda: len(self.exchanges))
+        metrics.gauge("penstock_ingress_in_flight", "Requests placed and not finished", lambda: len(account))
+
+    def request_id(self, given: str) -> str:
+        """The client's id if it is sane, else one of ours."""
+        if given and _SANE_ID.fullmatch(given):
+            return given
+        return f"{self.identity.id}-{self.identity.incarnation}-{next(self._request_numbers):x}"
+
+    def admit(self) -> None:
+        """Raises GatewayError while no request can be taken."""
+        if not self.table.synced:
+            raise GatewayError(
+                "no_available_instance", "the gateway does not know any instance yet", retry_after_s=1.0
+            )
+
+    def require_model(self, model: str) -> None:
+        """Raises GatewayError for a model that nobody serves."""
+        if not self.table.serving(model):
+            raise GatewayError("model_not_found", f"The model '{model}' does not exist.", param="model")
+
+    def schedule_request(
+        self, head: RequestHead, inference: InferenceRequest, request_id: str
+    ) -> ScheduleRequest:
+        """What a scheduler has to know. Raises GatewayError for headers that are too long."""
+        read = head.read
+        return ScheduleRequest(
+            self._decision_id(),
+            request_id,
+            inference.model,
+            owner=_text(read, b"x-owned-by"),
+            strategy=_text(read, b"routing-strategy"),
+            profile=_text(read, b"config-profile"),
+            prompt_tokens=inference.prompt_tokens,
+            max_tokens=min(inference.max_tokens, 2**40),
+            block_hashes=self._hashes(inference),
+            session=_text(read, b"x-session-id"),
+            user=_text(read, b"user"),
+        )
+
+    def another_attempt(self, request: ScheduleRequest, failed: str) -> ScheduleRequest:
+        """The request again, under a fresh decision id and without the instance that failed."""
+        excluded = (*request.excluded, failed)[-MAX_EXCLUDED:]
+        return msgspec.structs.replace(request, decision_id=self._decision_id(), excluded=excluded)
+
+    def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
+        """The request's head as the instance gets it: the client's, less what ends at this hop."""
+        lines = [
+            b"%b %b HTTP/1.1" % (head.method, head.origin_form),
+            b"host: " + str(instance.endpoint).encode(),
+            *head.fields,
+            b"x-request-id: " + request_id.encode(),
+            b"content-length: %d\r\n\r\n" % length,
+        ]
+        return b"\r\n".join(lines)
+
+    def count(self, outcome: Outcome, status: int, received_at: float, first_byte_at: float) -> None:
+        """One exchange ended."""
+        self._requests.labels(outcome.value, str(status)).value += 1
+        if first_byte_at:
+            self._ttft.observe(first_byte_at - received_at)
+        self._e2e.observe(self.clock() - received_at)
+
+    def count_move(self, free: bool) -> None:
+        """One exchange goes to another instance."""
+        self._moves.inc("connection" if free else "retry")
+
+    def model_owners(self) -> Iterable[tuple[str, str]]:
+        """(model, owner) pairs that some instance serves, sorted."""
+        pairs = {
+            (model, instance.owner) for model in self.table.models() for instance in self.table.serving(model)
+        }
+        return sorted(pairs)
+
+    def _decision_id(self) -> str:
+        return f"{self.identity.incarnation}.{next(self._decision_numbers):x}"
+
+    def _hashes(self, inference: InferenceRequest) -> bytes:
+        key = inference.model, inference.cache_salt
+        seed = self._seeds.get(key)
+        if seed is None:
+            if len(self._seeds) >= _SEED_CACHE:
+                self._seeds.clear()
+            seed = self._seeds[key] = root_seed(self._secret, inference.model, inference.cache_salt)
+        return chain(condense(inference.prompt), seed, self.settings.block_bytes)
+
+
+def _text(read: dict[bytes, bytes], name: bytes) -> str:
+    value = read.get(name)
+    if not value:
+        return ""
+    if len(value) > MAX_HEADER_TEXT:
+        text = f"header {name.decode()} has {len(value)} bytes, at most {MAX_HEADER_TEXT} are taken"
+        raise GatewayError("invalid_request", text, param=name.decode())
+    return value.decode("utf-8", "replace")

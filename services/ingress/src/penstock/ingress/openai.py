@@ -1,0 +1,140 @@
+"""Request bodies -> InferenceRequest. Only the top level of a body is parsed; prompts stay bytes."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from penstock.ingress.failures import GatewayError
+
+EMPTY = msgspec.Raw()
+MAX_MODEL_LENGTH = 512
+
+# Path -> the field that holds the prompt (None: nothing to hash), and whether it must be there.
+GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
+    b"/v1/chat/completions": ("messages", True),
+    b"/v1/completions": ("prompt", True),
+    b"/v1/embeddings": ("input", True),
+    b"/v1/responses": ("input", True),
+    b"/v1/messages": ("messages", True),
+    b"/v1/rerank": ("documents", True),
+    b"/v1/images/generations": ("prompt", True),
+    b"/v1/audio/speech": ("input", True),
+}
+MULTIPART_PATHS = frozenset(
+    {b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/images/edits", b"/v1/images/variations"}
+)
+_FORM_MODEL = re.compile(
+    rb'content-disposition: *form-data; *name="model" *\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,512})\r\n',
+    re.IGNORECASE,
+)
+_FORM_STREAM = re.compile(
+    rb'content-disposition: *form-data; *name="stream" *\r\n\r\n *(true|1) *\r\n', re.IGNORECASE
+)
+_PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
+_USAGE = re.compile(
+    rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)"\s*:\s*(\d{1,12})'
+)
+# Without a tokenizer: English text and code run at about four bytes a token.
+BYTES_PER_TOKEN = 4
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
+    """What the gateway has to know of a request; `prompt` is the raw JSON that the prompt consists of."""
+
+    model: str
+    stream: bool
+    prompt: bytes
+    max_tokens: int
+    cache_salt: str = ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """An estimate from the prompt's bytes."""
+        return len(self.prompt) // BYTES_PER_TOKEN
+
+
+class _Body(msgspec.Struct):
+    model: str
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    cache_salt: str | None = None
+    tools: msgspec.Raw = EMPTY
+    system: msgspec.Raw = EMPTY
+    messages: msgspec.Raw = EMPTY
+    prompt: msgspec.Raw = EMPTY
+    input: msgspec.Raw = EMPTY
+    documents: msgspec.Raw = EMPTY
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+
+
+def parse(path: bytes, content_type: str, body: bytes) -> InferenceRequest:
+    """Raises GatewayError (invalid_request) that names the field."""
+    if path in MULTIPART_PATHS:
+        return _parse_form(content_type, body)
+    try:
+        parsed = _decode(body)
+    except msgspec.ValidationError as exc:
+        text = str(exc)
+        field = _PARAM.search(text)
+        missing = re.search(r"missing required field `(\w+)`", text)
+        param = field[1] if field else missing[1] if missing else None
+        raise GatewayError("invalid_request", f"The request body is not valid: {text}", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise GatewayError("invalid_request", f"The request body is not valid JSON: {exc}") from None
+    if not 0 < len(parsed.model) <= MAX_MODEL_LENGTH:
+        text = f"'model' must have 1 to {MAX_MODEL_LENGTH} characters, has {len(parsed.model)}"
+        raise GatewayError("invalid_request", text, param="model")
+    return InferenceRequest(
+        parsed.model,
+        bool(parsed.stream),
+        _prompt(path, parsed),
+        max(0, parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens or 0),
+        parsed.cache_salt or "",
+    )
+
+
+def _prompt(path: bytes, parsed: _Body) -> bytes:
+    field, required = GENERATION_PATHS[path]
+    if field is None:
+        return b""
+    prompt = bytes(getattr(parsed, field))
+    if required and prompt in (b"", b"null", b"[]", b'""'):
+        raise GatewayError("invalid_request", f"'{field}' is required and must not be empty", param=field)
+    if field == "messages" and not prompt.startswith(b"["):
+        raise GatewayError("invalid_request", "'messages' must be an array", param="messages")
+    # Tools and system text come first in the engines' chat templates, so they come first here.
+    return (
+        b"".join((parsed.tools, parsed.system, prompt)) if len(parsed.tools) or len(parsed.system) else prompt
+    )
+
+
+def _parse_form(content_type: str, body: bytes) -> InferenceRequest:
+    if not content_type.lower().startswith("multipart/form-data"):
+        raise GatewayError("invalid_request", "this path takes multipart/form-data", param="content-type")
+    model = _FORM_MODEL.search(body)
+    if model is None:
+        raise GatewayError("invalid_request", "form field 'model' is required", param="model")
+    name = model[1].decode("utf-8", "replace")
+    return InferenceRequest(name, _FORM_STREAM.search(body) is not None, b"", 0)
+
+
+def usage_in(tail: bytes) -> tuple[int, int, int]:
+    """(prompt, completion, cached) tokens of the usage object near the end of a response; 0 if absent."""
+    start = tail.rfind(b'"usage"')
+    if start < 0:
+        return 0, 0, 0
+    prompt = completion = cached = 0
+    for name, digits in _USAGE.findall(tail, start):
+        if name in (b"prompt_tokens", b"input_tokens"):
+            prompt = prompt or int(digits)
+        elif name == b"cached_tokens":
+            cached = cached or int(digits)
+        else:
+            completion = completion or int(digits)
+    return prompt, completion, cached

@@ -1,0 +1,178 @@
+"""The ingress's parent: holds the port, keeps the workers running, answers probes for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import sys
+import time
+
+from penstock.common.lifecycle import Lifecycle
+from penstock.common.settings import reveal
+from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
+from penstock.ingress.adapters.channel import Channel
+from penstock.ingress.settings import IngressSettings
+from penstock.ingress.worker import Report, Start
+
+log = logging.getLogger(__name__)
+
+ASK_EVERY_S = 0.5
+ASK_DEADLINE_S = 1.0
+RESTART_FIRST_S, RESTART_MOST_S = 0.1, 5.0
+# A worker that ran this long is restarted without a growing pause.
+STEADY_S = 10.0
+# What a worker gets on top of its own drain before it is killed.
+KILL_GRACE_S = 5.0
+
+
+class Worker:
+    """One worker process and the last it said."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.process: asyncio.subprocess.Process | None = None
+        self.channel: Channel | None = None
+        self.report: Report | None = None
+        self.asked = False
+        self.heard = asyncio.Event()
+
+
+class Parent:
+    """Starts, watches and sums up the workers of one ingress."""
+
+    def __init__(self, settings: IngressSettings, port: int, lifecycle: Lifecycle) -> None:
+        self._settings, self._port, self._lifecycle = settings, port, lifecycle
+        self.id = settings.ingress_id or secrets.token_hex(4)
+        self._workers = [Worker(index) for index in range(settings.workers)]
+        self._past: Snapshot = []
+        self._metrics = Metrics()
+        self._restarts = self._metrics.counter(
+            "penstock_ingress_worker_restarts_total", "Workers that ended early"
+        )
+        self._metrics.gauge(
+            "penstock_ready", "1 while the service takes work", lambda: float(not lifecycle.missing())
+        )
+        lifecycle.require("workers", self._missing)
+        for worker in self._workers:
+            lifecycle.add_loop(f"worker-{worker.index}", self._keep(worker))
+            lifecycle.add_loop(f"ask-{worker.index}", self._keep_asking(worker))
+
+    async def snapshot(self) -> Snapshot:
+        """Metrics summed over the workers, those of ended ones included."""
+        await asyncio.gather(*(self._ask(worker) for worker in self._workers))
+        reports = [worker.report.snapshot for worker in self._workers if worker.report is not None]
+        own = self._metrics.snapshot()
+        names = {family.name for family in own}
+        merged = [family for family in merge([*reports, self._past]) if family.name not in names]
+        return [*merged, *own]
+
+    async def drain(self) -> None:
+        """Tell every worker to drain, wait for them, kill what does not end."""
+        running = [worker.process for worker in self._workers if worker.process is not None]
+        for process in running:
+            _signal(process, kill=False)
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout + KILL_GRACE_S):
+                await asyncio.gather(*(process.wait() for process in running))
+        except TimeoutError:
+            log.error("workers did not drain in time, killing them")
+            for process in running:
+                _signal(process, kill=True)
+
+    def _missing(self) -> str:
+        faults = []
+        for worker in self._workers:
+            if worker.report is None:
+                faults.append(f"worker {worker.index} is starting")
+            elif worker.report.missing:
+                faults.append(f"worker {worker.index}: {'; '.join(worker.report.missing)}")
+        return ", ".join(faults)
+
+    async def _keep(self, worker: Worker) -> None:
+        pause = RESTART_FIRST_S
+        while not self._lifecycle.stopping.is_set():
+            started = time.monotonic()
+            process, channel = await self._start(worker)
+            await self._listen(worker, channel)
+            code = await process.wait()
+            self._bury(worker)
+            if self._lifecycle.stopping.is_set():
+                break
+            self._restarts.inc()
+            pause = (
+                RESTART_FIRST_S if time.monotonic() - started > STEADY_S else min(pause * 2, RESTART_MOST_S)
+            )
+            log.error(
+                "worker ended, restarting it", extra={"fields": {"worker": worker.index, "exit_code": code}}
+            )
+            await asyncio.sleep(pause)
+        await asyncio.Event().wait()
+
+    async def _start(self, worker: Worker) -> tuple[asyncio.subprocess.Process, Channel]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "penstock.ingress.worker",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        channel = Channel(ours)
+        await channel.open()
+        start = Start(reveal(self._settings), f"{self.id}-{worker.index}", self._port)
+        try:
+            await channel.send(start)
+        except OSError as exc:
+            log.error("worker %d could not be told its settings: %s", worker.index, exc)
+        worker.process, worker.channel, worker.asked = process, channel, False
+        return process, channel
+
+    async def _listen(self, worker: Worker, channel: Channel) -> None:
+        while (report := await channel.receive(Report)) is not None:
+            worker.report = report
+            worker.asked = False
+            worker.heard.set()
+
+    async def _keep_asking(self, worker: Worker) -> None:
+        while True:
+            await self._ask(worker)
+            await asyncio.sleep(ASK_EVERY_S)
+
+    async def _ask(self, worker: Worker) -> None:
+        """Refresh what is known of a worker; one that does not answer in time keeps its last report."""
+        if worker.channel is None:
+            return
+        worker.heard.clear()
+        try:
+            async with asyncio.timeout(ASK_DEADLINE_S):
+                if not worker.asked:
+                    worker.asked = True
+                    await worker.channel.send("?")
+                await worker.heard.wait()
+        except (TimeoutError, OSError) as exc:
+            log.debug("worker %d does not answer: %r", worker.index, exc)
+
+    def _bury(self, worker: Worker) -> None:
+        if worker.channel is not None:
+            worker.channel.close()
+        if worker.report is not None:
+            self._past = merge(
+                [self._past, [_counted(f) for f in worker.report.snapshot if f.kind != "gauge"]]
+            )
+        worker.channel = worker.report = worker.process = None
+
+
+def _counted(family: FamilySnapshot) -> FamilySnapshot:
+    samples = [Sample(s.labels, s.value, list(s.counts)) for s in family.samples]
+    return FamilySnapshot(family.name, family.kind, family.help, family.label_names, family.bounds, samples)
+
+
+def _signal(process: asyncio.subprocess.Process, *, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()
+    except ProcessLookupError:
+        log.debug("worker %d has already ended", process.pid)

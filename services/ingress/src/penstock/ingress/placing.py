@@ -1,0 +1,252 @@
+"""Where requests get their instance: from a scheduler over the bus, or, in need, from this ingress.
+
+All requests of one loop tick share a message. An attempt waits `--schedule-timeout`, a second one with
+the same decision ids may follow, then the request is placed locally.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from penstock.common.bus import Bus
+from penstock.common.errors import BusError, BusTimeout
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import Identity
+from penstock.common.instances import InstanceTable
+from penstock.common.messages import (
+    MAX_BATCH,
+    Placement,
+    Reason,
+    Rejection,
+    ScheduleBatch,
+    ScheduleReply,
+    ScheduleRequest,
+)
+from penstock.common.model import Instance, Role
+from penstock.common.routing_events import (
+    DEGRADED,
+    PLACEMENT,
+    REJECTION,
+    DegradedEvent,
+    PlacementEvent,
+    RejectionEvent,
+)
+from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE
+from penstock.common.telemetry import Metrics
+from penstock.ingress.breaker import BusBreaker
+from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.local_policy import place_locally
+
+log = logging.getLogger(__name__)
+
+# A message stays under SCHEDULE's 256 KiB: 32 requests of at most 512 hashes are 130 KiB.
+LOCAL = "local"
+HASH_BYTES = 8
+
+
+class Asker(Protocol):
+    """What waits for a placement."""
+
+    request: ScheduleRequest
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it still wants one."""
+
+    def placed(self, placement: Placement, instance: Instance) -> None:
+        """Go to `instance`."""
+
+    def rejected(self, rejection: Rejection) -> None:
+        """Go nowhere."""
+
+
+class Placer:
+    """Gathers the askers of a tick and finds each an instance."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        table: InstanceTable,
+        account: InFlightAccount,
+        events: EventWriter,
+        identity: Identity,
+        metrics: Metrics,
+        attempt_s: float,
+    ) -> None:
+        self._bus, self._table, self._account, self._events = bus, table, account, events
+        self._identity, self._attempt_s = identity, attempt_s
+        self._pending: list[Asker] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._breaker = BusBreaker()
+        self._degraded = False
+        attempts = metrics.counter(
+            "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
+        )
+        self._answered, self._timed_out, self._unavailable = (
+            attempts.labels(result) for result in ("answered", "timeout", "unavailable")
+        )
+        placements = metrics.counter("penstock_ingress_placements_total", "Placements by who made them", "by")
+        self._by_scheduler, self._by_self = placements.labels("scheduler"), placements.labels(LOCAL)
+        self._round_trip = metrics.histogram(
+            "penstock_ingress_schedule_seconds", "Round trip of an answered schedule message"
+        ).labels()
+        metrics.gauge(
+            "penstock_ingress_placing_locally",
+            "1 while schedulers cannot be reached",
+            lambda: float(self._degraded),
+        )
+
+    def submit(self, asker: Asker) -> None:
+        """Place `asker`; its answer comes in a later tick."""
+        self._pending.append(asker)
+        if len(self._pending) == 1:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    async def close(self) -> None:
+        """End the attempts under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for start in range(0, len(pending), MAX_BATCH):
+            batch = [asker for asker in pending[start : start + MAX_BATCH] if asker.waiting]
+            if not batch:
+                continue
+            if self._bus.connected and self._breaker.may_ask(time.monotonic()):
+                task = asyncio.create_task(self._place(batch), name="schedule")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            else:
+                self._locally(batch, "no bus" if not self._bus.connected else "schedulers do not answer")
+
+    async def _place(self, askers: list[Asker]) -> None:
+        cause = ""
+        for attempt in range(2):
+            if attempt and self._breaker.open:
+                break
+            started = time.monotonic()
+            try:
+                reply = await self._ask(askers)
+            except BusTimeout as exc:
+                self._timed_out.value += 1
+                self._breaker.failed(time.monotonic())
+                cause = str(exc)
+                continue
+            except BusError as exc:
+                self._unavailable.value += 1
+                self._breaker.failed(time.monotonic())
+                cause = str(exc)
+                break
+            self._answered.value += 1
+            self._round_trip.observe(time.monotonic() - started)
+            self._breaker.answered()
+            self._degrade(False)
+            self._deliver(askers, reply)
+            return
+        self._locally(askers, cause)
+
+    async def _ask(self, askers: list[Asker]) -> ScheduleReply:
+        batch = ScheduleBatch(
+            self._identity.id,
+            self._identity.incarnation,
+            self._attempt_s * 1000,
+            tuple(asker.request for asker in askers),
+        )
+        return await self._bus.request(SCHEDULE, batch, DEFAULT_SHARD, deadline_s=self._attempt_s)
+
+    def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
+        outcomes = {outcome.decision_id: outcome for outcome in reply.outcomes}
+        unserved: list[Asker] = []
+        for asker in askers:
+            outcome = outcomes.get(asker.request.decision_id)
+            if not asker.waiting:
+                # Its client left in the meantime: what the scheduler reserved is given back.
+                self._account.finish(asker.request.decision_id)
+            elif isinstance(outcome, Rejection):
+                asker.rejected(outcome)
+            elif outcome is None or (instance := self._table.get(outcome.instance)) is None:
+                # No outcome, or an instance this ingress never heard of: its own table decides.
+                unserved.append(asker)
+            else:
+                self._by_scheduler.value += 1
+                asker.placed(outcome, instance)
+        if unserved:
+            self._locally(unserved, "", degraded=False)
+
+    def _locally(self, askers: list[Asker], cause: str, *, degraded: bool = True) -> None:
+        if degraded:
+            self._degrade(True, cause)
+        for asker in askers:
+            if not asker.waiting:
+                self._account.finish(asker.request.decision_id)
+                continue
+            request = asker.request
+            pool = self._table.serving(request.model)
+            candidates = [i for i in pool if eligible(i, request.owner) and i.id not in request.excluded]
+            affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
+            instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
+            if instance is None:
+                asker.rejected(self._reject(request, bool(pool)))
+            else:
+                self._by_self.value += 1
+                self._events.emit(
+                    PLACEMENT, request.model, request.request_id, self._event(request, instance)
+                )
+                asker.placed(Placement(request.decision_id, instance.id, policy=LOCAL), instance)
+
+    def _event(self, request: ScheduleRequest, instance: Instance) -> PlacementEvent:
+        return PlacementEvent(
+            decision_id=request.decision_id,
+            request_id=request.request_id,
+            model=request.model,
+            instance=instance.id,
+            policy=LOCAL,
+            replica=self._identity.id,
+            ingress=self._identity.id,
+            prompt_tokens=request.prompt_tokens,
+            blocks=len(request.block_hashes) // HASH_BYTES,
+        )
+
+    def _reject(self, request: ScheduleRequest, known: bool) -> Rejection:
+        rejection = no_candidate(request, known)
+        event = RejectionEvent(
+            decision_id=request.decision_id,
+            request_id=request.request_id,
+            model=request.model,
+            reason=rejection.reason,
+            replica=self._identity.id,
+            ingress=self._identity.id,
+            message=rejection.message,
+        )
+        self._events.emit(REJECTION, request.model, request.request_id, event)
+        return rejection
+
+    def _degrade(self, active: bool, cause: str = "") -> None:
+        """Say once that schedulers are worked around, and once that they are back."""
+        if active == self._degraded:
+            return
+        self._degraded = active
+        log.warning(
+            "placing locally" if active else "placing through the schedulers again",
+            extra={"fields": {"cause": cause}},
+        )
+        event = DegradedEvent(self._identity.service, self._identity.id, "placing locally", active, cause)
+        self._events.emit(DEGRADED, "", self._identity.service, event)
+
+
+def eligible(instance: Instance, owner: str) -> bool:
+    """Whether this ingress may send an undivided request there by itself."""
+    return instance.takes_work and instance.role is Role.NEUTRAL and owner in ("", instance.owner)
+
+
+def no_candidate(request: ScheduleRequest, known: bool) -> Rejection:
+    """The rejection of a request that no instance can take."""
+    if known:
+        text = f"no instance that serves '{request.model}' takes requests at the moment"
+        return Rejection(request.decision_id, Reason.NO_INSTANCE, text, 1.0)
+    return Rejection(request.decision_id, Reason.UNKNOWN_MODEL, f"the model '{request.model}' does not exist")

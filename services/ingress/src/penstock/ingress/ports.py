@@ -1,0 +1,71 @@
+"""What one exchange needs from the two sides it joins."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from penstock.common.model import Instance
+from penstock.ingress.http_wire import ResponseHead
+
+
+class Downstream(Protocol):
+    """The client's connection, for the length of one exchange."""
+
+    def write(self, data: bytes) -> None:
+        """Send; while the client reads slowly `UpstreamExchange.pause` is called."""
+
+    def exchange_done(self, keep_alive: bool) -> None:
+        """The response was written; without `keep_alive` the connection ends after it."""
+
+    def abort(self) -> None:
+        """End the connection at once, so that the client sees a broken response."""
+
+
+class Upstream(Protocol):
+    """A connection to an instance, for the length of one exchange."""
+
+    reused: bool
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Send the request."""
+
+    def pause(self) -> None:
+        """Stop reading: the client is slow."""
+
+    def resume(self) -> None:
+        """Read again."""
+
+    def release(self) -> None:
+        """The response is complete: the connection may serve another exchange if it still can."""
+
+    def abort(self) -> None:
+        """Cancel the request: the instance sees its client go."""
+
+
+class UpstreamListener(Protocol):
+    """What hears of an instance's connection; the exchange."""
+
+    def upstream_connected(self, upstream: Upstream) -> None:
+        """A connection is there."""
+
+    def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
+        """No connection could be had; `overflow`: the pool's bound."""
+
+    def upstream_head(self, head: ResponseHead) -> None:
+        """The response's head came."""
+
+    def upstream_data(self, data: bytes, boundary: bool) -> None:
+        """A piece of the body, framing included; `boundary` if nothing is cut inside the framing."""
+
+    def upstream_done(self) -> None:
+        """The body is complete."""
+
+    def upstream_lost(self, cause: str, *, answered: bool) -> None:
+        """The connection ended, or sent what is not HTTP; `answered` if any byte of a response had come."""
+
+
+class Upstreams(Protocol):
+    """Connections to all instances."""
+
+    def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
+        """Call `upstream_connected` or `upstream_refused`, at once or later; never twice."""

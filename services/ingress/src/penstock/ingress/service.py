@@ -1,0 +1,130 @@
+"""The loops of one ingress process: know the fleet, report load, end what is overdue, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from penstock.common.bus import Bus, Listing, Lost
+from penstock.common.errors import MessageTooLarge
+from penstock.common.instances import InstanceTable
+from penstock.common.lifecycle import Lifecycle
+from penstock.common.messages import LoadReport
+from penstock.common.subjects import INSTANCES, LOAD
+from penstock.common.telemetry import Metrics
+from penstock.ingress.gateway import Gateway
+from penstock.ingress.in_flight import InFlightAccount
+
+log = logging.getLogger(__name__)
+
+# Schedulers see a finished request this late; a message each time something changed would cost as much
+# as relaying.
+REPORT_EVERY_S = 0.025
+SNAPSHOT_EVERY_S = 1.0
+SWEEP_EVERY_S = 0.1
+DRAIN_CHECK_S = 0.05
+
+
+class Sweepable(Protocol):
+    """Something with connections that have deadlines."""
+
+    def sweep(self, now: float) -> None:
+        """End what is overdue at `now`."""
+
+
+class IngressService:
+    """One worker's loops around its Gateway."""
+
+    def __init__(self, gateway: Gateway, bus: Bus, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._gateway, self._bus = gateway, bus
+        table = gateway.table
+        lifecycle.require(
+            "registry", lambda: "" if table.synced else "no complete listing of the instances yet"
+        )
+        metrics.gauge("penstock_registry_instances", "Instances known", lambda: len(table))
+        metrics.gauge(
+            "penstock_registry_synced", "1 once a complete listing was seen", lambda: float(table.synced)
+        )
+        metrics.gauge(
+            "penstock_registry_lost",
+            "1 while the watch cannot vouch for the table",
+            lambda: float(table.lost),
+        )
+        metrics.gauge(
+            "penstock_registry_undecodable_total", "Registry records dropped", lambda: table.undecodable
+        )
+        metrics.gauge(
+            "penstock_ingress_access_log_dropped", "Log lines dropped", lambda: gateway.access_log.dropped
+        )
+        self._reports_too_large = metrics.counter(
+            "penstock_ingress_reports_too_large_total", "Load reports over their subject's bound"
+        )
+        bus.on_connection(self._on_connection)
+
+    def _on_connection(self, up: bool) -> None:
+        # Schedulers that came back with the bus know nothing of what runs here.
+        self._gateway.account.snapshot_due = True
+
+    async def watch(self) -> None:
+        """Keep the instance table."""
+        async for event in self._bus.watch(INSTANCES):
+            changed = self._gateway.table.apply(event)
+            if changed or isinstance(event, Lost | Listing):
+                self._log_table(self._gateway.table, event.cause if isinstance(event, Lost) else "")
+
+    def _log_table(self, table: InstanceTable, lost: str) -> None:
+        taking = sum(instance.takes_work for instance in table.instances())
+        fields = {"instances": len(table), "taking_work": taking, "synced": table.synced, "lost": lost}
+        log.info("instance table", extra={"fields": fields})
+
+    async def report(self) -> None:
+        """Tell the schedulers what is in flight."""
+        account, loop = self._gateway.account, asyncio.get_running_loop()
+        next_snapshot = 0.0
+        while True:
+            if account.snapshot_due or loop.time() >= next_snapshot:
+                next_snapshot = loop.time() + SNAPSHOT_EVERY_S
+                self.publish(account.snapshot())
+            else:
+                self.publish(account.changes())
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    def publish(self, reports: Iterable[LoadReport]) -> None:
+        """Send reports; one that is lost leaves a gap in the sequence, which the next snapshot heals."""
+        for report in reports:
+            try:
+                self._bus.publish(LOAD, report, report.ingress)
+            except MessageTooLarge as exc:
+                self._reports_too_large.inc()
+                log.error("%s", exc)
+
+    async def sweep(self, connections: Iterable[Sweepable], clock: Callable[[], float]) -> None:
+        """End overdue exchanges and connections, write the access log."""
+        held = list(connections)
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            now = clock()
+            for exchange in [e for e in self._gateway.exchanges if e.deadline < now]:
+                exchange.expire()
+            for owner in held:
+                owner.sweep(now)
+            self._gateway.access_log.flush()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let exchanges finish, end those that do not, and say that this ingress leaves."""
+        gateway, loop = self._gateway, asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        # Exchanges end in many places; looking at them while draining is simpler than hearing of each end.
+        while gateway.exchanges and loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_CHECK_S)
+        for exchange in list(gateway.exchanges):
+            exchange.shut_down()
+        self.publish(final_reports(gateway.account))
+        gateway.access_log.flush()
+
+
+def final_reports(account: InFlightAccount) -> list[LoadReport]:
+    """The last word of an ingress."""
+    return list(account.snapshot(leaving=True))

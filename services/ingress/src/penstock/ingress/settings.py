@@ -1,0 +1,71 @@
+"""Settings of the ingress."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+
+from penstock.common.settings import ServiceSettings
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+class IngressSettings(ServiceSettings):
+    """HTTP in, placements from the bus, tokens out."""
+
+    host: str = Field("0.0.0.0", description="address of the public listener")
+    port: int = Field(8080, ge=0, le=65535, description="port of the public listener; 0 picks a free one")
+    admin_port: int = Field(
+        8081, ge=0, le=65535, description="port of the admin listener, for all workers; 0 picks a free one"
+    )
+    workers: int = Field(1, ge=1, le=256, description="processes that share the port")
+    ingress_id: str = Field("", max_length=64, description="name of this ingress on the bus; random if empty")
+
+    request_timeout: float = Field(
+        120.0, gt=0, le=86400, description="seconds from the request's end to the response's first byte"
+    )
+    stream_idle_timeout: float = Field(
+        300.0, gt=0, le=86400, description="seconds between two pieces of a response"
+    )
+    connect_timeout: float = Field(
+        6.0, gt=0, le=300, description="seconds to open a connection to an instance"
+    )
+    schedule_timeout: float = Field(
+        0.05, gt=0, le=10, description="seconds one attempt to reach a scheduler may take; there are two"
+    )
+    header_timeout: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="seconds for a request's headers, and for each further piece of its body",
+    )
+    idle_timeout: float = Field(
+        75.0, gt=0, le=3600, description="seconds a client's connection may stand idle"
+    )
+    retry_max_count: int = Field(
+        0, ge=0, le=16, description="further instances tried after an error, while no byte went to the client"
+    )
+
+    max_header_bytes: int = Field(
+        64 * KIB, ge=1024, le=MIB, description="bytes of a request's or response's head"
+    )
+    buffer_limit: int = Field(4 * MIB, ge=1024, le=1024 * MIB, description="bytes of a request's body")
+    upstream_max_connections: int = Field(
+        1024, ge=1, le=65536, description="connections to one instance, per worker"
+    )
+    upstream_idle_timeout: float = Field(
+        60.0, gt=0, le=3600, description="seconds an unused connection to an instance is kept"
+    )
+
+    block_bytes: int = Field(
+        256,
+        ge=16,
+        le=16384,
+        description="bytes of canonical prompt text per block hash, at the prompt's start",
+    )
+    block_hash_secret: SecretStr = Field(
+        SecretStr(""), description="salt of the block hashes; the same on every ingress of a deployment"
+    )
+    expose_routing_headers: bool = Field(
+        True, description="tell clients routing-strategy, target-pod and target-pod-ip"
+    )
+    access_log: bool = Field(True, description="one log line per request")
