@@ -12,6 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import msgspec
 
@@ -230,6 +231,11 @@ class EventWriter:
         future.add_done_callback(settle)
 
 
+@lru_cache(maxsize=8)
+def _second(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+
+
 def _rfc3339(moment: float) -> str:
     whole = int(moment)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((moment - whole) * 1000):03d}Z"
+    return f"{_second(whole)}.{int((moment - whole) * 1000):03d}Z"

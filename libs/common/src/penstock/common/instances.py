@@ -42,8 +42,9 @@ class InstanceTable:
         self._inherited: set[str] = set()
         self._markers: dict[str, CompleteMarker] = {}
         self._incarnation = ""
-        self._by_model: dict[str, tuple[Instance, ...]] = {}
         self._by_id: dict[InstanceId, Instance] = {}
+        self._by_model: dict[str, dict[InstanceId, Instance]] = {}
+        self._pools: dict[str, tuple[Instance, ...]] = {}
         self.synced = False
         self.lost = True
         self.version = 0
@@ -59,7 +60,13 @@ class InstanceTable:
 
     def serving(self, model: str) -> tuple[Instance, ...]:
         """The pool of a model, in order of id; empty for an unknown one."""
-        return self._by_model.get(model, ())
+        pool = self._pools.get(model)
+        if pool is None:
+            members = self._by_model.get(model)
+            if not members:
+                return ()
+            pool = self._pools[model] = tuple(instance for _, instance in sorted(members.items()))
+        return pool
 
     def models(self) -> Iterable[str]:
         """Every model name and LoRA adapter served by some instance."""
@@ -69,28 +76,27 @@ class InstanceTable:
         return len(self._by_id)
 
     def apply(self, event: WatchEvent) -> bool:
-        """Take one event of the watch; True if the instances changed."""
-        before = self._by_id
+        """Take one event of the watch; True if the instances changed. `version` counts the changes."""
+        before = self.version
         match event:
             case Listing():
                 self._list(event)
+                self._settle()
             case Change():
                 self._change(event)
+                if event.key.startswith(COMPLETE_PREFIX):
+                    self._settle()
             case Lost():
                 self.lost = True
-                return False
-        self._settle()
-        self._index()
-        changed = self._by_id != before
-        self.version += changed
-        return changed
+        return self.version != before
 
     def _list(self, listing: Listing) -> None:
         self.lost = False
         same = listing.position.incarnation == self._incarnation
         if same:
-            self._held.clear()
             self._inherited.clear()
+            for key in self._held.keys() - listing.entries.keys():
+                self._drop(key)
         else:
             # Everything held comes from an older incarnation until this one names it.
             self._inherited = set(self._held)
@@ -110,8 +116,7 @@ class InstanceTable:
             change.position.sequence > self._held.get(change.key, (None, 0))[1]
             or change.key in self._inherited
         ):
-            self._held.pop(change.key, None)
-            self._inherited.discard(change.key)
+            self._drop(change.key)
 
     def _put(self, key: str, entry: Entry) -> None:
         try:
@@ -120,8 +125,7 @@ class InstanceTable:
             elif key.startswith(INSTANCE_PREFIX):
                 held = self._held.get(key)
                 if held is None or key in self._inherited or entry.revision > held[1]:
-                    self._held[key] = decode_record(Instance, entry.value), entry.revision
-                    self._inherited.discard(key)
+                    self._hold(key, decode_record(Instance, entry.value), entry.revision)
         except DecodeError:
             # One broken record costs itself only: what was known of that instance stays.
             self.undecodable += 1
@@ -134,16 +138,40 @@ class InstanceTable:
             for key in list(self._inherited):
                 source = self._held[key][0].source
                 if source in complete or source not in wanted:
-                    del self._held[key]
-                    self._inherited.discard(key)
+                    self._drop(key)
         if complete and complete >= wanted:
             self.synced = True
 
-    def _index(self) -> None:
-        by_model: dict[str, list[Instance]] = {}
-        self._by_id = {}
-        for _, (instance, _) in sorted(self._held.items()):
-            self._by_id[instance.id] = instance
-            for model in {*instance.models, *instance.lora_adapters}:
-                by_model.setdefault(model, []).append(instance)
-        self._by_model = {model: tuple(pool) for model, pool in by_model.items()}
+    def _hold(self, key: str, instance: Instance, revision: int) -> None:
+        held = self._held.get(key)
+        self._inherited.discard(key)
+        self._held[key] = instance, revision
+        if held is not None and held[0] == instance:
+            return
+        self._forget(held)
+        self._by_id[instance.id] = instance
+        for model in {*instance.models, *instance.lora_adapters}:
+            self._by_model.setdefault(model, {})[instance.id] = instance
+            self._pools.pop(model, None)
+        self.version += 1
+
+    def _drop(self, key: str) -> None:
+        self._inherited.discard(key)
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._forget(held)
+            self.version += 1
+
+    def _forget(self, held: tuple[Instance, int] | None) -> None:
+        if held is None:
+            return
+        instance = held[0]
+        if self._by_id.get(instance.id) is instance:
+            del self._by_id[instance.id]
+        for model in {*instance.models, *instance.lora_adapters}:
+            members = self._by_model.get(model, {})
+            if members.get(instance.id) is instance:
+                del members[instance.id]
+            if not members:
+                self._by_model.pop(model, None)
+            self._pools.pop(model, None)

@@ -41,6 +41,11 @@ class Lifecycle:
         """An eternal loop of the service: if one ends, the service ends."""
         self._loops.append((name, work))
 
+    def abandon(self) -> None:
+        """Close the loops of a service that will not run."""
+        for _, work in self._loops:
+            work.close()
+
     async def run(self, drain: Callable[[], Awaitable[None]]) -> None:
         """Run the loops until SIGTERM or SIGINT; then `drain` while they go on, then cancel them."""
         loop = asyncio.get_running_loop()

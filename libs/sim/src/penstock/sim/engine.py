@@ -1,8 +1,8 @@
 """The model of a serving engine: continuous batching, chunked prefill, prefix cache, preemption.
 
-Sync, without I/O and without a clock: every call takes the time (seconds, any origin, never going back). A driver
-calls `start_step`, lets the returned duration pass on its clock, calls `end_step`, and so on until `start_step`
-returns None.
+Sync, without I/O and without a clock: every call takes the time (seconds, any origin, never going back).
+A driver calls `start_step`, lets the returned duration pass on its clock, calls `end_step`, and so on until
+`start_step` returns None.
 """
 
 from collections import OrderedDict
@@ -17,12 +17,14 @@ class _Sequence:
     """Progress of one request. `shared` of its `blocks` are published, and these are its leading ones."""
 
     __slots__ = (
-        *("arrived_s", "blocks", "cached_tokens", "computed", "first_token_s", "generated"),
+        *("arrived_s", "blocks", "cached_tokens", "computed", "first_token_s", "generated", "known"),
         *("last_token_s", "request", "scheduled_s", "shared"),
     )
 
     def __init__(self, request: EngineRequest, now: float) -> None:
         self.request = request
+        # Tokens whose keys and values must be computed before the next one comes out, and those that are.
+        self.known = request.prompt_tokens
         self.computed = 0
         self.generated = 0
         self.blocks = 0
@@ -33,11 +35,6 @@ class _Sequence:
         self.scheduled_s = -inf
         self.first_token_s = now
         self.last_token_s = now
-
-    @property
-    def known(self) -> int:
-        """Tokens whose keys and values must be computed before the next one comes out."""
-        return self.request.prompt_tokens + self.generated
 
 
 class Engine:
@@ -89,7 +86,8 @@ class Engine:
             raise DoesNotFit(needed, self._pool.total)
         if len(self._waiting) >= self.spec.max_waiting:
             raise QueueFull(len(self._waiting))
-        self._waiting[request.request_id] = _Sequence(request, now)
+        home = self._waiting if request.stall_after != 0 else self._stalled
+        home[request.request_id] = _Sequence(request, now)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request at once, in a step or out of it, and free its blocks. False if it is not here."""
@@ -101,26 +99,19 @@ class Engine:
                 return True
         return False
 
-    def stall(self, request_id: str) -> None:
-        """Make a request produce nothing more; it holds its blocks and a place in the batch until aborted."""
-        sequence = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
-        if sequence is not None:
-            self._stalled[request_id] = sequence
-
     def start_step(self, now: float) -> float | None:
         """Compose the next step and return its duration in seconds; None if there is nothing to compute."""
         if self._step is not None:
             raise RuntimeError("the previous step has not ended")
         step: list[tuple[_Sequence, int]] = []
         preemptions = self.stats.preemptions
-        budget = self._continue_running(step)
+        budget, decodes = self._continue_running(step)
         if self.stats.preemptions == preemptions:
             self._admit(step, budget, now)
         if not step:
             return None
         self._step = step
-        decodes = sum(1 for sequence, tokens in step if tokens == 1 and sequence.generated)
-        prefill_tokens = sum(tokens for _, tokens in step) - decodes
+        prefill_tokens = sum([tokens for _, tokens in step]) - decodes
         return self.spec.step_duration_s(prefill_tokens, decodes)
 
     def end_step(self, now: float) -> list[TokenEvent]:
@@ -130,7 +121,7 @@ class Engine:
         step, self._step = self._step, None
         events = []
         for sequence, tokens in step:
-            # Aborted, stalled, or aborted and submitted again since the step was composed.
+            # Aborted, or aborted and submitted again, since the step was composed.
             if self._running.get(sequence.request.request_id) is not sequence:
                 continue
             sequence.computed += tokens
@@ -141,8 +132,10 @@ class Engine:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.spec.block_size)
 
-    def _continue_running(self, step: list[tuple[_Sequence, int]]) -> int:
-        budget = self.spec.step_token_budget
+    def _continue_running(self, step: list[tuple[_Sequence, int]]) -> tuple[int, int]:
+        """What is left of the budget, and how many of the requests decode."""
+        budget, decodes = self.spec.step_token_budget, 0
+        block_size = self.spec.block_size
         for sequence in tuple(self._running.values()):
             if budget == 0:
                 break
@@ -150,17 +143,20 @@ class Engine:
             if sequence.request.request_id not in self._running:
                 continue
             tokens = min(sequence.known - sequence.computed, budget)
-            if self._make_room(sequence, tokens):
+            lacks_room = sequence.computed + tokens > sequence.blocks * block_size
+            if lacks_room and not self._make_room(sequence, tokens):
+                continue
+            if sequence.computed % block_size + tokens >= block_size:
                 self._publish(sequence, tokens)
-                step.append((sequence, tokens))
-                budget -= tokens
-        return budget
+            step.append((sequence, tokens))
+            budget -= tokens
+            if tokens == 1 and sequence.generated:
+                decodes += 1
+        return budget, decodes
 
     def _make_room(self, sequence: _Sequence, tokens: int) -> bool:
         """Allocate the blocks for `tokens` more; False if the sequence itself was preempted for it."""
         needed = self._blocks_for(sequence.computed + tokens) - sequence.blocks
-        if needed <= 0:
-            return True
         while not self._pool.allocate(needed):
             if self._preempt_last() is sequence:
                 return False
@@ -190,7 +186,7 @@ class Engine:
             budget -= tokens
 
     def _place(self, sequence: _Sequence, budget: int) -> int | None:
-        """Take the cached prefix and room for the first tokens to compute: their number; None without room."""
+        """Take the cached prefix and room for the first tokens to compute: their number, or None."""
         hashes = sequence.request.block_hashes
         # At least one token is computed: the next token comes out of its computation.
         hits = self._pool.match(hashes, (sequence.known - 1) // self.spec.block_size)
@@ -208,7 +204,7 @@ class Engine:
         return tokens
 
     def _publish(self, sequence: _Sequence, tokens: int) -> None:
-        """Share the blocks that the step will fill; later requests of the same step may use them, as in vLLM."""
+        """Share the blocks this step fills: requests after it in the same step may use them, as in vLLM."""
         full = (sequence.computed + tokens) // self.spec.block_size
         hashes = sequence.request.block_hashes
         for block_hash in hashes[sequence.shared : full]:
@@ -226,6 +222,7 @@ class Engine:
         request, stats = sequence.request, self.stats
         if request.output_tokens:
             sequence.generated += 1
+            sequence.known += 1
             stats.generation_tokens += 1
         if sequence.generated > 1:
             stats.itl.observe(now - sequence.last_token_s)
@@ -237,6 +234,8 @@ class Engine:
             del self._running[request.request_id]
             self._release(sequence)
             self._note_finished(sequence, now)
+        elif sequence.generated == request.stall_after:
+            self._stalled[request.request_id] = self._running.pop(request.request_id)
         return TokenEvent(request.request_id, sequence.generated, finished, sequence.cached_tokens)
 
     def _note_first_token(self, sequence: _Sequence, now: float) -> None:

@@ -44,8 +44,9 @@ class EngineSpec:
 class EngineRequest(msgspec.Struct, frozen=True):
     """One sequence to compute. Without output tokens (embeddings) it finishes when the prompt is computed.
 
-    `block_hashes` names the leading full blocks of prompt and output in order, as far as they are known; blocks
-    after them are never shared. `finish_reason` is what the request ends with when its output is complete.
+    `block_hashes` names the leading full blocks of prompt and output in order, as far as they are known;
+    blocks after them are never shared. `finish_reason` is what a complete output ends with. After
+    `stall_after` output tokens the request produces nothing more and holds what it has until it is aborted.
     """
 
     request_id: str
@@ -53,10 +54,11 @@ class EngineRequest(msgspec.Struct, frozen=True):
     output_tokens: int
     block_hashes: tuple[int, ...] = ()
     finish_reason: FinishReason = "stop"
+    stall_after: int | None = None
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
-    """A request got its `generated`-th output token; 0 of a request without output: its prompt is computed."""
+    """A request got its `generated`-th output token; 0: it wants none, and its prompt is computed."""
 
     request_id: str
     generated: int

@@ -1,8 +1,8 @@
 """Pseudo-tokenizer and deterministic answers: whoever knows the prompt can compute what the engine will say.
 
-A token is four bytes of UTF-8 text (the last one of a text padded with NUL), so a sequence of n tokens is a `bytes`
-of 4·n, and token ids are these bytes read as little-endian u32. Answers are ASCII and a whole number of tokens; they
-begin with 16 hex digits, a digest of model, seed and prompt.
+A token is four bytes of UTF-8 text (the last one of a text padded with NUL), so a sequence of n tokens is a
+`bytes` of length 4n, and token ids are these bytes read as little-endian u32. Answers are ASCII and a whole
+number of tokens; they begin with 16 hex digits, a digest of model, seed and prompt.
 """
 
 import struct
@@ -21,13 +21,15 @@ DEFAULT_MODEL = "sim-model"
 _MESSAGE_START = b"\xff<m\xff"
 _MESSAGE_END = b"\xff>m\xff"
 
+# One token a word.
 _WORDS = (
-    "ant arm bay bee box bud cap cat cod cot cow cup dam day dew dog dot eel egg elk elm fan fig fin fir fog fox "
-    "gem gum hat hay hen ice inn ivy jar jay jet key kid kit lab log map mud net nut oak oar owl pan paw pea pen "
-    "pie pot ram ray rib rye sea"
-).split()
-# One token a word; the stride is coprime to the number of words (61), so every word occurs once a round.
-_ROUND = "".join(f" {_WORDS[i * 23 % len(_WORDS)]}" for i in range(len(_WORDS)))
+    " ant arm bay bee box bud cap cat cod cot cow cup dam day dew dog dot eel egg elk elm fan fig fin fir fog"
+    " fox gem gum hat hay hen ice inn ivy jar jay jet key kid kit lab log map mud net nut oak oar owl pan paw"
+    " pea pen pie pot ram ray rib rye sea"
+)
+_WORD_COUNT = len(_WORDS) // TOKEN_BYTES
+# The stride is coprime to the number of words (61), so every word occurs once a round.
+_ROUND = "".join(_WORDS[i * 23 % _WORD_COUNT * TOKEN_BYTES :][:TOKEN_BYTES] for i in range(_WORD_COUNT))
 
 _SHORTEST_ANSWER = 16
 _LONGEST_ANSWER = 64
@@ -70,8 +72,8 @@ def from_ids(ids: Sequence[int]) -> bytes:
 def tokenize_chat(messages: Iterable[Mapping[str, Any]], tools: object = None) -> bytes:
     """Tokens of a conversation, message by message and with the mark that asks the assistant to go on.
 
-    An earlier answer becomes the same tokens as when it was generated, so that the next turn finds them in the prefix
-    cache. Raises ValueError for a message that is none.
+    An earlier answer becomes the same tokens as when it was generated, so that the next turn finds them in
+    the prefix cache. Raises ValueError for a message that is none.
     """
     parts = [] if tools is None else [_MESSAGE_START, tokenize("tools"), tokenize(_json(tools)), _MESSAGE_END]
     for message in messages:
@@ -97,7 +99,7 @@ def digest(tokens: bytes, *, model: str, seed: int = 0) -> str:
 def answer(
     tokens: bytes, max_tokens: int | None, *, model: str, seed: int = 0, room: int | None = None
 ) -> Answer:
-    """The answer to a prompt: `max_tokens` long, else 16 to 64 tokens as the prompt has it, `room` at most."""
+    """The answer to a prompt: `max_tokens` long, else 16 to 64 as the prompt has it, at most `room`."""
     mark = digest(tokens, model=model, seed=seed)
     number = int(mark, 16)
     length = max_tokens
@@ -106,8 +108,8 @@ def answer(
     reason: FinishReason = "stop" if max_tokens is None else "length"
     if room is not None and length > room:
         length, reason = room, "length"
-    rounds = _ROUND * (length // len(_WORDS) + 2)
-    start = number % len(_WORDS) * TOKEN_BYTES
+    rounds = _ROUND * (length // _WORD_COUNT + 2)
+    start = number % _WORD_COUNT * TOKEN_BYTES
     return Answer((mark + rounds[start:])[: length * TOKEN_BYTES], length, reason)
 
 

@@ -10,15 +10,20 @@ from __future__ import annotations
 import re
 import sys
 from array import array
+from collections.abc import Iterator
 
 import xxhash
 
 RUN_BLOCKS = 64
 MAX_HASHES = 512
-# Strings this long (pasted documents, images) enter as one digest: hashing them by block buys nothing.
+# Text between two quotes this long (pasted documents, images) enters as one digest: hashing it by block
+# buys nothing.
 LONG_STRING_BYTES = 64 * 1024
-_DATA_URI = re.compile(rb"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]{64,}")
-_LONG_STRING = re.compile(rb'"(?:[^"\\]|\\.){%d,}"' % LONG_STRING_BYTES, re.DOTALL)
+# Two blocks of the default size: a digest fills at least one block, wherever it lies. A prompt that is
+# one long document would otherwise be shorter than a block and have no hash at all.
+DIGEST_BYTES = 512
+# From here on a digest is shorter than what it stands for; smaller images are cheap to hash by block.
+_DATA_URI = re.compile(rb"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]{1024,}")
 
 
 def root_seed(secret: str, model: str, salt: str = "") -> int:
@@ -27,16 +32,44 @@ def root_seed(secret: str, model: str, salt: str = "") -> int:
 
 
 def condense(prompt: bytes) -> bytes:
-    """The prompt with data URIs and very long strings replaced by their digests."""
+    """The prompt with data URIs and very long strings replaced by their digests.
+
+    A string with escaped quotes counts from quote to quote. The cost is linear for any bytes.
+    """
     if b";base64," in prompt:
-        prompt = _DATA_URI.sub(_digest, prompt)
-    if len(prompt) > LONG_STRING_BYTES:
-        prompt = _LONG_STRING.sub(_digest, prompt)
-    return prompt
+        prompt = _DATA_URI.sub(lambda match: _digest(match[0]), prompt)
+    if len(prompt) <= LONG_STRING_BYTES:
+        return prompt
+    parts: list[bytes] = []
+    end = 0
+    for start, stop in _long_strings(prompt):
+        parts += prompt[end:start], _digest(prompt[start:stop])
+        end = stop
+    return b"".join((*parts, prompt[end:]))
 
 
-def _digest(match: re.Match[bytes]) -> bytes:
-    return b"%032x" % xxhash.xxh3_128_intdigest(match[0])
+def _long_strings(prompt: bytes) -> Iterator[tuple[int, int]]:
+    """Where text of at least LONG_STRING_BYTES stands between two quotes.
+
+    Each of them covers a whole step of half that size, so most bytes of other prompts are never looked
+    at; a regular expression takes seconds for 64 KiB of escapes, as it tries every quote as a beginning.
+    """
+    step = LONG_STRING_BYTES // 2
+    floor = position = 0
+    while position + step <= len(prompt):
+        if prompt.find(b'"', position, position + step) >= 0:
+            position += step
+            continue
+        start, stop = prompt.rfind(b'"', floor, position) + 1, prompt.find(b'"', position + step)
+        if stop < 0:
+            return
+        if start and stop - start >= LONG_STRING_BYTES:
+            yield start, stop
+        floor = position = stop
+
+
+def _digest(text: bytes) -> bytes:
+    return (b"%032x" % xxhash.xxh3_128_intdigest(text)) * (DIGEST_BYTES // 32)
 
 
 def chain(prompt: bytes, seed: int, block_bytes: int) -> bytes:

@@ -6,7 +6,7 @@ import logging
 import re
 from enum import Enum, StrEnum
 
-from penstock.common.messages import Placement, Rejection
+from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.common.routing_events import OUTCOME, OutcomeEvent
 from penstock.ingress.failures import PHRASES, REJECTIONS, GatewayError
@@ -20,7 +20,7 @@ from penstock.ingress.http_wire import (
     ResponseHead,
 )
 from penstock.ingress.in_flight import Work
-from penstock.ingress.openai import InferenceRequest, parse, usage_in
+from penstock.ingress.openai import parse, usage_in
 from penstock.ingress.ports import Downstream, Upstream
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ class Exchange:
         "_free_moves",
         "_gateway",
         "_head",
-        "_inference",
         "_instance",
         "_keep_alive",
         "_last",
@@ -82,6 +81,8 @@ class Exchange:
         "_response",
         "_retries",
         "_status",
+        "_stale",
+        "_stream",
         "_stream_clean",
         "_upstream",
         "_work",
@@ -103,10 +104,9 @@ class Exchange:
         self._instance: Instance | None = None
         self._response: ResponseHead | None = None
         self._chunked: ChunkedBody | None = None
-        self._inference: InferenceRequest | None = None
         self._policy = self._account_id = self._error = ""
         self._work: Work | None = None
-        self._paused = False
+        self._paused = self._stale = self._stream = False
         self._decisions: list[str] = []
         self._retries = self._free_moves = 0
         self._status = self._bytes_out = self._chunks = 0
@@ -120,8 +120,9 @@ class Exchange:
         gateway.exchanges.add(self)
         try:
             gateway.admit()
-            self._inference = inference = parse(self._path, self._head.header(b"content-type"), self._body)
+            inference = parse(self._path, self._head.header(b"content-type"), self._body)
             gateway.require_model(inference.model)
+            self._stream = inference.stream
             self.request = gateway.schedule_request(self._head, inference, self.request_id)
         except GatewayError as exc:
             self._fail(exc, Outcome.REJECTED)
@@ -148,6 +149,12 @@ class Exchange:
 
     def rejected(self, rejection: Rejection) -> None:
         """No instance. After a failed attempt the failure is the answer, not the lack of others."""
+        if self._stale and self._free_moves < FREE_MOVES:
+            # A keep-alive race says nothing against the instance, and there is no other one.
+            self._stale = False
+            self._free_moves += 1
+            self._ask_again(self._gateway.another_attempt(self.request, ""))
+            return
         if self._error:
             self._fail(GatewayError("upstream_unreachable", self._error), Outcome.FAILED)
             return
@@ -177,7 +184,7 @@ class Exchange:
         if overflow:
             self._fail(GatewayError("overloaded", cause, retry_after_s=1.0), Outcome.REJECTED)
             return
-        self._upstream = None
+        self._stale = False
         self._again(cause, free=True)
 
     def upstream_lost(self, cause: str, *, answered: bool) -> None:
@@ -185,7 +192,8 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if self.state is State.WAITING:
             # A pooled connection that dies before any byte is a keep-alive race, not a failed attempt.
-            self._again(cause, free=upstream is not None and upstream.reused and not answered)
+            self._stale = upstream is not None and upstream.reused and not answered
+            self._again(cause, free=self._stale)
         elif self.state is State.RELAYING:
             self._break_off(
                 "upstream_unreachable", f"the instance ended the response early: {cause}", Outcome.FAILED
@@ -198,6 +206,8 @@ class Exchange:
             self._again(f"the instance answered {head.status}", free=False)
             return
         self.state = State.RELAYING
+        # No other instance can be asked any more: a stream must not hold its prompt for minutes.
+        self._body = b""
         self._response, self._status = head, head.status
         if head.length == CHUNKED and self._head.minor == 0:
             self._chunked = ChunkedBody(collect=True)
@@ -205,6 +215,8 @@ class Exchange:
             self._keep_alive = False
         self._touch()
         self._downstream.write(self._client_head(head))
+        if self._paused and self._upstream is not None:
+            self._upstream.pause()
 
     def upstream_data(self, data: bytes, boundary: bool) -> None:
         """Pass a piece on as it is."""
@@ -212,8 +224,10 @@ class Exchange:
             self._first_byte_at = self._gateway.clock()
         if self._chunked is not None:
             self._chunked.feed(data)
-            data = b"".join(self._chunked.data)
+            data = bytes(self._chunked.data)
             self._chunked.data.clear()
+            if not data:
+                return
         self._bytes_out += len(data)
         self._chunks += 1
         self._previous, self._last = self._last, data
@@ -246,7 +260,8 @@ class Exchange:
         """The client caught up. Time spent waiting for it is not the instance's silence."""
         self._paused = False
         if self._upstream is not None:
-            self._touch()
+            if self.state is State.RELAYING:
+                self._touch()
             self._upstream.resume()
 
     # -- ends --------------------------------------------------------------------------------------
@@ -280,7 +295,7 @@ class Exchange:
         self._release()
         gateway = self._gateway
         gateway.exchanges.discard(self)
-        if self._inference is not None and self._decisions:
+        if self._decisions:
             self._log(outcome)
         gateway.count(outcome, self._status, self._received_at, self._first_byte_at)
         if outcome is not Outcome.CLIENT_GONE:
@@ -300,9 +315,12 @@ class Exchange:
             return
         self._release()
         self._gateway.count_move(free)
+        self._ask_again(self._gateway.another_attempt(self.request, failed))
+
+    def _ask_again(self, request: ScheduleRequest) -> None:
         self.state = State.PLACING
-        self.request = self._gateway.another_attempt(self.request, failed)
-        self._decisions.append(self.request.decision_id)
+        self.request = request
+        self._decisions.append(request.decision_id)
         self._gateway.placer.submit(self)
 
     def _release(self) -> None:
@@ -350,8 +368,10 @@ class Exchange:
         self.finish(outcome)
 
     def _ends_between_events(self) -> bool:
-        tail = (self._previous[-4:] + self._last)[-4:]
-        return not tail or tail.endswith((b"\n\n", b"\n\n\r\n"))
+        tail = (self._previous[-8:] + self._last)[-8:]
+        if self._response is not None and self._response.length == CHUNKED and self._chunked is None:
+            tail = tail.removesuffix(b"\r\n")
+        return not tail or tail.endswith((b"\n\n", b"\r\n\r\n"))
 
     def _touch(self) -> None:
         self.deadline = self._gateway.clock() + self._gateway.settings.stream_idle_timeout
@@ -375,14 +395,12 @@ class Exchange:
         return b"\r\n".join(lines)
 
     def _log(self, outcome: Outcome) -> None:
-        gateway, inference = self._gateway, self._inference
-        if inference is None:
-            return
+        gateway, model = self._gateway, self.request.model
         tail = (self._previous[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
         prompt, completion, cached = usage_in(tail) if self._status == 200 else (0, 0, 0)
         event = OutcomeEvent(
             request_id=self.request_id,
-            model=inference.model,
+            model=model,
             outcome=outcome.value,
             status=self._status,
             path=self._path.decode("ascii", "replace"),
@@ -390,7 +408,7 @@ class Exchange:
             decisions=self._decisions,
             instance=self._instance.id if self._instance else "",
             attempts=1 + self._retries + self._free_moves,
-            stream=inference.stream,
+            stream=self._stream,
             scheduling_ms=_ms(self._received_at, self._placed_at),
             ttft_ms=_ms(self._received_at, self._first_byte_at),
             e2e_ms=_ms(self._received_at, gateway.clock()),
@@ -401,7 +419,7 @@ class Exchange:
             cached_tokens=cached,
             error=self._error,
         )
-        gateway.events.emit(OUTCOME, inference.model, self.request_id, event)
+        gateway.events.emit(OUTCOME, model, self.request_id, event)
         gateway.access_log.add(event)
 
 

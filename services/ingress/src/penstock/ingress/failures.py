@@ -6,7 +6,7 @@ import msgspec
 
 from penstock.common.messages import Reason
 
-# code -> (status, OpenAI's error type, reason phrase)
+# code -> (status, OpenAI's error type)
 CODES: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "invalid_request_error"),
     "bad_framing": (400, "invalid_request_error"),

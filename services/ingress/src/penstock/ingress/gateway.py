@@ -58,7 +58,7 @@ class Gateway:
         self._decision_numbers = itertools.count(1)
         self._request_numbers = itertools.count(1)
         self._secret = settings.block_hash_secret.get_secret_value()
-        self._seeds: dict[tuple[str, str], int] = {}
+        self._seeds: dict[str, int] = {}
         self._requests = metrics.counter(
             "penstock_ingress_requests_total", "Requests by how they ended", "outcome", "status"
         )
@@ -112,8 +112,9 @@ class Gateway:
         )
 
     def another_attempt(self, request: ScheduleRequest, failed: str) -> ScheduleRequest:
-        """The request again, under a fresh decision id and without the instance that failed."""
-        excluded = (*request.excluded, failed)[-MAX_EXCLUDED:]
+        """The request again, under a fresh decision id and without the instance that failed; with none
+        named, the last exclusion is taken back."""
+        excluded = (*request.excluded, failed)[-MAX_EXCLUDED:] if failed else request.excluded[:-1]
         return msgspec.structs.replace(request, decision_id=self._decision_id(), excluded=excluded)
 
     def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
@@ -149,13 +150,19 @@ class Gateway:
         return f"{self.identity.incarnation}.{next(self._decision_numbers):x}"
 
     def _hashes(self, inference: InferenceRequest) -> bytes:
-        key = inference.model, inference.cache_salt
-        seed = self._seeds.get(key)
+        return chain(condense(inference.prompt), self._seed(inference), self.settings.block_bytes)
+
+    def _seed(self, inference: InferenceRequest) -> int:
+        model, salt = inference.model, inference.cache_salt
+        if salt:
+            # Not kept: a client may send any number of salts, each as long as a body.
+            return root_seed(self._secret, model, salt)
+        seed = self._seeds.get(model)
         if seed is None:
             if len(self._seeds) >= _SEED_CACHE:
                 self._seeds.clear()
-            seed = self._seeds[key] = root_seed(self._secret, inference.model, inference.cache_salt)
-        return chain(condense(inference.prompt), seed, self.settings.block_bytes)
+            seed = self._seeds[model] = root_seed(self._secret, model)
+        return seed
 
 
 def _text(read: dict[bytes, bytes], name: bytes) -> str:

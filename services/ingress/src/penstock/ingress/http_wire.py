@@ -169,14 +169,16 @@ def parse_response(head: bytes) -> ResponseHead:
             connection.append(value)
         elif name not in _RESPONSE_DROPPED:
             if name == b"content-type":
-                response.event_stream = b"text/event-stream" in value
+                response.event_stream = b"text/event-stream" in value.lower()
             response.fields.append(line)
     response.length = _framing(lengths, codings, UNTIL_CLOSE)
-    if response.status in (204, 304):
-        response.length = 0
     if connection:
         response.keep_alive &= _apply_connection(connection, response.fields)
-    if response.length == UNTIL_CLOSE:
+    if response.status in (204, 304):
+        # A body announced all the same may follow, and must not become the next exchange's response.
+        response.keep_alive &= response.length in (0, UNTIL_CLOSE)
+        response.length = 0
+    elif response.length == UNTIL_CLOSE:
         response.keep_alive = False
     return response
 
@@ -231,7 +233,8 @@ class ChunkedBody:
         self._remaining = 0
         self._trailer_bytes = 0
         self._collect = collect
-        self.data: list[bytes] = []
+        # One buffer: a list would hold forty bytes for each of a hostile body's one-byte chunks.
+        self.data = bytearray()
         self.size = 0
         self.done = False
         self.rest = b""
@@ -250,7 +253,7 @@ class ChunkedBody:
             if self._state == _DATA:
                 take = min(self._remaining, end - position)
                 if self._collect:
-                    self.data.append(piece[position : position + take])
+                    self.data += piece[position : position + take]
                 self.size += take
                 self._remaining -= take
                 position += take
@@ -304,6 +307,9 @@ class ChunkedBody:
             if not _FIELD_LINE.fullmatch(line):
                 raise BadFraming("the trailer is not valid")
             self._trailer_bytes += len(line)
+            if self._trailer_bytes > _MAX_TRAILER_BYTES:
+                raise BadFraming("the trailer is too long")
         self._held = piece[position:]
-        if self._trailer_bytes + len(self._held) > _MAX_TRAILER_BYTES:
+        # One byte more, the CR of the empty line, so that the pieces a body comes in make no difference.
+        if self._trailer_bytes + len(self._held) > _MAX_TRAILER_BYTES + 1:
             raise BadFraming("the trailer is too long")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from penstock.common.messages import MAX_REPORT_ENTRIES, InFlight, LoadReport
+from penstock.common.messages import InFlight, LoadReport
 from penstock.common.model import InstanceId
 
 # Finished ids waiting for a report; past it the next report is a snapshot, which needs none of them.
 MAX_FINISHED = 65_536
+# Entries of one report: with instance ids of 512 bytes still under the bound of the LOAD subject.
+PIECE_ENTRIES = 512
 
 
 class Work:
@@ -81,21 +83,21 @@ class InFlightAccount:
         finished, self._started, self._finished = self._finished, [], []
         while started or finished:
             yield self._report(
-                _entries(started[:MAX_REPORT_ENTRIES]),
-                tuple(finished[:MAX_REPORT_ENTRIES]),
+                _entries(started[:PIECE_ENTRIES]),
+                tuple(finished[:PIECE_ENTRIES]),
                 piece=0,
                 pieces=0,
             )
-            started, finished = started[MAX_REPORT_ENTRIES:], finished[MAX_REPORT_ENTRIES:]
+            started, finished = started[PIECE_ENTRIES:], finished[PIECE_ENTRIES:]
 
     def snapshot(self, leaving: bool = False) -> Iterator[LoadReport]:
         """Everything, in as many pieces as its size needs; at least one."""
         self.snapshot_due = False
         yield from self.changes()
         work = list(self._work.values())
-        pieces = max(1, -(-len(work) // MAX_REPORT_ENTRIES))
+        pieces = max(1, -(-len(work) // PIECE_ENTRIES))
         for piece in range(pieces):
-            entries = work[piece * MAX_REPORT_ENTRIES : (piece + 1) * MAX_REPORT_ENTRIES]
+            entries = work[piece * PIECE_ENTRIES : (piece + 1) * PIECE_ENTRIES]
             yield self._report(_entries(entries), (), piece=piece, pieces=pieces, leaving=leaving)
 
     def _report(

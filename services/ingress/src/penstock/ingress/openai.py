@@ -25,12 +25,14 @@ GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
 MULTIPART_PATHS = frozenset(
     {b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/images/edits", b"/v1/images/variations"}
 )
-_FORM_MODEL = re.compile(
-    rb'content-disposition: *form-data; *name="model" *\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,512})\r\n',
-    re.IGNORECASE,
-)
-_FORM_STREAM = re.compile(
-    rb'content-disposition: *form-data; *name="stream" *\r\n\r\n *(true|1) *\r\n', re.IGNORECASE
+# Parts of a form that are looked at, bytes of a part's headers, bytes of its value that are read.
+MAX_FORM_PARTS = 64
+MAX_PART_HEAD_BYTES = 1024
+MAX_PART_VALUE_BYTES = 4096
+_BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
+_FIELD_NAME = re.compile(
+    rb'^content-disposition:[ \t]*form-data;[ \t]*name="?([^";\r\n]{1,64})"?[ \t]*\r?$',
+    re.IGNORECASE | re.MULTILINE,
 )
 _PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
 _USAGE = re.compile(
@@ -117,11 +119,32 @@ def _prompt(path: bytes, parsed: _Body) -> bytes:
 def _parse_form(content_type: str, body: bytes) -> InferenceRequest:
     if not content_type.lower().startswith("multipart/form-data"):
         raise GatewayError("invalid_request", "this path takes multipart/form-data", param="content-type")
-    model = _FORM_MODEL.search(body)
-    if model is None:
-        raise GatewayError("invalid_request", "form field 'model' is required", param="model")
-    name = model[1].decode("utf-8", "replace")
-    return InferenceRequest(name, _FORM_STREAM.search(body) is not None, b"", 0)
+    boundary = _BOUNDARY.search(content_type)
+    if boundary is None:
+        raise GatewayError("invalid_request", "the content type has no boundary", param="content-type")
+    fields = _form_fields(b"\r\n--" + (boundary[1] or boundary[2]).encode(), body)
+    model = fields.get(b"model", b"").decode("utf-8", "replace")
+    if not 0 < len(model) <= MAX_MODEL_LENGTH:
+        text = f"form field 'model' is required, with 1 to {MAX_MODEL_LENGTH} characters"
+        raise GatewayError("invalid_request", text, param="model")
+    stream = fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
+    return InferenceRequest(model, stream, b"", 0)
+
+
+def _form_fields(delimiter: bytes, body: bytes) -> dict[bytes, bytes]:
+    """The form's fields that are no files; of equal names the last counts, as in JSON."""
+    fields: dict[bytes, bytes] = {}
+    # The first delimiter's CRLF may be missing, because nothing precedes it.
+    start = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
+    for _ in range(MAX_FORM_PARTS):
+        if start == -1:
+            break
+        head = start + len(delimiter)
+        start = body.find(delimiter, head)
+        head_end = body.find(b"\r\n\r\n", head, head + MAX_PART_HEAD_BYTES)
+        if 0 <= head_end < start and (name := _FIELD_NAME.search(body, head, head_end)):
+            fields[name[1]] = body[head_end + 4 : min(start, head_end + 4 + MAX_PART_VALUE_BYTES)]
+    return fields
 
 
 def usage_in(tail: bytes) -> tuple[int, int, int]:

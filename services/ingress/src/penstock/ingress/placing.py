@@ -12,7 +12,7 @@ import time
 from typing import Protocol
 
 from penstock.common.bus import Bus
-from penstock.common.errors import BusError, BusTimeout
+from penstock.common.errors import BusError, BusTimeout, MessageTooLarge
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
@@ -42,7 +42,6 @@ from penstock.ingress.local_policy import place_locally
 
 log = logging.getLogger(__name__)
 
-# A message stays under SCHEDULE's 256 KiB: 32 requests of at most 512 hashes are 130 KiB.
 LOCAL = "local"
 HASH_BYTES = 8
 
@@ -132,6 +131,11 @@ class Placer:
             started = time.monotonic()
             try:
                 reply = await self._ask(askers)
+            except MessageTooLarge if len(askers) > 1 else () :
+                # Long headers of many clients in one tick; each request alone is far below the bound.
+                half = len(askers) // 2
+                await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
+                return
             except BusTimeout as exc:
                 self._timed_out.value += 1
                 self._breaker.failed(time.monotonic())
@@ -191,6 +195,8 @@ class Placer:
             affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
             instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
             if instance is None:
+                # A scheduler may have reserved something in an answer that came too late, or was of no use.
+                self._account.finish(request.decision_id)
                 asker.rejected(self._reject(request, bool(pool)))
             else:
                 self._by_self.value += 1

@@ -30,6 +30,10 @@ from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
 
 
+# What clients get to take their last bytes, however little the drain has left.
+FLUSH_S = 1.0
+
+
 class Start(msgspec.Struct):
     """What a worker is told first; `settings` holds the secrets too."""
 
@@ -87,10 +91,11 @@ async def serve(channel: Channel) -> None:
     async def drain() -> None:
         gateway.draining = True
         server.stop_accepting()
+        deadline = time.monotonic() + settings.drain_timeout
         await service.drain(settings.drain_timeout)
         await placer.close()
         await upstreams.close()
-        server.close()
+        await server.close(max(FLUSH_S, deadline - time.monotonic()))
 
     await server.listen(listening_socket(settings.host, start.port))
     for name, loop in (

@@ -81,6 +81,7 @@ class Host:
         try:
             await admin.start()
         except OSError as exc:
+            self.lifecycle.abandon()
             fault = (
                 f"--admin-port {port}: cannot listen on {host}: {exc.strerror or exc}; choose another port"
             )

@@ -147,6 +147,7 @@ class MemoryBus:
             "penstock_bus_dropped_total", "Bus messages dropped", "subject", "reason"
         )
         self._listeners: list[Callable[[bool], None]] = []
+        self._answers: dict[asyncio.Future[bytes], str] = {}
         broker.buses.append(self)
 
     @property
@@ -157,7 +158,10 @@ class MemoryBus:
         self._listeners.append(listener)
 
     def connection_changed(self, up: bool) -> None:
-        """The broker went down or came back."""
+        """The broker went down or came back; nobody waits for an answer across that."""
+        for answer, subject in self._answers.items():
+            if not answer.done():
+                answer.set_exception(BusUnavailable(subject, "connection lost"))
         for listener in self._listeners:
             listener(up)
 
@@ -175,12 +179,15 @@ class MemoryBus:
         if not self._broker.up:
             raise BusUnavailable(subject, "the bus is down")
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answers[answer] = subject
+        answer.add_done_callback(self._answers.pop)
 
         def reply(data: bytes) -> None:
             if not answer.done():
                 answer.set_result(data)
 
         if not self._broker.deliver(subject, payload, reply):
+            answer.cancel()
             raise BusUnavailable(subject, "nobody serves it")
         try:
             return decode(service.reply, await asyncio.wait_for(answer, deadline_s))
@@ -220,6 +227,9 @@ class MemoryBus:
         return _Subscription(self._broker, pattern, group, subject.pending_messages, handle, dropped)
 
     def _guarded(self, subject: Subject[Any], payload: bytes, handler: Callable[[Any], Any]) -> Any:
+        if len(payload) > subject.max_bytes:
+            self._dropped.inc(subject.pattern, "over the bound")
+            return None
         try:
             return handler(decode(subject.message, payload))
         except DecodeError:

@@ -96,7 +96,7 @@ class NatsBus:
     ) -> RawSubscription:
         name = subject.name(*tokens) if tokens else subject.pattern
         return await self._connection.subscribe(
-            name, handle, queue=queue, pending_messages=subject.pending_messages
+            name, handle, queue=queue, pending_messages=subject.pending_messages, label=subject.pattern
         )
 
     def _guarded(self, subject: Subject[Any], data: bytes, handler: Callable[[Any], Any]) -> Any:

@@ -11,9 +11,8 @@ import asyncio
 import itertools
 import logging
 import random
-import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ import nats.micro
 from nats.aio.client import Client
 from nats.micro.service import ServiceConfig
 
+from penstock.common.adapters.nats_link import CONNECT_TIMEOUT_S, Link, bounded
 from penstock.common.errors import BusTimeout, BusUnavailable
 from penstock.common.settings import BusSettings
 from penstock.common.telemetry import Metrics
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 PING_EVERY_S = 1.0
 PINGS_MISSED = 2
-CONNECT_TIMEOUT_S = 2
 RETRY_S = 0.1
 MAX_PENDING_REQUESTS = 65_536
 # Bytes that may wait to be sent while the server reads slowly; past it messages are dropped and counted.
@@ -50,17 +49,20 @@ class RawMessage(Protocol):
 
 @dataclass
 class RawSubscription:
-    """Interest that is renewed on every connection."""
+    """Interest that is renewed on every connection; drops are counted under `label`."""
 
     connection: NatsConnection
     subject: str
     queue: str
     handle: Callable[[RawMessage], None]
     pending_messages: int
+    label: str
     current: Any = None
 
     async def start(self, client: Client) -> None:
-        """Subscribe on `client`."""
+        """Subscribe on `client`, unless the interest has ended."""
+        if self not in self.connection.subscriptions:
+            return
 
         async def deliver(message: RawMessage) -> None:
             self.handle(message)
@@ -72,7 +74,7 @@ class RawSubscription:
     async def close(self) -> None:
         """End the interest."""
         self.connection.subscriptions.discard(self)
-        if self.current is not None and self.connection.connected:
+        if self.current is not None:
             try:
                 await self.current.unsubscribe()
             except (nats.errors.Error, OSError) as exc:
@@ -87,15 +89,15 @@ class NatsConnection:
     def __init__(self, settings: BusSettings, name: str, metrics: Metrics) -> None:
         self._settings, self._name = settings, name
         self._servers = itertools.cycle([url.strip() for url in settings.nats_url.split(",") if url.strip()])
-        self._client: Client | None = None
+        self._link: Link | None = None
         self._up = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self._background: set[asyncio.Task[None]] = set()
+        self._discarding: set[asyncio.Task[None]] = set()
         self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
         self._outbox_bytes = 0
         self._outbox_filled = asyncio.Event()
         self._inbox = f"_INBOX.{name}.{random.getrandbits(64):016x}"
-        self._answers: dict[str, asyncio.Future[RawMessage]] = {}
+        self._answers: dict[str, tuple[asyncio.Future[RawMessage], str]] = {}
         self._answer_ids = itertools.count(1)
         self._registrations: list[ServiceConfig] = []
         self._last_trouble = ""
@@ -109,12 +111,12 @@ class NatsConnection:
 
     @property
     def connected(self) -> bool:
-        """Whether the server answered the last ping."""
-        return self._client is not None
+        """Whether there is a connection whose server answers pings."""
+        return self._link is not None
 
     async def start(self) -> None:
         """Begin to connect; returns at once."""
-        mux = RawSubscription(self, f"{self._inbox}.*", "", self._on_answer, MAX_PENDING_REQUESTS)
+        mux = RawSubscription(self, f"{self._inbox}.*", "", self._on_answer, MAX_PENDING_REQUESTS, "answers")
         self.subscriptions.add(mux)
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-connection")
 
@@ -124,22 +126,21 @@ class NatsConnection:
 
     async def close(self) -> None:
         """Send what waits, then leave; a server that does not answer is given two seconds."""
-        client = self._client
-        if client is not None:
-            await _bounded(self._flush_outbox(client), 1)
+        link = self._link
+        if link is not None:
+            await bounded(self._flush_outbox(link.client), 1)
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        if client is not None:
-            self._client = None
-            await self._discard(client)
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if link is not None and self._link is link:
+            self._lose(link)
+        await asyncio.gather(*self._discarding)
 
     def send(self, subject: str, payload: bytes, reply: str = "", headers: Headers | None = None) -> str:
         """Queue a message for the socket. Returns "" or the reason why it was dropped."""
-        if self._client is None:
+        if self._link is None:
             return "disconnected"
-        if self._outbox_bytes + self._client.pending_data_size + len(payload) > MAX_UNSENT_BYTES:
+        if self._outbox_bytes + self._link.client.pending_data_size + len(payload) > MAX_UNSENT_BYTES:
             return "send buffer full"
         self._outbox.append((subject, payload, reply, dict(headers) if headers else None))
         self._outbox_bytes += len(payload)
@@ -158,7 +159,7 @@ class NatsConnection:
         if trouble:
             future.set_exception(BusUnavailable(subject, trouble))
             return future
-        self._answers[token] = future
+        self._answers[token] = future, subject
         future.add_done_callback(lambda _: self._answers.pop(token, None))
         return future
 
@@ -174,52 +175,72 @@ class NatsConnection:
             raise BusTimeout(subject, deadline_s) from None
 
     async def subscribe(
-        self, subject: str, handle: Callable[[RawMessage], None], *, queue: str = "", pending_messages: int
+        self,
+        subject: str,
+        handle: Callable[[RawMessage], None],
+        *,
+        queue: str = "",
+        pending_messages: int,
+        label: str,
     ) -> RawSubscription:
         """Deliver to `handle` on this and every later connection."""
-        subscription = RawSubscription(self, subject, queue, handle, pending_messages)
+        subscription = RawSubscription(self, subject, queue, handle, pending_messages, label)
         self.subscriptions.add(subscription)
-        if self._client is not None:
-            await subscription.start(self._client)
-            await self._client.flush()
+        try:
+            await self._at_once(subscription.start)
+        except asyncio.CancelledError:
+            await subscription.close()
+            raise
         return subscription
 
     async def register(self, config: ServiceConfig) -> None:
         """Appear as a NATS micro-service on this and every later connection."""
         self._registrations.append(config)
-        if self._client is not None:
-            await nats.micro.add_service(self._client, config)
+
+        async def start(client: Client) -> None:
+            await nats.micro.add_service(client, config)
+
+        await self._at_once(start)
+
+    async def _at_once(self, start: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
+        """Start an interest on the connection there is; where that fails, the next connection will."""
+        link = self._link
+        if link is None:
+            return
+        try:
+            await start(link.client)
+            await asyncio.wait({link.ping()})  # ends with the link at the latest
+        except (OSError, nats.errors.Error) as exc:
+            log.debug("interest waits for the next connection: %r", exc)
 
     async def _supervise(self) -> None:
         while True:
-            client = await self._connect()
-            if client is None:
+            link = await self._connect(next(self._servers))
+            if link is None:
                 await asyncio.sleep(RETRY_S * (1 + random.random()))
                 continue
-            writer = asyncio.create_task(self._write(client), name="nats-writer")
+            writer = asyncio.create_task(self._write(link.client), name="nats-writer")
             try:
-                cause = await self._until_lost(client, writer)
+                cause = await self._until_lost(link, writer)
             finally:
                 writer.cancel()
             self._trouble(f"connection to the bus lost: {cause}")
-            self._disconnected()
-            self._spawn(self._discard(client), "nats-discard")
+            self._lose(link)
 
-    async def _connect(self) -> Client | None:
-        client, server = Client(), next(self._servers)
-        self._lost = asyncio.Event()
+    async def _connect(self, server: str) -> Link | None:
+        link = Link()
         try:
-            await client.connect(**self._options(server))
-            for subscription in list(self.subscriptions):
-                await subscription.start(client)
-            for config in self._registrations:
-                await nats.micro.add_service(client, config)
-            await client.flush(timeout=CONNECT_TIMEOUT_S)
-        except (OSError, nats.errors.Error, TimeoutError, ssl.SSLError) as exc:
+            async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                await link.connect(self._settings, server, self._name, self._on_slow)
+                await self._renew(link)
+        except asyncio.CancelledError:
+            self._discard(link)
+            raise
+        except Exception as exc:  # noqa: BLE001  # what a peer that is no NATS server makes nats-py raise is open
             self._trouble(f"bus at {_without_secret(server)}: {exc or type(exc).__name__}")
-            self._spawn(self._discard(client), "nats-discard")
+            self._discard(link)
             return None
-        self._client = client
+        self._link = link
         self._reconnects.inc()
         if self._last_trouble:
             log.warning("bus connected: %s", _without_secret(server))
@@ -227,60 +248,39 @@ class NatsConnection:
         self._up.set()
         for listener in list(self.listeners):
             listener(True)
-        return client
+        return link
 
-    def _options(self, server: str) -> dict[str, Any]:
-        s = self._settings
+    async def _renew(self, link: Link) -> None:
+        """Start every interest, those included that come up meanwhile."""
+        renewed: set[RawSubscription] = set()
+        registered = 0
+        while (fresh := self.subscriptions - renewed) or registered < len(self._registrations):
+            for subscription in fresh:
+                await subscription.start(link.client)
+            for config in self._registrations[registered:]:
+                await nats.micro.add_service(link.client, config)
+                registered += 1
+            renewed |= fresh
+            await link.ping()
 
-        async def on_closed() -> None:
-            self._lost.set()
+    def _on_slow(self, exc: nats.errors.SlowConsumerError) -> None:
+        label = next((s.label for s in self.subscriptions if s.current is exc.sub), "unknown")
+        self.dropped.inc(label, "pending limit")
 
-        async def on_error(exc: Exception) -> None:
-            if isinstance(exc, nats.errors.SlowConsumerError):
-                self.dropped.inc(exc.subject.rsplit(".", 1)[0], "pending limit")
-            else:
-                log.debug("nats client: %r", exc)
-
-        options: dict[str, Any] = {
-            "servers": [server],
-            "name": self._name,
-            "allow_reconnect": False,
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "disconnected_cb": on_closed,
-            "closed_cb": on_closed,
-            "error_cb": on_error,
-            "ping_interval": 3600,
-        }
-        if s.nats_user:
-            options |= {"user": s.nats_user, "password": s.nats_password.get_secret_value()}
-        if s.nats_creds:
-            options["user_credentials"] = str(s.nats_creds)
-        if s.nats_tls_ca or s.nats_tls_cert:
-            context = ssl.create_default_context(cafile=str(s.nats_tls_ca) if s.nats_tls_ca else None)
-            if s.nats_tls_cert:
-                context.load_cert_chain(str(s.nats_tls_cert), str(s.nats_tls_key))
-            options["tls"] = context
-        return options
-
-    async def _until_lost(self, client: Client, writer: asyncio.Task[None]) -> str:
+    async def _until_lost(self, link: Link, writer: asyncio.Task[None]) -> str:
+        closed = asyncio.create_task(link.closed.wait(), name="nats-closed")
         missed = 0
-        while missed < PINGS_MISSED:
-            try:
-                async with asyncio.timeout(PING_EVERY_S):
-                    await self._lost.wait()
-                return "closed by the server"
-            except TimeoutError:
-                pass
-            if writer.done():
-                return f"sending failed: {writer.exception()}"
-            try:
-                async with asyncio.timeout(PING_EVERY_S):
-                    await client.flush()
-                missed = 0
-            except TimeoutError:
-                missed += 1
-            except (nats.errors.Error, OSError) as exc:
-                return str(exc)
+        try:
+            while missed < PINGS_MISSED:
+                ends: set[asyncio.Task[Any]] = {closed, writer}
+                await asyncio.wait(ends, timeout=PING_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+                if closed.done() or link.client.is_closed:
+                    return "closed by the server"
+                if writer.done():
+                    return f"sending failed: {writer.exception()}"
+                missed = 0 if await link.answers(PING_EVERY_S) else missed + 1
+        finally:
+            closed.cancel()
         return f"no answer to {PINGS_MISSED} pings"
 
     async def _write(self, client: Client) -> None:
@@ -300,51 +300,35 @@ class NatsConnection:
                 self.dropped.inc(subject.rsplit(".", 1)[0], "refused")
 
     def _on_answer(self, message: RawMessage) -> None:
-        future = self._answers.get(message.subject.rsplit(".", 1)[1])
+        future, subject = self._answers.get(message.subject.rsplit(".", 1)[1], (None, ""))
         if future is None or future.done():
             return
         if message.headers and message.headers.get("Status") == "503":
-            future.set_exception(BusUnavailable(message.subject, "nobody serves it"))
+            future.set_exception(BusUnavailable(subject, "nobody serves it"))
         else:
             future.set_result(message)
 
-    def _disconnected(self) -> None:
-        self._client = None
+    def _lose(self, link: Link) -> None:
+        self._link = None
         self._up.clear()
         self._outbox.clear()
         self._outbox_bytes = 0
-        for future in list(self._answers.values()):
+        for future, subject in list(self._answers.values()):
             if not future.done():
-                future.set_exception(BusUnavailable("bus", "connection lost"))
+                future.set_exception(BusUnavailable(subject, "connection lost"))
         for listener in list(self.listeners):
             listener(False)
+        self._discard(link)
+
+    def _discard(self, link: Link) -> None:
+        task = asyncio.create_task(link.discard(), name="nats-discard")
+        self._discarding.add(task)
+        task.add_done_callback(self._discarding.discard)
 
     def _trouble(self, text: str) -> None:
         if text != self._last_trouble:
             log.warning("%s", text)
         self._last_trouble = text
-
-    async def _discard(self, client: Client) -> None:
-        """Close a client for good; one whose server hangs is cut off, or its socket would stay open."""
-        transport = getattr(
-            getattr(getattr(client, "_transport", None), "_io_writer", None), "transport", None
-        )
-        await _bounded(client.close(), 1)
-        if transport is not None:
-            transport.abort()
-
-    def _spawn(self, work: Any, name: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-async def _bounded(work: Awaitable[None], seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await work
-    except (TimeoutError, OSError, nats.errors.Error, AttributeError, RuntimeError) as exc:
-        log.debug("closing a bus client: %r", exc)
 
 
 def _without_secret(url: str) -> str:

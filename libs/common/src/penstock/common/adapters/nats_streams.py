@@ -86,7 +86,7 @@ class _Consumer:
         self.connection.listeners.append(self._on_connection)
         inbox = f"_INBOX.{self.stream}.{time.monotonic_ns():x}.{id(self):x}"
         self._subscription = await self.connection.subscribe(
-            inbox, self._on_message, pending_messages=MAX_UNREAD
+            inbox, self._on_message, pending_messages=MAX_UNREAD, label=self.stream
         )
         body = {
             "stream_name": self.stream,

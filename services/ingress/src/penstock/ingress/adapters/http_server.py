@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from typing import cast
 
 import msgspec
@@ -22,6 +23,9 @@ MAX_PIPELINED_BYTES = 64 * 1024
 WRITE_HIGH_WATER = 64 * 1024
 # What a refused client may still send is read and dropped for this long.
 LINGER_S = 2.0
+FLUSH_CHECK_S = 0.05
+# Makes the kernel end a connection with a reset instead of a FIN.
+_RESET = struct.pack("ii", 1, 0)
 _GENERATION = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
 _INFO = frozenset({b"/v1/models", b"/health", b"/healthz", b"/readyz"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -39,9 +43,11 @@ class ClientConnection(asyncio.Protocol):
         "_exchange",
         "_gateway",
         "_head",
+        "_held_back",
         "_reading_paused",
         "_server",
         "_transport",
+        "_writing_paused",
         "deadline",
     )
 
@@ -54,7 +60,9 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._exchange: Exchange | None = None
-        self._reading_paused = self._closing = False
+        self._reading_paused = self._writing_paused = self._closing = False
+        # The next request waits for its turn: until the loop comes round, or the client reads.
+        self._held_back = False
         self.deadline = gateway.clock() + gateway.settings.header_timeout
 
     # -- the socket's side -------------------------------------------------------------------------
@@ -67,26 +75,38 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._server.connections.discard(self)
+        self._left()
+
+    def eof_received(self) -> bool:
+        """A client that closes its sending side is taken to have left, as nginx does."""
+        # At once: the transport closes only when a client that does not read has taken what is written.
+        self._left()
+        return False
+
+    def _left(self) -> None:
+        self._closing = True
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.client_gone()
 
-    def eof_received(self) -> bool:
-        """A client that closes its sending side is taken to have left, as nginx does."""
-        return False
-
     def pause_writing(self) -> None:
+        self._writing_paused = True
         if self._exchange is not None:
             self._exchange.pause()
+        else:
+            self._held_back = True
 
     def resume_writing(self) -> None:
+        self._writing_paused = False
         if self._exchange is not None:
             self._exchange.resume()
+        elif self._held_back:
+            asyncio.get_running_loop().call_soon(self._next)
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._exchange is not None:
+        if self._exchange is not None or self._held_back:
             self._buffer += data
             if len(self._buffer) > MAX_PIPELINED_BYTES and self._transport is not None:
                 self._reading_paused = True
@@ -130,7 +150,7 @@ class ClientConnection(asyncio.Protocol):
         if head.length > self._gateway.settings.buffer_limit:
             raise self._too_large()
         self._chunked = ChunkedBody(collect=True) if head.length == CHUNKED else None
-        if not rest and head.read.get(b"expect", b"").lower() == b"100-continue":
+        if not rest and head.minor and head.read.get(b"expect", b"").lower() == b"100-continue":
             self.write(_CONTINUE)
         if rest:
             self._read_body(rest)
@@ -144,7 +164,7 @@ class ClientConnection(asyncio.Protocol):
             if chunked.size > self._gateway.settings.buffer_limit:
                 raise self._too_large()
             if chunked.done:
-                self._whole(b"".join(chunked.data), chunked.rest)
+                self._whole(bytes(chunked.data), chunked.rest)
             return
         missing = head.length - self._body_bytes
         if len(data) < missing:
@@ -205,28 +225,42 @@ class ClientConnection(asyncio.Protocol):
         if transport is None:
             return
         if not keep_alive or self._gateway.draining or transport.is_closing():
-            self._end()
+            self.end()
             return
         self.deadline = self._gateway.clock() + self._gateway.settings.idle_timeout
-        if self._reading_paused:
-            self._reading_paused = False
-            transport.resume_reading()
-        if self._buffer:
+        if self._writing_paused:
+            self._held_back = True
+        elif self._buffer:
             # In a later turn: a client that pipelines many requests must not nest them on the stack.
+            self._held_back = True
             asyncio.get_running_loop().call_soon(self._next)
 
     def abort(self) -> None:
         self._closing = True
-        self._exchange = None
-        if self._transport is not None:
-            self._transport.abort()
+        relaying, self._exchange = self._exchange is not None, None
+        if self._transport is None:
+            return
+        if relaying:
+            # After a response that ends with the connection, a FIN would say that it is complete.
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._transport.abort()
 
     def _next(self) -> None:
-        if self._exchange is None and not self._closing and self._buffer:
+        """Take up what came in while it had to wait; until the client reads, it gets no further answer."""
+        if self._writing_paused or self._closing or not self._held_back:
+            return
+        self._held_back = False
+        if self._buffer:
             buffer, self._buffer = self._buffer, b""
             self._advance(buffer)
+        full = len(self._buffer) > MAX_PIPELINED_BYTES and (self._exchange is not None or self._held_back)
+        if self._reading_paused and not full and self._transport is not None:
+            self._reading_paused = False
+            self._transport.resume_reading()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Close once the client has what was written."""
         self._closing = True
         self._buffer = b""
         self.deadline = self._gateway.clock() + self._gateway.settings.idle_timeout
@@ -240,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
 
     def expire(self) -> None:
         """The deadline of what is being read passed."""
-        if self.idle or self._closing:
+        if self.idle or self._closing or self._held_back:
             self.abort()
         else:
             self._refuse(GatewayError("request_timeout", "the request did not arrive in time"))
@@ -248,7 +282,7 @@ class ClientConnection(asyncio.Protocol):
     def drain(self) -> None:
         """End the connection if it waits for a request."""
         if self.idle:
-            self._end()
+            self.end()
 
 
 class HttpServer:
@@ -280,8 +314,14 @@ class HttpServer:
         for connection in list(self.connections):
             connection.drain()
 
-    def close(self) -> None:
-        """End every connection."""
+    async def close(self, flush_s: float) -> None:
+        """End every connection, each as soon as its client has what was written, all after `flush_s`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + flush_s
+        for connection in list(self.connections):
+            connection.end()
+        while self.connections and loop.time() < deadline:  # noqa: ASYNC110  # they end in many places
+            await asyncio.sleep(FLUSH_CHECK_S)
         for connection in list(self.connections):
             connection.abort()
 

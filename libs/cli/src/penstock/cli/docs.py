@@ -1,0 +1,260 @@
+"""`python -m penstock.cli.docs`: the tables of docs/reference, out of the code that they describe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import inspect as types
+from pydantic import Field
+
+from penstock.cli import event_lines
+from penstock.cli.tap import TapSettings
+from penstock.cli.up_settings import SERVICES, UpSettings
+from penstock.common import event_log, instances, messages, model, routing_events, subjects
+from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
+from penstock.sim.settings import SimSettings
+
+GENERATED = "<!-- written by `make docs`; change the code that it describes -->\n"
+RECORDS: dict[str, dict[str, type[msgspec.Struct]]] = {
+    subjects.INSTANCES.name: {
+        f"{instances.INSTANCE_PREFIX}<instance>": model.Instance,
+        f"{instances.COMPLETE_PREFIX}<source>": messages.CompleteMarker,
+    }
+}
+EVENTS: dict[str, type[msgspec.Struct]] = {
+    routing_events.PLACEMENT: routing_events.PlacementEvent,
+    routing_events.REJECTION: routing_events.RejectionEvent,
+    routing_events.OUTCOME: routing_events.OutcomeEvent,
+    routing_events.INSTANCE: routing_events.InstanceEvent,
+    routing_events.DEGRADED: routing_events.DegradedEvent,
+}
+
+
+class DocsSettings(Settings):
+    """Write the generated tables of the documentation."""
+
+    check: bool = Field(False, description="write nothing; exit code 1 if a file differs")
+    folder: Path = Field(Path("docs/reference"), description="where the files are")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files; with `--check`, compare them."""
+    settings = load_or_exit(DocsSettings, argv, prog="python -m penstock.cli.docs")
+    stale = [
+        settings.folder / name
+        for name, text in pages().items()
+        if not _holds(settings.folder / name, text, write=not settings.check)
+    ]
+    for path in stale:
+        print(f"{path} is out of step with the code: run make docs", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def pages() -> dict[str, str]:
+    """File name to content."""
+    return {
+        name: "\n".join([GENERATED, *lines, ""])
+        for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
+    }
+
+
+def _holds(path: Path, text: str, write: bool) -> bool:
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def _table(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+    yield ""
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _prose(kind: object) -> str:
+    return " ".join((kind.__doc__ or "").split())
+
+
+def _flags() -> Iterator[str]:
+    yield "# Flags\n"
+    yield "Each flag is also an environment variable and, without the dashes, a key of the YAML file that"
+    yield "`--config` names. A flag beats the environment, which beats the file.\n"
+    yield from _flag_section("Every service", ServiceSettings, ServiceSettings.model_fields.keys())
+    for name, cls in SERVICES.items():
+        yield from _flag_section(f"penstock {name}", cls, _own(cls))
+    yield from _flag_section("penstock up", UpSettings, _own(UpSettings))
+    yield "Also every flag of every service, and those of `penstock sim` with `--sim-` before their name.\n"
+    yield from _flag_section("penstock sim", SimSettings, _own(SimSettings))
+    yield from _flag_section("penstock tap", TapSettings, _own(TapSettings))
+    yield "Also the `--nats-` flags of every service."
+
+
+def _own(cls: type[Settings]) -> set[str]:
+    return cls.__annotations__.keys() & cls.model_fields.keys()
+
+
+def _flag_section(title: str, cls: type[Settings], fields: Any) -> Iterator[str]:
+    wanted = {flag_of(name) for name in fields}
+    rows = (
+        (_code(flag), _code(variable), _code(default), text)
+        for flag, variable, default, text in describe(cls)
+        if flag in wanted
+    )
+    yield f"## {title}\n"
+    if cls is not ServiceSettings:
+        yield f"{_prose(cls)}\n"
+    yield from _table(("flag", "variable", "default", "meaning"), rows)
+
+
+def _bus() -> Iterator[str]:
+    replies = {s.request.pattern: s.reply for s in vars(subjects).values() if isinstance(s, subjects.Service)}
+    structs: dict[str, type[msgspec.Struct]] = {}
+
+    def link(kind: type[msgspec.Struct] | None) -> str:
+        return _link(structs, kind) if kind else ""
+
+    yield "# The bus\n"
+    yield "## Subjects\n"
+    heads = ("subject", "message", "reply", "queue group", "bytes at most", "waiting at most")
+    rows = (
+        (
+            _code(s.pattern),
+            link(s.message),
+            link(replies.get(s.pattern)),
+            _code(s.queue_group),
+            f"{s.max_bytes:,}",
+            f"{s.pending_messages:,}",
+        )
+        for s in subjects.SUBJECTS
+    )
+    yield from _table(heads, rows)
+    yield "Messages are MessagePack. More waiting ones than that are dropped and counted.\n"
+    yield from _stores(structs)
+    yield "## Messages and records\n"
+    yield "In the order of their fields where a message is an array: fields are only appended.\n"
+    yield from _struct_sections(structs)
+
+
+def _stores(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
+    yield "## Buckets\n"
+    yield "Key-value buckets with file storage and history 1; records are JSON.\n"
+    rows = (
+        (_code(b.name), _code(key), _link(structs, kind), f"{b.max_value_bytes:,}", f"{b.max_bytes:,}")
+        for b in subjects.BUCKETS
+        for key, kind in RECORDS[b.name].items()
+    )
+    yield from _table(("bucket", "key", "record", "bytes of a record at most", "bytes at most"), rows)
+    yield "## Streams\n"
+    yield "File storage; at either bound the oldest messages go. Content: [events](events.md).\n"
+    streams = (
+        (
+            _code(s.name),
+            ", ".join(map(_code, s.subjects)),
+            f"{s.max_message_bytes:,}",
+            f"{s.max_bytes:,}",
+            f"{s.max_age_s / 86400:g} days",
+        )
+        for s in subjects.STREAMS
+    )
+    yield from _table(
+        ("stream", "subjects", "bytes of a message at most", "bytes at most", "age at most"), streams
+    )
+
+
+def _events() -> Iterator[str]:
+    yield "# Routing events\n"
+    yield f"{_prose(routing_events)}\n"
+    single, batch = event_lines.SINGLE_TYPE, event_log.BATCH_TYPE
+    yield f"Events are CloudEvents 1.0 in JSON, in the stream `{subjects.EVENTS.name}`. A message holds one"
+    yield f"event (`content-type: {single}`) or an array of them (`{batch}`) of the"
+    yield "same type and model. Its headers:\n"
+    headers = (
+        (event_log.WRITER, "service and id of the process that wrote it"),
+        (event_log.INCARNATION, "which run of that process"),
+        (event_log.SEQUENCE, "`first-last`: numbers of its events; a jump between two messages is a gap"),
+        (event_log.PREVIOUS, "SHA-256 of the writer's message before it, over that one's hash and payload"),
+    )
+    yield from _table(("header", "meaning"), ((_code(name), text) for name, text in headers))
+    yield "Fields that hold their default are left out.\n"
+    structs: dict[str, type[msgspec.Struct]] = {}
+    for kind, cls in EVENTS.items():
+        yield f"## {kind}\n"
+        pattern = subjects.event_subject(kind, "MODEL").replace("MODEL", "<model>")
+        yield f"Type `penstock.{kind}.v1` on `{pattern}`. {_prose(cls)}\n"
+        yield from _fields(cls, structs)
+    yield from _struct_sections(structs)
+
+
+def _link(structs: dict[str, type[msgspec.Struct]], kind: type[msgspec.Struct]) -> str:
+    structs.setdefault(kind.__name__, kind)
+    return f"[{kind.__name__}](#{kind.__name__.lower()})"
+
+
+def _struct_sections(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
+    """A section for each, and for those that their fields name in turn."""
+    done: set[str] = set()
+    while names := [name for name in structs if name not in done]:
+        yield f"### {names[0]}\n"
+        yield f"{_prose(structs[names[0]])}\n"
+        yield from _fields(structs[names[0]], structs)
+        done.add(names[0])
+
+
+def _fields(cls: type[msgspec.Struct], structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
+    info = types.type_info(cls)
+    assert isinstance(info, types.StructType)
+    rows = ((_code(f.encode_name), _type(f.type, structs), _default(f)) for f in info.fields)
+    yield from _table(("field", "type", "default"), rows)
+
+
+def _default(field: types.Field) -> str:
+    if field.required:
+        return "required"
+    if field.default_factory is not msgspec.NODEFAULT:
+        return _code(msgspec.json.encode(field.default_factory()).decode())
+    return _code(msgspec.json.encode(field.default).decode())
+
+
+def _type(kind: types.Type, structs: dict[str, type[msgspec.Struct]]) -> str:
+    match kind:
+        case types.StrType() | types.BytesType():
+            name = "string" if isinstance(kind, types.StrType) else "bytes"
+            return f"{name}, {kind.max_length:,} at most" if kind.max_length is not None else name
+        case types.IntType() | types.FloatType():
+            return _number(kind)
+        case types.BoolType():
+            return "boolean"
+        case types.NoneType():
+            return "null"
+        case types.EnumType():
+            return ", ".join(_code(str(member.value)) for member in kind.cls)
+        case types.StructType():
+            return _link(structs, kind.cls)
+        case types.UnionType():
+            return " or ".join(_type(part, structs) for part in kind.types)
+        case types.CollectionType():
+            bound = f", {kind.max_length:,} at most" if kind.max_length is not None else ""
+            return f"list of ({_type(kind.item_type, structs)}){bound}"
+        case types.DictType():
+            return f"map of ({_type(kind.key_type, structs)}) to ({_type(kind.value_type, structs)})"
+    raise TypeError(f"no words for {kind}")
+
+
+def _number(kind: types.IntType | types.FloatType) -> str:
+    name = "integer" if isinstance(kind, types.IntType) else "number"
+    bounds = ((kind.ge, "from {:,}"), (kind.gt, "above {:,}"), (kind.le, "to {:,}"), (kind.lt, "below {:,}"))
+    return " ".join([name, *(text.format(bound) for bound, text in bounds if bound is not None)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

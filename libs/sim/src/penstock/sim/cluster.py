@@ -1,0 +1,114 @@
+"""A cluster of engine models on a virtual clock: the same model, driven by an event queue."""
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+
+from penstock.sim.engine import Engine
+from penstock.sim.spec import DoesNotFit, EngineRequest, QueueFull, TokenEvent
+
+# Index of the engine that gets the request, from (request, now in seconds, engines).
+Decide = Callable[[EngineRequest, float, Sequence[Engine]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request at a time, in seconds since the start of the run."""
+
+    at_s: float
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request. `refused` says why its engine did not take it; the figures are 0 then.
+
+    TTFT and E2E count from arrival; TPOT is (E2E - TTFT) / (output tokens - 1), 0 for fewer than two.
+    """
+
+    request_id: str
+    engine: int
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    e2e_s: float = 0.0
+    cached_tokens: int = 0
+    refused: str = ""
+
+
+_at_s = attrgetter("at_s")
+
+
+@dataclass(slots=True)
+class _Open:
+    arrival: Arrival
+    engine: int
+    first_token_s: float = 0.0
+
+
+class Cluster:
+    """Runs arrivals to the end; a run is deterministic if `decide` is."""
+
+    def __init__(self, engines: Sequence[Engine], decide: Decide) -> None:
+        self._engines = engines
+        self._decide = decide
+        self._open: dict[str, _Open] = {}
+        self._outcomes: list[Outcome] = []
+        # Ends of open steps: (time, engine).
+        self._ends: list[tuple[float, int]] = []
+
+    def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
+        """Outcomes in the order in which requests end; arrivals need not be sorted, their ids are unique."""
+        in_order = sorted(arrivals, key=_at_s)
+        for at_s, together in groupby(in_order, key=_at_s):
+            # A step that ends just when a request arrives is seen by its placement.
+            while self._ends and self._ends[0][0] <= at_s:
+                self._end_step()
+            # Requests of one instant start in one batch.
+            for index in {self._arrive(arrival): None for arrival in together}:
+                if not self._engines[index].in_step:
+                    self._start_step(index, at_s)
+        while self._ends:
+            self._end_step()
+        return self._outcomes
+
+    def _arrive(self, arrival: Arrival) -> int:
+        request, now = arrival.request, arrival.at_s
+        index = self._decide(request, now, self._engines)
+        try:
+            self._engines[index].submit(request, now)
+        except (DoesNotFit, QueueFull) as exc:
+            self._outcomes.append(Outcome(request.request_id, index, refused=str(exc)))
+        else:
+            self._open[request.request_id] = _Open(arrival, index)
+        return index
+
+    def _start_step(self, index: int, now: float) -> None:
+        duration_s = self._engines[index].start_step(now)
+        if duration_s is not None:
+            heapq.heappush(self._ends, (now + duration_s, index))
+
+    def _end_step(self) -> None:
+        now, index = heapq.heappop(self._ends)
+        for event in self._engines[index].end_step(now):
+            self._note(event, now)
+        self._start_step(index, now)
+
+    def _note(self, event: TokenEvent, now: float) -> None:
+        progress = self._open[event.request_id]
+        if event.generated <= 1:
+            progress.first_token_s = now
+        if not event.finished:
+            return
+        del self._open[event.request_id]
+        decode_s = now - progress.first_token_s
+        outcome = Outcome(
+            request_id=event.request_id,
+            engine=progress.engine,
+            ttft_s=progress.first_token_s - progress.arrival.at_s,
+            tpot_s=decode_s / (event.generated - 1) if event.generated > 1 else 0.0,
+            e2e_s=now - progress.arrival.at_s,
+            cached_tokens=event.cached_tokens,
+        )
+        self._outcomes.append(outcome)

@@ -1,0 +1,129 @@
+"""One simulated engine on its own listening socket."""
+
+import asyncio
+import socket
+from typing import Any
+
+from aiohttp import web
+
+from penstock.sim.engine import Engine
+from penstock.sim.http import EngineServer, Profile
+from penstock.sim.runner import EngineRunner
+from penstock.sim.spec import EngineSpec
+
+_BACKLOG = 1024
+# What runs at the end is cut off, as an engine cuts off its streams.
+_SHUTDOWN_S = 0.1
+# vLLM's, so that pooled connections go stale on a gateway as they do with real engines.
+DEFAULT_KEEP_ALIVE_S = 5.0
+
+
+class Instance:
+    """Starts and stops, as an async context manager too; `port` 0 picks a free one."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        profile: Profile,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
+    ) -> None:
+        self.engine = Engine(spec)
+        self.host = host
+        self.port = port
+        self._profile = profile
+        self._keep_alive_s = keep_alive_s
+        self._refusal: asyncio.Task[None] | None = None
+        # Connections with a request in progress.
+        self._busy: set[web.RequestHandler] = set()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    async def start(self) -> None:
+        """Raises OSError if the address is taken or not ours."""
+        loop = asyncio.get_running_loop()
+        bound = self._bind()
+        self.port = bound.getsockname()[1]
+        self._runner = EngineRunner(self.engine, loop)
+        self._interface = EngineServer(self._runner, self._profile, self._refuse)
+        self._server = web.Server(
+            self._handle,
+            handler_cancellation=True,
+            request_factory=self._request,
+            access_log=None,
+            keepalive_timeout=self._keep_alive_s,
+        )
+        self._listener = await self._listen(bound)
+
+    async def stop(self) -> None:
+        if self._refusal is not None:
+            self._refusal.cancel()
+            await asyncio.wait([self._refusal])
+        self._listener.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(_SHUTDOWN_S)
+        self._runner.close()
+
+    async def __aenter__(self) -> "Instance":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        self._busy.add(connection)
+        try:
+            return await self._interface.handle(request)
+        finally:
+            self._busy.discard(connection)
+
+    def _request(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+        loop = asyncio.get_running_loop()
+        limit = self._profile.max_body_bytes
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
+
+    def _bind(self) -> socket.socket:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+        return bound
+
+    async def _listen(self, bound: socket.socket) -> asyncio.AbstractServer:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(self._server, sock=bound, backlog=_BACKLOG)
+
+    def _refuse(self, seconds: float) -> None:
+        if self._refusal is not None and not self._refusal.done():
+            return
+        self._listener.close()
+        # Bound but not listening: connections are refused, and nobody else gets the port meanwhile.
+        held = self._bind()
+        for connection in self._server.connections:
+            # Idle connections go at once, as those of a dead process do; busy ones after their answer.
+            if connection in self._busy:
+                connection.close()
+            else:
+                connection.force_close()
+        self._refusal = asyncio.create_task(self._listen_after(seconds, held), name=f"refuse-{self.port}")
+
+    async def _listen_after(self, seconds: float, held: socket.socket) -> None:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            held.close()
+            raise
+        self._listener = await self._listen(held)

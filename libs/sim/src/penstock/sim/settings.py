@@ -1,0 +1,117 @@
+"""Settings of `penstock sim`."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from penstock.common.settings import Settings
+from penstock.sim.http import Profile
+from penstock.sim.instance import DEFAULT_KEEP_ALIVE_S
+from penstock.sim.metrics import MetricsStyle
+from penstock.sim.spec import EngineSpec, Role
+from penstock.sim.text import DEFAULT_MODEL
+
+# Computing takes no time that a timer would notice, yet durations stay finite.
+_INSTANT_TOKENS_PER_S = 1e15
+_LONGEST_DEFAULT_MODEL_LEN = 32_768
+
+
+class SimSettings(Settings):
+    """One or several simulated LLM engines in one process, with an OpenAI-compatible HTTP interface."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(
+        8000, ge=0, le=65535, description="port of the first engine, others take the next; 0 picks free ones"
+    )
+    count: int = Field(1, ge=1, le=1000, description="number of engines")
+    model: str = Field(
+        DEFAULT_MODEL, description="names of the model, comma-separated; the first one labels the metrics"
+    )
+    lora_adapters: str = Field("", description="names of LoRA adapters on the model, comma-separated")
+    owned_by: str = Field("penstock", description="owner that /v1/models names")
+    role: Role = Field("neutral", description="what the engine may do")
+    max_batch: int = Field(32, ge=1, le=100_000, description="requests computed at a time, the others wait")
+    max_waiting: int = Field(10_000, ge=1, description="requests that may wait, the next one gets a 503")
+    prefill_tokens_per_s: int = Field(8000, ge=1, description="prompt tokens computed in a second")
+    step_token_budget: int = Field(
+        1024, ge=1, description="tokens computed in one step; longer prompts are computed in chunks"
+    )
+    decode_step_ms: float = Field(
+        20.0, ge=0, le=60_000, description="milliseconds of a step that decodes, however many requests"
+    )
+    decode_step_per_seq_ms: float = Field(
+        0.3, ge=0, le=60_000, description="milliseconds that each decoding request adds to the step"
+    )
+    kv_blocks: int = Field(4096, ge=1, le=10_000_000, description="blocks of KV cache")
+    block_size: int = Field(16, ge=1, le=65_536, description="tokens in a block")
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="longest prompt and answer in tokens; default 32768, less if the KV cache is small",
+    )
+    speedup: float = Field(
+        1.0, gt=0, le=1_000_000, description="factor by which all modelled times are shorter"
+    )
+    instant: bool = Field(False, description="compute in no modelled time, as fast as the machine goes")
+    metrics_style: MetricsStyle = Field("vllm", description="whose metric names /metrics uses")
+    keep_alive: float = Field(
+        DEFAULT_KEEP_ALIVE_S, gt=0, le=86_400, description="seconds after which an idle connection is closed"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        faults = []
+        if self.step_token_budget < self.max_batch:
+            faults.append(
+                "--step-token-budget is at least --max-batch: a decoding request takes one token of it"
+            )
+        if self.max_model_len is not None and self.max_model_len > self.kv_tokens:
+            faults.append(
+                f"--max-model-len is at most --kv-blocks * --block-size, which is {self.kv_tokens} here"
+            )
+        if self.port and self.port + self.count - 1 > 65535:
+            faults.append("--port + --count goes past port 65535")
+        names = [*_names(self.model), *_names(self.lora_adapters)]
+        if not _names(self.model):
+            faults.append("--model names at least one model")
+        if len(set(names)) != len(names):
+            faults.append("--model and --lora-adapters name something twice")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv_blocks * self.block_size
+
+    def spec(self) -> EngineSpec:
+        """The engine's speed and size, `speedup` and `instant` worked in."""
+        return EngineSpec(
+            role=self.role,
+            max_batch=self.max_batch,
+            prefill_tokens_per_s=_INSTANT_TOKENS_PER_S
+            if self.instant
+            else self.prefill_tokens_per_s * self.speedup,
+            step_token_budget=self.step_token_budget,
+            decode_step_s=self._step_s(self.decode_step_ms),
+            decode_step_per_seq_s=self._step_s(self.decode_step_per_seq_ms),
+            kv_blocks=self.kv_blocks,
+            block_size=self.block_size,
+            max_waiting=self.max_waiting,
+        )
+
+    def profile(self) -> Profile:
+        return Profile(
+            models=_names(self.model),
+            lora_adapters=_names(self.lora_adapters),
+            owned_by=self.owned_by,
+            max_model_len=self.max_model_len or min(_LONGEST_DEFAULT_MODEL_LEN, self.kv_tokens),
+            metrics_style=self.metrics_style,
+        )
+
+    def _step_s(self, step_ms: float) -> float:
+        return 0.0 if self.instant else step_ms / 1000 / self.speedup
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())

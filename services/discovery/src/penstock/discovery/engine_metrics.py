@@ -1,0 +1,77 @@
+"""An engine's Prometheus text, reduced to its load. Names are those of vLLM and SGLang."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from penstock.common.model import EngineLoad
+
+RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
+WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
+KV_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
+CACHE_CONFIG = (b"vllm:cache_config_info",)
+
+# What an engine says is bounded: longer lines, more lines of one name and larger values are not load.
+MAX_LINE_BYTES = 16 * 1024
+MAX_HITS = 4096
+MAX_VALUE = 1e9
+
+_SAMPLE = re.compile(rb'(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*+")*+)\})?[ \t]+([^ \t]+)(?:[ \t]+-?[0-9]+)?[ \t\r]*')
+_BLOCK_SIZE = re.compile(rb'(?:^|,)[ ]*block_size="([0-9]{1,9})"')
+_BLOCKS = re.compile(rb'(?:^|,)[ ]*num_gpu_blocks="([0-9]{1,9})"')
+
+
+def parse_engine_load(text: bytes) -> EngineLoad:
+    """Requests and blocks are summed over the engines behind one address, KV usage is the highest.
+
+    Only wanted lines are looked at: 200 KB take well under a millisecond. What is absent, unreadable,
+    negative or not finite stays None; KV usage above 1 counts as 1.
+    """
+    usage = _values(text, KV_USAGE)
+    configs = [labels for name in CACHE_CONFIG for labels, _ in _samples(text, name)]
+    block_sizes, blocks = _label(_BLOCK_SIZE, configs), _label(_BLOCKS, configs)
+    return EngineLoad(
+        running=_total(_values(text, RUNNING)),
+        waiting=_total(_values(text, WAITING)),
+        kv_usage_ratio=min(max(usage), 1.0) if usage else None,
+        kv_blocks=_total(blocks),
+        block_size=max(block_sizes, default=None),
+    )
+
+
+def _total(values: list[float] | list[int]) -> int | None:
+    return int(sum(values)) if values else None
+
+
+def _label(pattern: re.Pattern[bytes], configs: list[bytes]) -> list[int]:
+    return [int(found[1]) for labels in configs if (found := pattern.search(labels))]
+
+
+def _values(text: bytes, names: tuple[bytes, ...]) -> list[float]:
+    numbers = (_number(raw) for name in names for _, raw in _samples(text, name))
+    return [number for number in numbers if number is not None]
+
+
+def _number(raw: bytes) -> float | None:
+    try:
+        value = float(raw)
+    except ValueError:
+        return None
+    return value if 0 <= value <= MAX_VALUE else None
+
+
+def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(labels, value) of every line of this name."""
+    at = 0
+    for _ in range(MAX_HITS):
+        at = text.find(name, at)
+        if at < 0:
+            return
+        end = text.find(b"\n", at)
+        end = len(text) if end < 0 else end
+        if (at == 0 or text[at - 1 : at] == b"\n") and end - at <= MAX_LINE_BYTES:
+            sample = _SAMPLE.fullmatch(text, at + len(name), end)
+            if sample:
+                yield sample[1] or b"", sample[2]
+        at = end

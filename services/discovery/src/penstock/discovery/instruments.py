@@ -1,0 +1,27 @@
+"""The numbers that discovery exports."""
+
+from __future__ import annotations
+
+from penstock.common.telemetry import Metrics
+
+
+class Instruments:
+    """Counters and histograms of one discovery process; gauges are read where their values live."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.probe_seconds = metrics.histogram(
+            "penstock_discovery_probe_seconds", "Time of a health check"
+        ).labels()
+        self.probe_failures = metrics.counter(
+            "penstock_discovery_probe_failures_total", "Failed health checks", "fault"
+        )
+        self.load_readings = metrics.counter(
+            "penstock_discovery_load_readings_total",
+            "Readings of engine load: read, absent, or skipped because too many were under way",
+            "result",
+        )
+        self.writes = metrics.counter(
+            "penstock_discovery_registry_writes_total",
+            "Writes to the registry: written, deleted, conflict (another writer was first), failed",
+            "result",
+        )

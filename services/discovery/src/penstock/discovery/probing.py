@@ -1,0 +1,103 @@
+"""The flow of one instance's probes: check, report, wait, again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from penstock.common.model import Endpoint, EngineLoad, InstanceId
+from penstock.discovery.instruments import Instruments
+from penstock.discovery.ports import Prober
+from penstock.discovery.reconcile import Verdict
+
+# (instance, verdict) -> seconds until its next probe
+Judge = Callable[[InstanceId, Verdict], float]
+# (instance, load, age in seconds)
+Report = Callable[[InstanceId, EngineLoad, float], None]
+
+
+@dataclass
+class Slots:
+    """How many probes run at one time, over all sources. A check waits for its slot; a reading of load
+    is skipped without one, since busy engines take seconds for it and checks must not queue behind."""
+
+    checks: asyncio.Semaphore
+    readings: asyncio.Semaphore
+
+    @classmethod
+    def of(cls, count: int) -> Slots:
+        """`count` checks and as many readings."""
+        return cls(asyncio.Semaphore(count), asyncio.Semaphore(count))
+
+
+class Probing:
+    """Probes a changing set of endpoints, each in a task of its own."""
+
+    def __init__(
+        self,
+        prober: Prober,
+        slots: Slots,
+        judge: Judge,
+        report: Report,
+        instruments: Instruments,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        """`rng` gives numbers in 0..1; it spreads what began together over the interval."""
+        self._prober, self._slots, self._judge, self._report = prober, slots, judge, report
+        self._instruments, self._rng = instruments, rng
+        self._wanted: Mapping[InstanceId, Endpoint] = {}
+        self._tasks: dict[tuple[InstanceId, Endpoint], asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def keep(self, endpoints: Mapping[InstanceId, Endpoint]) -> None:
+        """Probe exactly these from here on."""
+        if endpoints != self._wanted:
+            self._wanted = dict(endpoints)
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Start and end the tasks; until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                wanted = self._wanted.items()
+                for target in self._tasks.keys() - wanted:
+                    self._tasks.pop(target).cancel()
+                for target in wanted - self._tasks.keys():
+                    self._tasks[target] = group.create_task(self._follow(*target), name=f"probe {target[0]}")
+
+    async def _follow(self, instance_id: InstanceId, endpoint: Endpoint) -> None:
+        # The first check is at once, the second somewhere in the interval, so that rounds spread out.
+        spread = self._rng()
+        while True:
+            verdict = await self._check(endpoint)
+            pause_s = self._judge(instance_id, verdict)
+            if not verdict.fault:
+                await self._read_load(instance_id, endpoint)
+            await asyncio.sleep(pause_s * spread)
+            spread = 1.0
+
+    async def _check(self, endpoint: Endpoint) -> Verdict:
+        async with self._slots.checks:
+            started = time.monotonic()
+            verdict = await self._prober.check(endpoint)
+            self._instruments.probe_seconds.observe(time.monotonic() - started)
+        if verdict.fault:
+            self._instruments.probe_failures.inc(verdict.fault)
+        return verdict
+
+    async def _read_load(self, instance_id: InstanceId, endpoint: Endpoint) -> None:
+        if self._slots.readings.locked():
+            self._instruments.load_readings.inc("skipped")
+            return
+        async with self._slots.readings:
+            started = time.monotonic()
+            load = await self._prober.read_load(endpoint)
+        self._instruments.load_readings.inc("read" if load else "absent")
+        if load is not None:
+            # The engine may have taken its figures at any moment since it was asked.
+            self._report(instance_id, load, time.monotonic() - started)

@@ -1,0 +1,493 @@
+"""The service on the memory bus, with real engines: what stands in the registry, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
+from penstock.common.bus import Change, Listing
+from penstock.common.codec import encode_record
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import Identity
+from penstock.common.instances import InstanceTable, encode_instance, instance_key
+from penstock.common.messages import EngineStatus
+from penstock.common.model import Endpoint, EngineLoad, Instance, Role
+from penstock.common.subjects import INSTANCES, STATUS
+from penstock.common.telemetry import Metrics
+from penstock.discovery.adapters.prober import http_prober
+from penstock.discovery.adapters.static_source import StaticSource
+from penstock.discovery.leases import LeaseRecord, lease_key
+from penstock.discovery.ports import Source
+from penstock.discovery.service import Discovery
+from penstock.discovery.source_keeper import ProbePolicy, Timing
+
+if TYPE_CHECKING:
+    from services.discovery.tests.conftest import Engine
+
+Eventually = Callable[[Callable[[], object]], Awaitable[None]]
+NewEngine = Callable[[], Awaitable["Engine"]]
+
+POLICY = ProbePolicy(interval_s=0.02, rise=1, fall=2)
+# A lease that no stall of the test's machine lets go of; the tests of takeover shorten it.
+STEADY = Timing(lease_renew_s=0.05, lease_takeover_s=600.0, bucket_retry_s=0.02, write_retry_first_s=0.01)
+BRISK = replace(STEADY, lease_takeover_s=0.3)
+
+
+class ChangingSource:
+    """A source that lists what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.name = "changing"
+        self.lists: asyncio.Queue[tuple[Instance, ...]] = asyncio.Queue(16)
+
+    async def states(self) -> AsyncGenerator[tuple[Instance, ...], None]:
+        while True:
+            yield await self.lists.get()
+
+
+class Replica:
+    """A discovery process on the memory bus."""
+
+    def __init__(
+        self,
+        broker: MemoryBroker,
+        source: Source,
+        *,
+        name: str,
+        timing: Timing,
+        timeout_s: float,
+        policy: ProbePolicy,
+    ) -> None:
+        self.bus, self.metrics = MemoryBus(broker), Metrics()
+        self.identity = Identity("discovery", name, f"{name}-run")
+        self._source, self._timing, self._timeout_s = source, timing, timeout_s
+        self._policy = policy
+        self._stack = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        events = EventWriter(self.bus, self.identity.writer, self.identity.incarnation, self.metrics)
+        self.discovery = Discovery(
+            [self._source],
+            await self._stack.enter_async_context(http_prober(self._timeout_s)),
+            bus=self.bus,
+            events=events,
+            metrics=self.metrics,
+            identity=self.identity,
+            policy=self._policy,
+            timing=self._timing,
+        )
+        loops = [*self.discovery.loops(), ("events", events.run())]
+        self._tasks = [asyncio.create_task(work, name=name) for name, work in loops]
+
+    async def stop(self) -> None:
+        """As on SIGTERM."""
+        await self.discovery.drain()
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Leave without a word; a loop that ended by itself is a fault."""
+        ended = [task for task in self._tasks if task.done()]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        await self._stack.aclose()
+        assert not ended
+
+    def count(self, name: str, *labels: str) -> float:
+        return self.metrics.counter(name, "").labels(*labels).value
+
+    def writes(self, result: str) -> float:
+        return self.count("penstock_discovery_registry_writes_total", result)
+
+    def gauge(self, name: str) -> dict[tuple[str, ...], float]:
+        (family,) = [family for family in self.metrics.snapshot() if family.name == name]
+        return {sample.labels: sample.value for sample in family.samples}
+
+
+class Stage:
+    """One bus, the replicas on it, and a consumer's table that follows the registry."""
+
+    def __init__(self, eventually: Eventually) -> None:
+        self.broker = MemoryBroker()
+        self.bus = MemoryBus(self.broker)
+        self.table = InstanceTable()
+        self.keys: list[str] = []
+        self.sizes: set[int] = set()
+        self.statuses: list[EngineStatus] = []
+        self._eventually = eventually
+        self._replicas: list[Replica] = []
+
+    async def watch(self) -> None:
+        async for event in self.bus.watch(INSTANCES):
+            self.table.apply(event)
+            self.sizes.add(len(self.table))
+            if isinstance(event, Change):
+                self.keys.append(event.key)
+            elif isinstance(event, Listing):
+                self.keys.append("listing")
+
+    async def replica(self, *listed: Instance, **options: Any) -> Replica:
+        return await self.replica_of(StaticSource("endpoints", listed), **options)
+
+    async def replica_of(
+        self,
+        source: Source,
+        name: str = "a",
+        timing: Timing = STEADY,
+        timeout_s: float = 5.0,
+        policy: ProbePolicy = POLICY,
+    ) -> Replica:
+        replica = Replica(self.broker, source, name=name, timing=timing, timeout_s=timeout_s, policy=policy)
+        await replica.start()
+        self._replicas.append(replica)
+        return replica
+
+    async def close(self) -> None:
+        for replica in self._replicas:
+            await replica.kill()
+
+    async def until(self, check: Callable[[], object]) -> None:
+        await self._eventually(check)
+
+    def states(self) -> dict[str, str]:
+        return {instance.id: str(instance.state) for instance in self.table.instances()}
+
+    def record(self, instance: Instance) -> Instance:
+        held = self.table.get(instance.id)
+        assert held is not None
+        return held
+
+    def told(self) -> list[tuple[str, str, str]]:
+        """(instance, change, reason) of every event in the routing log."""
+        messages = [m for stream in self.broker.streams.values() for m in stream.messages]
+        events = [event for m in messages for event in msgspec.json.decode(m.payload)]
+        assert all(event["type"] == "penstock.instance.v1" for event in events)
+        return [
+            (event["subject"], event["data"]["change"], event["data"].get("reason", "")) for event in events
+        ]
+
+
+@pytest.fixture
+async def stage(eventually: Eventually) -> AsyncIterator[Stage]:
+    stage = Stage(eventually)
+    watch = asyncio.create_task(stage.watch(), name="consumer")
+    yield stage
+    await stage.close()
+    assert not watch.done()
+    watch.cancel()
+
+
+def listed(engine: Engine, role: Role = Role.NEUTRAL) -> Instance:
+    return Instance(id=str(engine.endpoint), endpoint=engine.endpoint, role=role)
+
+
+async def test_a_healthy_engine_becomes_a_ready_record_and_then_the_source_is_complete(
+    stage: Stage, engine: Engine
+) -> None:
+    engine.models = [{"id": "m", "owned_by": "vllm"}, {"id": "l", "parent": "m"}]
+    replica = await stage.replica(listed(engine, Role.DECODE))
+    await stage.until(lambda: stage.table.synced and not replica.discovery.missing())
+    assert stage.record(listed(engine)) == Instance(
+        id=f"127.0.0.1:{engine.port}",
+        endpoint=Endpoint("127.0.0.1", engine.port),
+        models=("m",),
+        lora_adapters=("l",),
+        owner="vllm",
+        role=Role.DECODE,
+        source="endpoints",
+    )
+    written = [key for key in stage.keys if not key.startswith("lease.")]
+    assert written == ["listing", instance_key(listed(engine).id), "complete.endpoints"]
+    assert replica.gauge("penstock_discovery_instances") == {("ready", "endpoints"): 1.0}
+    assert replica.gauge("penstock_discovery_lease_held") == {("endpoints",): 1.0}
+
+
+async def test_the_load_of_a_healthy_engine_is_published(stage: Stage, engine: Engine) -> None:
+    await stage.bus.subscribe(STATUS, stage.statuses.append)
+    await stage.replica(listed(engine))
+    await stage.until(lambda: stage.statuses)
+    assert stage.statuses[0].instance == listed(engine).id
+    assert stage.statuses[0].load == EngineLoad(running=3, waiting=1)
+
+
+async def test_an_engine_that_fails_is_unhealthy_until_it_answers_again(stage: Stage, engine: Engine) -> None:
+    await stage.replica(listed(engine))
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+    engine.health_status = 500
+    await stage.until(lambda: stage.states() == {listed(engine).id: "unhealthy"})
+    assert (stage.record(listed(engine)).models, stage.record(listed(engine)).reason) == (
+        ("m",),
+        "/health answers 500",
+    )
+    engine.health_status = 200
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+    changes = [
+        (listed(engine).id, "added", ""),
+        (listed(engine).id, "unhealthy", "/health answers 500"),
+        (listed(engine).id, "recovered", ""),
+    ]
+    await stage.until(lambda: stage.told() == changes)
+
+
+async def test_an_engine_that_serves_other_models_is_updated(stage: Stage, engine: Engine) -> None:
+    await stage.replica(listed(engine))
+    await stage.until(lambda: list(stage.table.models()) == ["m"])
+    engine.models = [{"id": "n"}, {"id": "o"}]
+    await stage.until(lambda: sorted(stage.table.models()) == ["n", "o"])
+    await stage.until(lambda: (listed(engine).id, "updated", "") in stage.told())
+
+
+async def test_bad_engines_neither_hide_good_ones_nor_keep_the_source_from_being_complete(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    good, hanging, garbage, huge, redirecting, gone = [await new_engine() for _ in range(6)]
+    hanging.answering.clear()
+    garbage.models = b"{{{{"
+    huge.body_bytes = 2 * 1024 * 1024
+    redirecting.redirect_to = f"http://127.0.0.1:{good.port}/v1/models"
+    await gone.stop()
+    engines = (good, hanging, garbage, huge, redirecting, gone)
+    replica = await stage.replica(*map(listed, engines), timeout_s=0.5)
+    await stage.until(lambda: stage.table.synced and not replica.discovery.missing())
+    states = {listed(engine).id: "unhealthy" for engine in engines}
+    assert stage.states() == states | {listed(good).id: "ready"}
+    faults = ("timeout", "malformed", "too_large", "redirect", "refused")
+    counted = [replica.count("penstock_discovery_probe_failures_total", fault) for fault in faults]
+    assert all(counted)
+
+
+async def test_a_good_engine_is_listed_while_another_one_hangs(stage: Stage, new_engine: NewEngine) -> None:
+    good, hanging = await new_engine(), await new_engine()
+    hanging.answering.clear()
+    replica = await stage.replica(listed(hanging), listed(good), timeout_s=600)
+    await stage.until(lambda: stage.states() == {listed(good).id: "ready"})
+    assert not stage.table.synced
+    assert replica.discovery.missing() == "source endpoints: 1 instances wait for their first probe"
+
+
+async def test_a_bucket_created_anew_is_written_again_and_its_consumers_miss_nothing(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    engines = [listed(await new_engine()) for _ in range(3)]
+    await stage.replica(*engines)
+    await stage.until(lambda: stage.table.synced and len(stage.table) == 3)
+    stage.keys.clear()
+    stage.sizes.clear()
+    stage.broker.drop_storage()
+    await stage.until(lambda: "complete.endpoints" in stage.keys)
+    rewritten = [key for key in stage.keys if key.startswith("instance.")]
+    assert sorted(rewritten) == sorted(instance_key(instance.id) for instance in engines)
+    assert stage.sizes == {3}
+
+
+async def test_a_bucket_that_comes_back_ends_the_pause_after_a_failed_write(
+    stage: Stage, engine: Engine
+) -> None:
+    replica = await stage.replica(
+        listed(engine), timing=replace(STEADY, write_retry_first_s=600.0, write_retry_max_s=600.0)
+    )
+    await stage.until(lambda: stage.table.synced)
+    # Gone, and the watch has not noticed.
+    stage.broker.buckets[INSTANCES.name].exists = False
+    engine.models = [{"id": "later"}]
+    await stage.until(lambda: replica.writes("failed"))
+    stage.broker.drop_storage()
+    await stage.until(lambda: list(stage.table.models()) == ["later"])
+
+
+async def test_engines_whose_metrics_hang_do_not_hold_up_the_checks(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    slow, quick = await new_engine(), await new_engine()
+    slow.hanging_path = "/metrics"
+    replica = await stage.replica(
+        listed(slow), listed(quick), timeout_s=600, policy=replace(POLICY, concurrency=1)
+    )
+    await stage.until(lambda: stage.states() == {listed(e).id: "ready" for e in (slow, quick)})
+    await stage.until(lambda: slow.hits.get("/metrics"))
+    probes = quick.hits["/health"]
+    await stage.until(lambda: quick.hits["/health"] > probes + 3)
+    assert replica.count("penstock_discovery_load_readings_total", "skipped") >= 1
+
+
+async def test_what_happens_while_the_bus_is_away_is_in_the_registry_when_it_returns(
+    stage: Stage, engine: Engine
+) -> None:
+    replica = await stage.replica(listed(engine))
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+    stage.broker.set_up(False)
+    engine.models = [{"id": "later"}]
+    await stage.until(lambda: [record.models for record in _kept(replica)] == [("later",)])
+    assert replica.discovery.missing() == "no connection to the bus"
+    stage.broker.set_up(True)
+    await stage.until(lambda: list(stage.table.models()) == ["later"])
+    await stage.until(lambda: not replica.discovery.missing())
+
+
+def _kept(replica: Replica) -> list[Instance]:
+    (keeper,) = replica.discovery.keepers
+    return keeper.records()
+
+
+async def test_a_bus_that_is_away_at_the_start_is_waited_for(stage: Stage, engine: Engine) -> None:
+    stage.broker.set_up(False)
+    replica = await stage.replica(listed(engine))
+    assert replica.discovery.missing() == "no connection to the bus"
+    stage.broker.set_up(True)
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+
+
+async def test_of_two_replicas_one_probes_and_writes_and_both_are_ready(stage: Stage, engine: Engine) -> None:
+    first = await stage.replica(listed(engine), name="a")
+    await stage.until(lambda: stage.table.synced)
+    second = await stage.replica(listed(engine), name="b")
+    await stage.until(lambda: not first.discovery.missing() and not second.discovery.missing())
+    engine.models = [{"id": "later"}]
+    await stage.until(lambda: list(stage.table.models()) == ["later"])
+    assert (first.writes("written"), second.writes("written")) == (3.0, 0.0)
+    assert second.metrics.histogram("penstock_discovery_probe_seconds", "").labels().counts == [0] * 17
+    assert second.gauge("penstock_discovery_lease_held") == {("endpoints",): 0.0}
+
+
+async def test_a_replica_takes_over_when_the_holder_stops_renewing(stage: Stage, engine: Engine) -> None:
+    first = await stage.replica(listed(engine), name="a", timing=BRISK)
+    await stage.until(lambda: stage.table.synced)
+    await first.kill()
+    engine.models = [{"id": "later"}]
+    second = await stage.replica(listed(engine), name="b", timing=BRISK)
+    await stage.until(lambda: list(stage.table.models()) == ["later"])
+    assert second.writes("written") == 1.0
+
+
+async def test_a_clean_stop_keeps_the_records_and_lets_a_successor_start_at_once(
+    stage: Stage, engine: Engine
+) -> None:
+    first = await stage.replica(listed(engine), name="a")
+    await stage.until(lambda: stage.table.synced)
+    await first.stop()
+    assert stage.states() == {listed(engine).id: "ready"}
+    engine.models = [{"id": "later"}]
+    await stage.replica(listed(engine), name="b")
+    await stage.until(lambda: list(stage.table.models()) == ["later"])
+
+
+async def test_a_restart_that_changes_nothing_is_complete_after_one_round(
+    stage: Stage, engine: Engine
+) -> None:
+    first = await stage.replica(listed(engine), name="a")
+    await stage.until(lambda: stage.table.synced)
+    await first.stop()
+    # No renewal of the lease comes to wake the writer by chance.
+    second = await stage.replica(listed(engine), name="b", timing=replace(STEADY, lease_renew_s=300.0))
+    await stage.until(lambda: not second.discovery.missing())
+    assert second.writes("written") == 0
+
+
+async def test_a_source_that_changes_its_list_adds_and_removes_instances(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    stays, goes, comes = [await new_engine() for _ in range(3)]
+    source = ChangingSource()
+    replica = await stage.replica_of(source)
+    await stage.until(lambda: replica.discovery.missing() == "source changing: it has listed nothing yet")
+    source.lists.put_nowait((listed(stays), listed(goes)))
+    await stage.until(lambda: stage.states() == {listed(e).id: "ready" for e in (stays, goes)})
+    source.lists.put_nowait((listed(stays), listed(comes)))
+    await stage.until(lambda: stage.states() == {listed(e).id: "ready" for e in (stays, comes)})
+    probes_of_removed, probes_of_kept = goes.hits["/health"], stays.hits["/health"]
+    await stage.until(lambda: stays.hits["/health"] > probes_of_kept + 5)
+    assert goes.hits["/health"] <= probes_of_removed + 1
+
+
+async def test_a_restart_goes_on_with_the_states_that_the_registry_holds(
+    stage: Stage, engine: Engine
+) -> None:
+    first = await stage.replica(listed(engine), name="a")
+    await stage.until(lambda: stage.table.synced)
+    await first.stop()
+    engine.answering.clear()
+    stage.keys.clear()
+    second = await stage.replica(listed(engine), name="b", timeout_s=0.1)
+    await stage.until(lambda: stage.states() == {listed(engine).id: "unhealthy"})
+    assert second.count("penstock_discovery_probe_failures_total", "timeout") >= POLICY.fall
+    assert stage.keys.count(instance_key(listed(engine).id)) == 1
+
+
+async def test_a_restart_with_another_list_removes_what_it_does_not_name(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    kept, dropped = listed(await new_engine()), listed(await new_engine())
+    first = await stage.replica(kept, dropped, name="a")
+    await stage.until(lambda: stage.table.synced and len(stage.table) == 2)
+    await first.stop()
+    second = await stage.replica(kept, name="b")
+    await stage.until(lambda: stage.states() == {kept.id: "ready"})
+    assert second.writes("deleted") == 1.0
+    await stage.until(lambda: (dropped.id, "removed", "its source does not list it") in stage.told())
+
+
+async def test_records_of_another_source_are_left_alone(stage: Stage, engine: Engine) -> None:
+    other = Instance(id="other", endpoint=Endpoint("other", 1), models=("x",), source="elsewhere")
+    await stage.bus.ensure_bucket(INSTANCES)
+    await stage.bus.put(INSTANCES, instance_key(other.id), encode_instance(other))
+    replica = await stage.replica(listed(engine))
+    await stage.until(lambda: not replica.discovery.missing())
+    await stage.until(lambda: stage.states() == {"other": "ready", listed(engine).id: "ready"})
+    assert replica.writes("deleted") == 0
+
+
+async def test_a_record_that_somebody_else_overwrites_or_deletes_is_written_again(
+    stage: Stage, engine: Engine
+) -> None:
+    await stage.replica(listed(engine))
+    await stage.until(lambda: stage.table.synced)
+    right, key = encode_instance(stage.record(listed(engine))), instance_key(listed(engine).id)
+    held = stage.broker.buckets[INSTANCES.name].entries
+    await stage.bus.put(INSTANCES, key, b"garbage")
+    await stage.until(lambda: held[key].value == right)
+    await stage.bus.delete(INSTANCES, key)
+    await stage.until(lambda: key in held and held[key].value == right)
+
+
+async def test_a_holder_that_was_replaced_stops_probing_and_writing(stage: Stage, engine: Engine) -> None:
+    replica = await stage.replica(listed(engine))
+    await stage.until(lambda: not replica.discovery.missing())
+    usurper = encode_record(LeaseRecord("b", "b-run", 1))
+    await stage.bus.put(INSTANCES, lease_key("endpoints"), usurper)
+    await stage.until(lambda: replica.gauge("penstock_discovery_lease_held") == {("endpoints",): 0.0})
+    await stage.until(lambda: not _kept(replica))
+    written = replica.writes("written")
+    await stage.bus.delete(INSTANCES, instance_key(listed(engine).id))
+    await stage.until(lambda: stage.states() == {})
+    assert replica.writes("written") == written
+    assert not replica.discovery.missing()
+
+
+async def test_garbage_in_the_bucket_hurts_nobody(stage: Stage, engine: Engine) -> None:
+    await stage.bus.ensure_bucket(INSTANCES)
+    garbage: dict[str, Any] = {
+        instance_key("x"): b"\xff\xfe",
+        instance_key(listed(engine).id): b"[]",
+        "complete.endpoints": b"{",
+        "unknown.key": b"",
+    }
+    for key, value in garbage.items():
+        await stage.bus.put(INSTANCES, key, value)
+    replica = await stage.replica(listed(engine))
+    await stage.until(lambda: not replica.discovery.missing() and stage.table.synced)
+    assert stage.states() == {listed(engine).id: "ready"}
+
+
+async def test_a_source_that_lists_nothing_is_complete_at_once(stage: Stage) -> None:
+    replica = await stage.replica()
+    await stage.until(lambda: stage.table.synced and not replica.discovery.missing())
+    assert stage.states() == {}

@@ -1,0 +1,40 @@
+"""Choices that every replica, and every replay, makes alike: all chance comes from a hash.
+
+Mixing is splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+_MASK = 2**64 - 1
+_STEP, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_ARRAY_MIX_1, _ARRAY_MIX_2, _SHIFT = np.uint64(_MIX_1), np.uint64(_MIX_2), np.uint64(32)
+
+
+def seed_of(text: str) -> int:
+    """64 bits that stand for `text` in every process."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"))
+
+
+def draw(seed: int, turn: int, bound: int) -> int:
+    """The `turn`-th number (from 0) of the sequence of `seed`, uniform over 0..bound-1."""
+    mixed = (seed + (turn + 1) * _STEP) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * _MIX_1) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * _MIX_2) & _MASK
+    return ((mixed ^ (mixed >> 31)) * bound) >> 64
+
+
+def rendezvous_keys(instances: tuple[str, ...]) -> NDArray[np.uint64]:
+    """What each instance brings to `rendezvous`."""
+    return np.array([seed_of(instance) for instance in instances], dtype=np.uint64)
+
+
+def rendezvous(keys: NDArray[np.uint64], key: int) -> int:
+    """Position of the highest-ranking of `keys` for `key`: the same one whoever asks, another for most
+    other keys, and unchanged when others leave the set. `keys` must not be empty."""
+    mixed = (keys ^ np.uint64(key)) * _ARRAY_MIX_1
+    mixed ^= mixed >> _SHIFT
+    return int((mixed * _ARRAY_MIX_2).argmax())

@@ -1,0 +1,57 @@
+"""The feed of placements between replicas: cut to size and numbered going out, gaps seen coming in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from penstock.common.identity import Identity
+from penstock.common.messages import MAX_BATCH, Placed, PlacedFeed
+
+# Half of what the subject allows: one placement is at most 17 KiB, its names included.
+MAX_FEED_BYTES = 128 * 1024
+MAX_WRITERS = 256
+
+
+class FeedWriter:
+    """Numbers this replica's placements from 1."""
+
+    def __init__(self, own: Identity) -> None:
+        self._own = own
+        self._next = 1
+
+    def messages(self, placed: Sequence[Placed], confirm_within_s: float) -> Iterator[PlacedFeed]:
+        """As few messages as their bounds allow."""
+        start, size = 0, 0
+        for position, one in enumerate(placed):
+            size += len(one.tail) + 1024
+            if position - start == MAX_BATCH or (size > MAX_FEED_BYTES and position > start):
+                yield self._message(placed[start:position], confirm_within_s)
+                start, size = position, len(one.tail) + 1024
+        if placed[start:]:
+            yield self._message(placed[start:], confirm_within_s)
+
+    def _message(self, placed: Sequence[Placed], confirm_within_s: float) -> PlacedFeed:
+        first, self._next = self._next, self._next + len(placed)
+        return PlacedFeed(self._own.id, self._own.incarnation, first, tuple(placed), confirm_within_s)
+
+
+class FeedReader:
+    """Follows the sequences of the other replicas."""
+
+    def __init__(self, own: Identity) -> None:
+        self._own = own
+        self._next: dict[tuple[str, str], int] = {}
+
+    def is_own(self, feed: PlacedFeed) -> bool:
+        """Whether this replica wrote it: what it says is applied already."""
+        return (feed.replica, feed.incarnation) == (self._own.id, self._own.incarnation)
+
+    def missed(self, feed: PlacedFeed) -> int:
+        """Placements lost since the writer's last message; 0 at the first one heard of it."""
+        writer = feed.replica, feed.incarnation
+        expected = self._next.pop(writer, feed.first_sequence)
+        if len(self._next) >= MAX_WRITERS:
+            # The one that wrote longest ago; at worst one of its gaps goes uncounted.
+            del self._next[next(iter(self._next))]
+        self._next[writer] = max(expected, feed.first_sequence + len(feed.placed))
+        return max(0, feed.first_sequence - expected)

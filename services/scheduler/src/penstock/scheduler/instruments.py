@@ -1,0 +1,81 @@
+"""The scheduler's metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from penstock.common.messages import Placement
+from penstock.common.telemetry import Metrics
+from penstock.scheduler.replica import Replica
+from penstock.scheduler.scheduler import Decision
+
+DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+
+
+class Instruments:
+    """Counters that the service adds to, and gauges that read the replica at scrape time."""
+
+    def __init__(
+        self, metrics: Metrics, replica: Replica, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._replica, self._clock = replica, clock
+        self._decisions = metrics.counter(
+            "penstock_scheduler_decisions_total",
+            "Decisions by policy and outcome: placement, or why not",
+            "policy",
+            "outcome",
+        )
+        self._seconds = metrics.histogram(
+            "penstock_scheduler_decision_seconds", "Time of one decision", bounds=DECISION_BUCKETS
+        ).labels()
+        blocks = metrics.counter("penstock_scheduler_prefix_blocks_total", "Prompt blocks placed", "result")
+        self._looked_up, self._matched = blocks.labels("looked_up"), blocks.labels("matched")
+        self.expired = metrics.counter(
+            "penstock_scheduler_batches_expired_total", "Schedule messages whose budget was spent"
+        ).labels()
+        self.feed_missed = metrics.counter(
+            "penstock_scheduler_feed_missed_total", "Placements of other replicas that never arrived"
+        ).labels()
+        self._ledger_dropped = metrics.counter(
+            "penstock_scheduler_ledger_dropped_total", "What the ledger does not count, by reason", "reason"
+        )
+        self._gauges(metrics)
+
+    def _gauges(self, metrics: Metrics) -> None:
+        replica, table, ledger = self._replica, self._replica.table, self._replica.ledger
+        for name, text, read in (
+            ("prefix_index_blocks", "Blocks held by the prefix index", lambda: len(replica.index)),
+            ("in_flight_requests", "Requests in flight, by the ledger", lambda: ledger.in_flight),
+            ("ingresses", "Ingresses whose work is counted", lambda: ledger.ingresses),
+            ("dirty_ingresses", "Ingresses of which a report is missing", lambda: ledger.dirty),
+            ("replicas", "Schedulers alive, this one included", lambda: replica.peers.replicas),
+            ("instances", "Instances in the registry", lambda: len(table)),
+            ("registry_synced", "1 once the registry was listed completely", lambda: table.synced),
+            ("registry_lost", "1 while the registry's last known state is used", lambda: table.lost),
+            ("registry_undecodable", "Registry records that could not be read", lambda: table.undecodable),
+        ):
+            metrics.gauge(f"penstock_scheduler_{name}", text, read)
+        metrics.gauge(
+            "penstock_scheduler_status_age_seconds",
+            "Age of an engine's own numbers",
+            lambda: [((i,), age) for i, age in replica.view.status_ages(self._clock())],
+            "instance",
+        )
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        """Count one decision."""
+        outcome = decision.outcome
+        if isinstance(outcome, Placement):
+            self._decisions.inc(decision.policy, "placement")
+            self._looked_up.value += len(decision.hashes)
+            self._matched.value += outcome.matched_blocks
+        else:
+            self._decisions.inc(decision.policy, outcome.reason.value)
+        self._seconds.observe(seconds)
+
+    def refresh(self) -> None:
+        """Take over what the replica counts itself."""
+        self.feed_missed.value = self._replica.feed_missed
+        for reason, count in self._replica.ledger.dropped.items():
+            self._ledger_dropped.labels(reason).value = count

@@ -1,0 +1,307 @@
+"""InFlightLedger: requests and tokens in flight per instance, summed from what the ingresses say.
+
+An ingress is the only truth about its own work (DESIGN 3.4); a placement that no report covers yet counts
+until it is covered or its time is up. Applying is idempotent, in any order: an entry carries the
+sequence of the report it is from, only a later report changes it, and what finished stays finished for
+older reports and for placements.
+
+`now` is a monotonic clock in seconds. The ledger's own clock stands still while the bus is lost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+
+import msgspec
+
+from penstock.common.messages import LoadReport, Placed
+from penstock.common.model import InstanceId
+
+SILENCE_S = 5.0
+TOMBSTONE_S = 60.0
+MAX_INGRESSES = 1024
+MAX_PER_INGRESS = 65_536
+# Of decisions counted, and of placements whose time runs.
+MAX_IN_FLIGHT = 1_048_576
+# Of each of two generations; past it they live shorter than TOMBSTONE_S.
+MAX_TOMBSTONES = 131_072
+MAX_PIECES = 64
+
+
+class _Work(msgspec.Struct, gc=False):
+    """One decision. `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
+
+    instance: InstanceId
+    tokens: int
+    sequence: int
+    deadline: float = 0.0
+
+
+class _Load(msgspec.Struct, gc=False):
+    requests: int = 0
+    tokens: int = 0
+
+
+class _Ingress(msgspec.Struct):
+    """What one incarnation of an ingress said. `missing` is the last sequence known to be lost (0: none);
+    `floor` the first of the last complete snapshot, `open` that of the one under way."""
+
+    incarnation: str
+    heard_at: float
+    work: dict[str, _Work]
+    sequence: int = 0
+    missing: int = 0
+    floor: int = 0
+    open: int = 0
+    open_pieces: int = 0
+
+
+class InFlightLedger:
+    """Applies placements and load reports; `loads` and `changes` read the sums."""
+
+    def __init__(self) -> None:
+        self._ingresses: dict[str, _Ingress] = {}
+        self._loads: dict[InstanceId, _Load] = {}
+        self._changed: set[InstanceId] = set()
+        self._unconfirmed: list[tuple[float, str, str, str]] = []
+        # Sequences by what is over: the report that finished a decision, an incarnation's last.
+        self._over: dict[str | tuple[str, str], int] = {}
+        self._over_before: dict[str | tuple[str, str], int] = {}
+        self._turned_at = 0.0
+        self._paused_at: float | None = None
+        self._standstill_s = 0.0
+        self.in_flight = 0
+        # What is not counted, or not any more, by reason: the outcome of every bound.
+        self.dropped: Counter[str] = Counter()
+
+    # Reading
+
+    def load(self, instance: InstanceId) -> tuple[int, int]:
+        """(requests, tokens) in flight on an instance."""
+        load = self._loads.get(instance)
+        return (load.requests, load.tokens) if load else (0, 0)
+
+    def changes(self) -> list[tuple[InstanceId, int, int]]:
+        """(instance, requests, tokens) of all that changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return [(instance, *self.load(instance)) for instance in changed]
+
+    def has_snapshot_of(self, ingress: str) -> bool:
+        """Whether a complete snapshot of the ingress's present incarnation was applied."""
+        source = self._ingresses.get(ingress)
+        return source is not None and source.floor > 0
+
+    @property
+    def ingresses(self) -> int:
+        """Ingresses counted."""
+        return len(self._ingresses)
+
+    @property
+    def dirty(self) -> int:
+        """Ingresses of which a report is missing that no snapshot has made good."""
+        return sum(source.missing > 0 for source in self._ingresses.values())
+
+    # Applying
+
+    def place(self, placed: Placed, confirm_within_s: float, now: float) -> bool:
+        """Count a placement, one's own or a sibling's; False if it is over, covered or counted already."""
+        moment = self._moment(now)
+        decision = placed.decision_id
+        if decision in self._over or decision in self._over_before:
+            return False
+        source = self._ingresses.get(placed.ingress)
+        if source is None:
+            source = self._open(placed.ingress, placed.incarnation, 0, moment)
+        if source is None:
+            return False
+        if source.incarnation != placed.incarnation:
+            # A placement does not tell which incarnation is alive; the next report covers it.
+            self.dropped["other incarnation"] += 1
+            return False
+        work = source.work.get(decision)
+        if work is None:
+            if not self._has_room(source):
+                return False
+            work = source.work[decision] = self._start(placed.instance, placed.tokens, 0)
+        elif work.sequence or work.instance == placed.instance:
+            return False
+        else:
+            self._move(work, placed.instance, placed.tokens)
+        work.deadline = moment + confirm_within_s
+        heapq.heappush(self._unconfirmed, (work.deadline, placed.ingress, placed.incarnation, decision))
+        return True
+
+    def report(self, report: LoadReport, now: float) -> bool:
+        """Apply what an ingress says of itself; False if it was refused."""
+        moment = self._moment(now)
+        if report.pieces and not report.piece < report.pieces <= MAX_PIECES:
+            self.dropped["malformed report"] += 1
+            return False
+        source = self._ingresses.get(report.ingress)
+        if source is None or source.incarnation != report.incarnation:
+            source = self._open(report.ingress, report.incarnation, report.sequence, moment)
+        if source is None:
+            return False
+        source.heard_at = moment
+        if report.leaving:
+            source.sequence = max(source.sequence, report.sequence)
+            self._end(report.ingress, source)
+            return True
+        if report.sequence > source.sequence + 1:
+            source.missing = report.sequence - 1
+        source.sequence = max(source.sequence, report.sequence)
+        self._finish(source, report)
+        if report.sequence >= source.floor:
+            self._apply(source, report)
+        if report.pieces:
+            self._take_piece(source, report)
+        return True
+
+    def expire(self, now: float) -> list[str]:
+        """Drop what its time is up for; the ingresses released for silence. Nothing while paused."""
+        if self._paused_at is not None:
+            return []
+        moment = self._moment(now)
+        while self._unconfirmed and self._unconfirmed[0][0] <= moment:
+            deadline, ingress, incarnation, decision = heapq.heappop(self._unconfirmed)
+            source = self._ingresses.get(ingress)
+            if source is None or source.incarnation != incarnation:
+                continue
+            work = source.work.get(decision)
+            if work is not None and not work.sequence and work.deadline <= deadline:
+                self._drop(source.work.pop(decision))
+                self.dropped["not confirmed"] += 1
+        silent = [i for i, source in self._ingresses.items() if moment - source.heard_at >= SILENCE_S]
+        for ingress in silent:
+            self._release(self._ingresses.pop(ingress))
+        if moment - self._turned_at >= TOMBSTONE_S or len(self._over) >= MAX_TOMBSTONES:
+            self._over_before, self._over, self._turned_at = self._over, {}, moment
+        return silent
+
+    def pause(self, now: float) -> None:
+        """The bus is lost: silence proves nothing from here on."""
+        if self._paused_at is None:
+            self._paused_at = now
+
+    def resume(self, now: float) -> None:
+        """The bus is back: every ingress has its full grace again."""
+        if self._paused_at is None:
+            return
+        self._standstill_s += now - self._paused_at
+        self._paused_at = None
+        for source in self._ingresses.values():
+            source.heard_at = self._moment(now)
+
+    # The parts of a report
+
+    def _finish(self, source: _Ingress, report: LoadReport) -> None:
+        over, sequence = self._over, report.sequence
+        for decision in report.finished:
+            if over.get(decision, 0) < sequence:
+                over[decision] = sequence
+            work = source.work.get(decision)
+            if work is not None and work.sequence <= sequence:
+                self._drop(source.work.pop(decision))
+
+    def _apply(self, source: _Ingress, report: LoadReport) -> None:
+        held, sequence = source.work, report.sequence
+        for entry in report.in_flight:
+            decision, tokens = entry.decision_id, entry.prompt_tokens + entry.output_tokens
+            work = held.get(decision)
+            if work is not None:
+                if work.sequence <= sequence:
+                    work.sequence = sequence
+                    if work.tokens != tokens or work.instance != entry.instance:
+                        self._move(work, entry.instance, tokens)
+            elif self._is_over(decision, sequence):
+                continue
+            elif self._has_room(source):
+                held[decision] = self._start(entry.instance, tokens, sequence)
+
+    def _is_over(self, decision: str, sequence: int) -> bool:
+        """Whether a later report than `sequence` finished it. The same report may finish and start again
+        under one id: its entries are the later word."""
+        return max(self._over.get(decision, 0), self._over_before.get(decision, 0)) > sequence
+
+    def _take_piece(self, source: _Ingress, report: LoadReport) -> None:
+        """Pieces carry consecutive sequences, so the first one's names the snapshot."""
+        first = report.sequence - report.piece
+        if first <= source.floor or first < source.open:
+            return
+        if first != source.open:
+            source.open, source.open_pieces = first, 0
+        source.open_pieces |= 1 << report.piece
+        if source.open_pieces != (1 << report.pieces) - 1:
+            return
+        for decision in [d for d, work in source.work.items() if 0 < work.sequence < first]:
+            self._drop(source.work.pop(decision))
+        source.floor = first
+        if source.missing < first + report.pieces:
+            source.missing = 0
+
+    # The books
+
+    def _open(self, ingress: str, incarnation: str, sequence: int, moment: float) -> _Ingress | None:
+        """Books for this incarnation, in place of another's; None if there is no room or it ended.
+
+        Nothing tells which of two incarnations is the younger. One that ended and then says something
+        later than its last word is alive: so a straggler of a dead one is corrected by the next report
+        of the living."""
+        ended = self._over.get((ingress, incarnation), self._over_before.get((ingress, incarnation)))
+        if ended is not None and sequence <= ended:
+            self.dropped["ended incarnation"] += 1
+            return None
+        other = self._ingresses.get(ingress)
+        if other is not None:
+            self._end(ingress, other)
+        elif len(self._ingresses) >= MAX_INGRESSES:
+            self.dropped["too many ingresses"] += 1
+            return None
+        source = self._ingresses[ingress] = _Ingress(incarnation, moment, {})
+        return source
+
+    def _end(self, ingress: str, source: _Ingress) -> None:
+        del self._ingresses[ingress]
+        self._release(source)
+        self._over[ingress, source.incarnation] = source.sequence
+
+    def _release(self, source: _Ingress) -> None:
+        for work in source.work.values():
+            self._drop(work)
+
+    def _has_room(self, source: _Ingress) -> bool:
+        if len(source.work) < MAX_PER_INGRESS and max(self.in_flight, len(self._unconfirmed)) < MAX_IN_FLIGHT:
+            return True
+        self.dropped["ledger full"] += 1
+        return False
+
+    def _start(self, instance: InstanceId, tokens: int, sequence: int) -> _Work:
+        self.in_flight += 1
+        self._add(instance, 1, tokens)
+        return _Work(instance, tokens, sequence)
+
+    def _move(self, work: _Work, instance: InstanceId, tokens: int) -> None:
+        if work.instance == instance:
+            self._add(instance, 0, tokens - work.tokens)
+        else:
+            self._add(work.instance, -1, -work.tokens)
+            self._add(instance, 1, tokens)
+        work.instance, work.tokens = instance, tokens
+
+    def _drop(self, work: _Work) -> None:
+        self.in_flight -= 1
+        self._add(work.instance, -1, -work.tokens)
+
+    def _add(self, instance: InstanceId, requests: int, tokens: int) -> None:
+        load = self._loads.get(instance)
+        if load is None:
+            load = self._loads[instance] = _Load()
+        load.requests += requests
+        load.tokens += tokens
+        if not load.requests:
+            del self._loads[instance]
+        self._changed.add(instance)
+
+    def _moment(self, now: float) -> float:
+        return (now if self._paused_at is None else self._paused_at) - self._standstill_s

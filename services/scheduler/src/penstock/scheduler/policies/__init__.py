@@ -1,0 +1,1 @@
+"""Policies: filters, scorers, pickers, and the closed table of names."""

@@ -1,0 +1,79 @@
+"""Filters: which candidates stay. `keep` returns flags aligned with the candidates, or None for all.
+
+That an instance serves the request's model is what makes it a member of the pool; no filter asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from penstock.common.model import Role
+from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.pool import Flags
+
+
+class Filter(Protocol):
+    """Keep or drop; `name` stands in the log for what was dropped."""
+
+    @property
+    def name(self) -> str: ...
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        """True for each candidate that stays."""
+
+
+@dataclass(frozen=True)
+class TakesWork:
+    """Drops instances that are draining or unhealthy by the registry."""
+
+    name: str = "not-taking-work"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        instances = candidates.kept.pool.instances
+        return _flags(instances[row].takes_work for row in candidates.kept.rows)
+
+
+@dataclass(frozen=True)
+class HasRole:
+    """Drops instances of another role."""
+
+    role: Role
+    name: str = "role"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        instances = candidates.kept.pool.instances
+        return _flags(instances[row].role is self.role for row in candidates.kept.rows)
+
+
+@dataclass(frozen=True)
+class OwnedBy:
+    """Drops instances of another owner than the request names, if it names one."""
+
+    name: str = "owner"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        owner, instances = case.request.owner, candidates.kept.pool.instances
+        if not owner:
+            return None
+        return _flags(instances[row].owner == owner for row in candidates.kept.rows)
+
+
+@dataclass(frozen=True)
+class NotExcluded:
+    """Drops the instances that the request names as tried and failed."""
+
+    name: str = "excluded"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        excluded = case.request.excluded
+        if not excluded:
+            return None
+        return _flags(candidates.id(position) not in excluded for position in range(len(candidates)))
+
+
+def _flags(values: Iterable[bool]) -> Flags:
+    return np.fromiter(values, dtype=np.bool_)

@@ -1,0 +1,68 @@
+"""Scorers: one number in 0..1 per candidate, 1 the best, from the request and the arrays alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.pool import Floats
+
+
+class Scorer(Protocol):
+    """`score` returns an array of its own, aligned with the candidates, of which there is at least one."""
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        """A number in 0..1 for each."""
+
+
+@dataclass(frozen=True)
+class FewestRequests:
+    """(1 + fewest in-flight requests of any candidate) / (1 + in-flight requests), from the ledger: strictly
+    falling, 1 for the least loaded, and a difference of a twentieth is as much at every load."""
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        return (1.0 + candidates.least) / (1.0 + candidates.requests)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """1 - (requests above the least) / (`requests` + `ratio` x mean requests), not below 0.
+
+    Linear in in-flight requests, so that it can be weighed against a prefix match. The scale grows with
+    the mean: a difference of five requests is much among ten and noise among hundreds.
+    """
+
+    requests: float
+    ratio: float
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        scale = self.requests + self.ratio * candidates.mean
+        score = candidates.requests * (-1.0 / scale)
+        score += 1.0 + candidates.least / scale
+        if candidates.most - candidates.least > scale:
+            np.maximum(score, 0.0, out=score)
+        return score
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """Leading blocks held / blocks of the prompt, from the prefix index; 0 for all without block hashes,
+    and for overloaded candidates, so that a hot prefix does not pile up on the instance that holds it.
+
+    Overloaded: more than `requests` in flight above the least loaded, and more than (1 + `ratio`) times the
+    mean. The first bound is the guard AIBrix's prefix routing has; alone it fires on noise once hundreds
+    are in flight, and on every instance but one when an idle one joins.
+    """
+
+    requests: float
+    ratio: float
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        score = candidates.matched * (1.0 / max(1, len(case.hashes)))
+        bound = candidates.least + self.requests
+        if candidates.most > bound:
+            score *= candidates.requests <= max(bound, (1.0 + self.ratio) * candidates.mean)
+        return score

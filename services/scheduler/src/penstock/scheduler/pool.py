@@ -1,0 +1,70 @@
+"""Pools and parts of pools: which instances, with the arrays that stay until the registry changes."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.common.model import Instance, InstanceId
+from penstock.scheduler.draws import rendezvous_keys
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Rows = NDArray[np.intp]
+
+
+class Pool:
+    """The instances that serve one model, in order of id; arrays are aligned with `instances`."""
+
+    def __init__(self, instances: tuple[Instance, ...], slots: Rows, turn: int = 0) -> None:
+        self.instances, self.slots = instances, slots
+        self.ids: tuple[InstanceId, ...] = tuple(instance.id for instance in instances)
+        self.keys = rendezvous_keys(self.ids)
+        self.turn = turn
+        # What the standing filters of a profile leave for an owner; the profile keeps it here.
+        self.standing: dict[tuple[str, str], Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """The part of a pool that filters left. `rows` are positions in the pool, the other arrays aligned with
+    them; `mask` has the bits of the slots; `excluded` counts what was dropped, by name of the filter."""
+
+    pool: Pool
+    rows: Rows
+    slots: Rows
+    keys: NDArray[np.uint64]
+    mask: int
+    excluded: dict[str, int] = {}
+    positions: dict[int, int] = {}
+
+    def keep(self, flags: Flags, reason: str) -> Kept:
+        """Those flagged; the others are excluded for `reason`."""
+        rows, slots = self.rows[flags], self.slots[flags]
+        dropped = len(self.rows) - len(rows)
+        if not dropped:
+            return self
+        excluded = {**self.excluded, reason: dropped}
+        return Kept(self.pool, rows, slots, self.keys[flags], mask_of(slots), excluded)
+
+    def indexed(self) -> Kept:
+        """The same with `positions` by slot, for a part that serves many requests."""
+        positions = {slot: position for position, slot in enumerate(self.slots.tolist())}
+        return Kept(self.pool, self.rows, self.slots, self.keys, self.mask, self.excluded, positions)
+
+
+def whole(pool: Pool) -> Kept:
+    """Every instance of a pool."""
+    return Kept(pool, np.arange(len(pool), dtype=np.intp), pool.slots, pool.keys, mask_of(pool.slots))
+
+
+def mask_of(slots: Rows) -> int:
+    """The bits of `slots` as one number; 3 us, whatever their count."""
+    if not len(slots):
+        return 0
+    bits = np.zeros(int(slots.max()) + 1, dtype=np.bool_)
+    bits[slots] = True
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")

@@ -1,0 +1,76 @@
+"""Profile: standing filters, filters, weighted scorers, picker - one policy, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.common.model import Role
+from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.policies.filters import Filter, HasRole, NotExcluded, OwnedBy, TakesWork
+from penstock.scheduler.policies.pickers import Picker
+from penstock.scheduler.policies.scorers import Scorer
+from penstock.scheduler.pool import Floats, Kept, Pool, whole
+from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.view import Loads
+
+# Owners come from a request header: past so many, what was worked out for them goes.
+MAX_STANDING = 256
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`scorers` come with weights that sum to 1, so that totals stay in 0..1; none scores everybody 0.
+    `by_prefix`: whether the prefix index is asked."""
+
+    name: str
+    picker: Picker
+    scorers: tuple[tuple[Scorer, float], ...] = ()
+    filters: tuple[Filter, ...] = (NotExcluded(),)
+    role: Role = Role.NEUTRAL
+    by_prefix: bool = False
+
+    def candidates(self, case: Case, pool: Pool, loads: Loads) -> Candidates:
+        """Whom the filters leave."""
+        key = self.name, case.request.owner
+        kept = pool.standing.get(key)
+        if kept is None:
+            if len(pool.standing) >= MAX_STANDING:
+                pool.standing.clear()
+            kept = pool.standing[key] = self._standing(case, pool, loads)
+        return _apply(self.filters, case, Candidates(kept, loads))
+
+    def _standing(self, case: Case, pool: Pool, loads: Loads) -> Kept:
+        """What depends on the registry and the owner alone; kept until the registry changes."""
+        filters = OwnedBy(), HasRole(self.role), TakesWork()
+        return _apply(filters, case, Candidates(whole(pool), loads)).kept.indexed()
+
+    def scores(self, case: Case, candidates: Candidates) -> Floats:
+        """The weighted sum, aligned with the candidates."""
+        if not self.scorers:
+            return np.zeros(len(candidates))
+        scorer, weight = self.scorers[0]
+        total = scorer.score(case, candidates)
+        if weight != 1.0:
+            total *= weight
+        for scorer, weight in self.scorers[1:]:
+            total += scorer.score(case, candidates) * weight
+        return total
+
+
+def look_up(case: Case, candidates: Candidates, index: PrefixIndex) -> None:
+    """Let the candidates know what each holds of the prompt."""
+    if case.hashes:
+        candidates.steps = index.match(case.hashes, candidates.kept.mask)
+
+
+def _apply(filters: Iterable[Filter], case: Case, candidates: Candidates) -> Candidates:
+    for one in filters:
+        if not len(candidates):
+            break
+        flags = one.keep(case, candidates)
+        if flags is not None:
+            candidates = Candidates(candidates.kept.keep(flags, one.name), candidates.loads)
+    return candidates

@@ -1,0 +1,126 @@
+"""Replica: what one scheduler knows and decides - view, index and ledger, kept in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from penstock.common.bus import WatchEvent
+from penstock.common.identity import Identity
+from penstock.common.instances import InstanceTable
+from penstock.common.messages import (
+    EngineStatus,
+    LoadReport,
+    Placed,
+    PlacedFeed,
+    Placement,
+    ScheduleBatch,
+    ScheduleRequest,
+)
+from penstock.scheduler.draws import seed_of
+from penstock.scheduler.feed import FeedReader, FeedWriter
+from penstock.scheduler.ledger import InFlightLedger
+from penstock.scheduler.peers import Peers
+from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.profile import Profile
+from penstock.scheduler.scheduler import HASH_BYTES, Decision, schedule, unpack
+from penstock.scheduler.view import ClusterView
+
+MIN_CONFIRM_S = 1.0
+MAX_CONFIRM_S = 60.0
+
+
+class Replica:
+    """Every argument `now` is the same monotonic clock, in seconds."""
+
+    def __init__(
+        self, own: Identity, profiles: Mapping[str, Profile], default: str, max_prefix_blocks: int
+    ) -> None:
+        self._profiles, self._default = profiles, default
+        self.table = InstanceTable()
+        self.view = ClusterView(first_turn=seed_of(own.id))
+        self.index = PrefixIndex(max_prefix_blocks)
+        self.ledger = InFlightLedger()
+        self.peers = Peers(own)
+        self._writer, self._reader = FeedWriter(own), FeedReader(own)
+        self.feed_missed = 0
+
+    def decide(self, request: ScheduleRequest) -> Decision:
+        """One decision; nothing is changed by it. Reserve a placement before the next."""
+        return schedule(
+            request,
+            self.view,
+            self.index,
+            self._profiles,
+            default=self._default,
+            replicas=self.peers.replicas,
+        )
+
+    def reserve(
+        self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision, now: float
+    ) -> Placed | None:
+        """Count a decision made here, and say what the siblings have to know of it."""
+        outcome = decision.outcome
+        if not isinstance(outcome, Placement):
+            return None
+        known = self.index.insert(decision.hashes, decision.slot, outcome.matched_blocks)
+        placed = Placed(
+            request.decision_id,
+            batch.ingress,
+            batch.incarnation,
+            outcome.instance,
+            request.prompt_tokens,
+            known,
+            request.block_hashes[known * HASH_BYTES :],
+        )
+        self.ledger.place(placed, confirm_within_s(batch), now)
+        self.view.take(self.ledger.changes())
+        pool = self.view.pool(request.model)
+        if pool is not None:
+            pool.turn += 1
+        return placed
+
+    def feed(self, batch: ScheduleBatch, placed: list[Placed]) -> Iterator[PlacedFeed]:
+        """The messages that tell the siblings."""
+        return self._writer.messages(placed, confirm_within_s(batch))
+
+    def follow(self, feed: PlacedFeed, now: float) -> None:
+        """Count what a sibling placed; one's own placements, coming back, are skipped."""
+        if self._reader.is_own(feed):
+            return
+        self.feed_missed += self._reader.missed(feed)
+        window = min(feed.confirm_within_s, MAX_CONFIRM_S)
+        for placed in feed.placed:
+            self.ledger.place(placed, window, now)
+            slot = self.view.slot(placed.instance)
+            if slot is not None and len(placed.tail) % HASH_BYTES == 0:
+                self.index.insert(unpack(placed.tail), slot)
+        self.view.take(self.ledger.changes())
+
+    def report(self, report: LoadReport, now: float) -> None:
+        """Take an ingress's word."""
+        self.ledger.report(report, now)
+        self.view.take(self.ledger.changes())
+
+    def status(self, status: EngineStatus, now: float) -> bool:
+        """Take an engine's own numbers; False if there was nothing to take."""
+        return self.view.take_status(status.instance, status.load, now - status.age_s)
+
+    def registry(self, event: WatchEvent) -> tuple[list[str], list[str]] | None:
+        """Follow the registry: (ids added, ids gone), None if no instance changed."""
+        if not self.table.apply(event):
+            return None
+        added, gone = self.view.refresh(self.table, self.index.forget)
+        self.view.take((instance, *self.ledger.load(instance)) for instance in added)
+        return added, gone
+
+    def expire(self, now: float) -> list[str]:
+        """Drop what its time is up for; the ingresses released for silence."""
+        self.peers.expire(now)
+        silent = self.ledger.expire(now)
+        self.view.take(self.ledger.changes())
+        return silent
+
+
+def confirm_within_s(batch: ScheduleBatch) -> float:
+    """Twice the ingress's deadline, by when its report covers a placement that it used."""
+    return max(MIN_CONFIRM_S, 2.0 * batch.budget_ms / 1000.0)

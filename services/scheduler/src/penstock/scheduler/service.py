@@ -1,0 +1,229 @@
+"""The scheduler on the bus: watch, listen, decide, tell.
+
+Requests are taken only when warm: the registry is synced, and the work in flight is known - a snapshot
+of every ingress whose heartbeat is heard, or WARM_UP_S on the bus, in which each ingress has sent one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from penstock.common.bus import Bus, Lost, Subscription, WatchEvent
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import Identity
+from penstock.common.lifecycle import Lifecycle
+from penstock.common.messages import (
+    EngineStatus,
+    Heartbeat,
+    LoadReport,
+    Placed,
+    PlacedFeed,
+    Placement,
+    Rejection,
+    ScheduleBatch,
+    ScheduleReply,
+    ScheduleRequest,
+)
+from penstock.common.routing_events import (
+    DEGRADED,
+    PLACEMENT,
+    REJECTION,
+    DegradedEvent,
+    PlacementEvent,
+    RejectionEvent,
+)
+from penstock.common.subjects import DEFAULT_SHARD, HEARTBEAT, INSTANCES, LOAD, PLACED, SCHEDULE, STATUS
+from penstock.common.telemetry import Metrics
+from penstock.scheduler.instruments import Instruments
+from penstock.scheduler.policies.table import build
+from penstock.scheduler.replica import Replica
+from penstock.scheduler.scheduler import Decision
+from penstock.scheduler.settings import SchedulerSettings
+
+log = logging.getLogger(__name__)
+
+WARM_UP_S = 1.5
+# By then each living process has sent a heartbeat, so that silence means nobody.
+HEARTBEAT_ROUND_S = 1.1
+TICK_S = 0.1
+
+
+class SchedulerService:
+    """Build it, `start` it, run its loops by `lifecycle`, `drain` it."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        own: Identity,
+        events: EventWriter,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+        settings: SchedulerSettings,
+        *,
+        warm_up_s: float = WARM_UP_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bus, self._own, self._events, self._clock = bus, own, events, clock
+        self._warm_up_s, self._warm = warm_up_s, False
+        self.replica = Replica(
+            own,
+            build(settings.thresholds),
+            settings.default_routing_strategy,
+            settings.prefix_index_blocks,
+        )
+        self._instruments = Instruments(metrics, self.replica, clock)
+        self._connected_at = clock()
+        self._requests: Subscription | None = None
+        self._stopping = False
+        lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
+        lifecycle.require("requests", self._not_warm)
+        self._lifecycle = lifecycle
+
+    async def start(self) -> None:
+        """Listen to everything that makes the replica warm; what goes on is handed to the lifecycle."""
+        self._connection_changed(self._bus.connected)
+        self._bus.on_connection(self._connection_changed)
+        await self._bus.subscribe(LOAD, self._on_load)
+        await self._bus.subscribe(PLACED, self._on_placed, DEFAULT_SHARD)
+        await self._bus.subscribe(STATUS, self._on_status)
+        await self._bus.subscribe(HEARTBEAT, self._on_heartbeat)
+        self._lifecycle.add_loop("instances", self._watch_instances())
+        self._lifecycle.add_loop("housekeeping", self._keep_house())
+
+    async def drain(self) -> None:
+        """Leave the queue group; what was delivered before is still answered."""
+        self._stopping = True
+        if self._requests is not None:
+            await self._requests.close()
+            await asyncio.sleep(0)
+
+    # What the bus brings
+
+    def _on_schedule(self, batch: ScheduleBatch) -> ScheduleReply | None:
+        if batch.budget_ms <= 0:
+            self._instruments.expired.value += 1
+            return None
+        placed: list[Placed] = []
+        outcomes: list[Placement | Rejection] = []
+        for request in batch.requests:
+            started = self._clock()
+            decision = self.replica.decide(request)
+            if (one := self.replica.reserve(batch, request, decision, started)) is not None:
+                placed.append(one)
+            outcomes.append(decision.outcome)
+            self._tell(batch, request, decision)
+            self._instruments.decided(decision, self._clock() - started)
+        for feed in self.replica.feed(batch, placed):
+            self._bus.publish(PLACED, feed, DEFAULT_SHARD)
+        return ScheduleReply(self._own.id, tuple(outcomes))
+
+    def _on_placed(self, feed: PlacedFeed) -> None:
+        self.replica.follow(feed, self._clock())
+
+    def _on_load(self, report: LoadReport) -> None:
+        self.replica.report(report, self._clock())
+
+    def _on_status(self, status: EngineStatus) -> None:
+        self.replica.status(status, self._clock())
+
+    def _on_heartbeat(self, beat: Heartbeat) -> None:
+        self.replica.peers.heard(beat, self._clock())
+
+    def _connection_changed(self, up: bool) -> None:
+        now = self._clock()
+        if up:
+            self._connected_at = now
+            self.replica.ledger.resume(now)
+        else:
+            self.replica.ledger.pause(now)
+
+    # What it tells
+
+    def _tell(self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision) -> None:
+        outcome = decision.outcome
+        if isinstance(outcome, Placement):
+            placement = PlacementEvent(
+                decision_id=outcome.decision_id,
+                request_id=request.request_id,
+                model=request.model,
+                instance=outcome.instance,
+                policy=outcome.policy,
+                replica=self._own.id,
+                ingress=batch.ingress,
+                prompt_tokens=request.prompt_tokens,
+                matched_blocks=outcome.matched_blocks,
+                blocks=len(decision.hashes),
+                candidates=decision.terms,
+                excluded=decision.excluded,
+                seed=decision.seed,
+            )
+            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
+            return
+        rejection = RejectionEvent(
+            decision_id=outcome.decision_id,
+            request_id=request.request_id,
+            model=request.model,
+            reason=outcome.reason.value,
+            replica=self._own.id,
+            ingress=batch.ingress,
+            message=outcome.message,
+            excluded=decision.excluded,
+        )
+        self._events.emit(REJECTION, request.model, request.request_id, rejection)
+
+    # Loops
+
+    async def _watch_instances(self) -> None:
+        async for event in self._bus.watch(INSTANCES):
+            lost = self.replica.table.lost
+            changed = self.replica.registry(event)
+            if self.replica.table.lost is not lost:
+                self._registry_trusted(event)
+            if changed is not None:
+                added, gone = changed
+                log.info(
+                    "instances changed",
+                    extra={"fields": {"added": added, "gone": gone, "instances": len(self.replica.table)}},
+                )
+
+    def _registry_trusted(self, event: WatchEvent) -> None:
+        """The registry is lost, or back."""
+        cause = event.cause if isinstance(event, Lost) else ""
+        lost = self.replica.table.lost
+        log.log(
+            logging.WARNING if lost else logging.INFO,
+            "registry lost, its last known state is used" if lost else "registry listed",
+            extra={"fields": {"cause": cause, "instances": len(self.replica.table)}},
+        )
+        degraded = DegradedEvent(self._own.service, self._own.id, "registry", lost, cause)
+        self._events.emit(DEGRADED, "", self._own.service, degraded)
+
+    async def _keep_house(self) -> None:
+        while True:
+            for ingress in self.replica.expire(self._clock()):
+                log.warning("ingress is silent, its work is released", extra={"fields": {"ingress": ingress}})
+            self._instruments.refresh()
+            if self._requests is None and not self._stopping and not self._not_warm():
+                self._warm = True
+                self._requests = await self._bus.serve(SCHEDULE, self._on_schedule, DEFAULT_SHARD)
+                log.info("taking requests", extra={"fields": {"instances": len(self.replica.table)}})
+            await asyncio.sleep(TICK_S)
+
+    def _not_warm(self) -> str:
+        """What is waited for before requests are taken, in words; empty once they are."""
+        if self._warm:
+            return ""
+        if not self.replica.table.synced:
+            return "the registry is not synced"
+        if not self._bus.connected:
+            return "the bus is not connected"
+        connected_s = self._clock() - self._connected_at
+        heard = self.replica.peers.ingresses
+        unknown = [ingress for ingress in heard if not self.replica.ledger.has_snapshot_of(ingress)]
+        covered = heard and not unknown and connected_s >= HEARTBEAT_ROUND_S
+        if covered or connected_s >= self._warm_up_s:
+            return ""
+        return f"load snapshots of {len(unknown)} of {len(heard)} ingresses heard are awaited"
