@@ -79,6 +79,11 @@ def test_the_decision_sees_the_engines_as_they_are_at_arrival() -> None:
     assert {o.request_id: o.engine for o in outcomes} == {"a": 0, "b": 1, "c": 0, "d": 1}
 
 
+def test_a_step_that_ends_as_a_request_arrives_is_over_for_its_placement() -> None:
+    outcomes = Cluster(engines(2), least_loaded).run([arrival(0.0, "a", output=1), arrival(0.5, "b")])
+    assert [o.engine for o in outcomes] == [0, 0]
+
+
 def test_a_placement_by_prefix_finds_cached_tokens_that_one_by_load_misses() -> None:
     arrivals = [
         arrival(0.0, "x", hashes=(1, 2, 3, 4, 5)),

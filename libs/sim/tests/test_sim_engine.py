@@ -167,6 +167,19 @@ def test_when_blocks_run_out_the_request_admitted_last_starts_over() -> None:
     assert engine.kv_blocks_used == 0
 
 
+def test_a_preempted_request_is_admitted_again_before_those_that_waited() -> None:
+    engine = Engine(spec(kv_blocks=5, max_batch=2))
+    for name in ("a", "preempted"):
+        engine.submit(request(name, 20, 15), 0.0)
+    engine.submit(request("waited", 5, 1), 0.0)
+    now = 0.0
+    while not engine.stats.preemptions:
+        now, _ = step(engine, now)
+    engine.abort("a")
+    _, events = step(engine, now)
+    assert [e.request_id for e in events] == ["preempted", "waited"]
+
+
 def test_a_request_can_be_aborted_while_it_waits_runs_or_is_in_a_step() -> None:
     engine = Engine(spec(max_batch=2))
     for name in "abc":

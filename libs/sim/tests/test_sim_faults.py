@@ -1,6 +1,7 @@
 """Faults: how they are asked for, and what a client sees of each."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 
 from penstock.sim.faults import Fault, FaultBook, FaultError, parse_body, parse_header
+from penstock.sim.spec import EngineSpec
 from penstock.sim.text import expected_text
 
 # `Client` and `Start` of conftest.py, which tests cannot import.
@@ -15,6 +17,7 @@ Client = Any
 Start = Any
 
 CHAT = "/v1/chat/completions"
+INSTANT = EngineSpec(prefill_tokens_per_s=1e15, decode_step_s=0.0, decode_step_per_seq_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,17 @@ async def test_a_hang_before_headers_holds_the_engine_until_the_client_leaves(
     assert not asking.done()
     asking.cancel()
     await client.eventually(running=0, open=0, aborted=1, kv_blocks_used=0)
+
+
+async def test_those_behind_a_hung_request_go_on_when_its_client_leaves(start: Start, chat_body: Any) -> None:
+    client = await start(replace(INSTANT, max_batch=1))
+    hung = asyncio.create_task(client.post(CHAT, chat_body, x_sim_fault="hang-before-headers"))
+    await client.eventually(running=1)
+    behind = asyncio.create_task(client.post(CHAT, chat_body))
+    await client.eventually(waiting=1)
+    hung.cancel()
+    async with asyncio.timeout(10):
+        assert (await behind)[0] == 200
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])

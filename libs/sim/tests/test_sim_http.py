@@ -61,10 +61,22 @@ async def test_choices_of_a_stream_are_told_apart_by_their_index(openai: AsyncOp
     stream = await openai.chat.completions.create(
         model="sim-model", messages=HELLO, max_tokens=6, n=2, stream=True
     )
-    texts = ["", ""]
+    texts, roles = ["", ""], []
     async for chunk in stream:
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        if chunk.choices[0].delta.role:
+            roles.append(chunk.choices[0].index)
+    assert roles == [0, 1]
     assert texts == [expected_text(HELLO, 6, seed=seed) for seed in (0, 1)]
+
+
+async def test_usage_counts_a_prompt_once_for_all_its_choices(openai: AsyncOpenAI) -> None:
+    usages = [
+        (await openai.completions.create(model="sim-model", prompt=["one", "two"], max_tokens=8, n=n)).usage
+        for n in (1, 3)
+    ]
+    assert [usage and usage.prompt_tokens for usage in usages] == [2, 2]
+    assert [usage and usage.completion_tokens for usage in usages] == [16, 48]
 
 
 async def test_completions_answer_each_prompt_of_a_list(openai: AsyncOpenAI) -> None:
@@ -162,6 +174,33 @@ async def test_header_bytes_that_are_no_utf8_do_no_harm(client: Client) -> None:
     assert (await client.state())["requests"][0]["id"] == "?"
 
 
+async def test_a_client_that_expects_to_be_asked_for_its_body_is_asked(client: Client) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    reader, writer = await asyncio.open_connection(client.instance.host, client.instance.port)
+    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body))
+    async with asyncio.timeout(10):
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"NO HTTP\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na",
+    ],
+)
+async def test_what_is_no_request_is_a_400_and_the_engine_lives(start: Start, data: bytes) -> None:
+    client = await start(keep_alive_s=0.05)
+    answer = await client.raw(data)
+    assert answer.split(b" ")[1] == b"400"
+    await client.eventually(open=0)
+
+
 async def test_cached_tokens_grow_with_the_prefix_seen_before(client: Client) -> None:
     first = [{"role": "user", "content": "tell me a long story " * 20}]
     _, answer = await client.post("/v1/chat/completions", {"messages": first})
@@ -244,6 +283,15 @@ async def test_a_request_that_finds_the_queue_full_is_a_503(start: Start, chat_b
     await client.eventually(running=0, waiting=0, open=0)
 
 
+async def test_the_headers_of_a_stream_do_not_wait_for_its_first_token(start: Start, chat_body: Any) -> None:
+    client = await start(EngineSpec(prefill_tokens_per_s=0.001))
+    async with client.stream("/v1/chat/completions", chat_body | {"stream": True}) as response:
+        assert response.status == 200
+        assert response.content_type == "text/event-stream"
+        await client.eventually(running=1)
+    await client.eventually(running=0)
+
+
 async def test_a_client_that_leaves_a_stream_ends_the_request_at_once(slow: Client, chat_body: Any) -> None:
     async with slow.stream("/v1/chat/completions", chat_body | {"stream": True}) as response:
         # The role and the first token; the second one would take an hour.
@@ -302,6 +350,18 @@ async def test_requests_are_remembered_with_id_headers_and_body(client: Client) 
     assert (seen["id"], seen["path"], seen["headers"]["x-other"]) == ("r1", "/v1/completions", "kept")
     assert "remember" in seen["body"]
     assert seen["body_bytes"] == len(seen["body"])
+
+
+async def test_only_the_last_requests_and_the_beginning_of_a_long_body_are_shown(client: Client) -> None:
+    for name in ("first", "last"):
+        await client.post("/v1/completions", {"prompt": "a" * 100_000}, x_request_id=name)
+    state = await client.get("/sim/state?requests=1")
+    (seen,) = state["requests"]
+    assert (seen["id"], len(seen["body"]), state["requests_total"]) == ("last", 65_536, 2)
+    assert seen["body_bytes"] > 100_000
+    assert (await client.get("/sim/state?requests=0"))["requests"] == []
+    async with client.session.get(client.url + "/sim/state?requests=all") as response:
+        assert response.status == 400
 
 
 async def test_idle_connections_are_closed_like_vllms(start: Start) -> None:

@@ -17,13 +17,21 @@ def work(decision: str, instance: str = "a", tokens: int = 10) -> InFlight:
     return InFlight(decision, instance, tokens)
 
 
-def report(sequence: int, *in_flight: InFlight, finished: tuple[str, ...] = (), **more: object) -> LoadReport:
-    fields = {"ingress": "i", "incarnation": "1"} | more
-    return LoadReport(sequence=sequence, in_flight=in_flight, finished=finished, **fields)  # type: ignore[arg-type]  # test shorthand
+def report(
+    sequence: int,
+    *in_flight: InFlight,
+    finished: tuple[str, ...] = (),
+    ingress: str = "i",
+    incarnation: str = "1",
+    piece: int = 0,
+    pieces: int = 0,
+    leaving: bool = False,
+) -> LoadReport:
+    return LoadReport(ingress, incarnation, sequence, in_flight, finished, piece, pieces, leaving)
 
 
-def snapshot(sequence: int, *in_flight: InFlight, **more: object) -> LoadReport:
-    return report(sequence, *in_flight, pieces=1, **more)
+def snapshot(sequence: int, *in_flight: InFlight, incarnation: str = "1") -> LoadReport:
+    return report(sequence, *in_flight, incarnation=incarnation, pieces=1)
 
 
 def test_a_placement_counts_at_once_and_once() -> None:

@@ -141,7 +141,7 @@ def _bus() -> Iterator[str]:
     yield "Messages are MessagePack. More waiting ones than that are dropped and counted.\n"
     yield from _stores(structs)
     yield "## Messages and records\n"
-    yield "In the order of their fields where a message is an array: fields are only appended.\n"
+    yield "What is an array takes further fields at its end only; what is none takes them anywhere.\n"
     yield from _struct_sections(structs)
 
 
@@ -205,9 +205,15 @@ def _struct_sections(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
     done: set[str] = set()
     while names := [name for name in structs if name not in done]:
         yield f"### {names[0]}\n"
-        yield f"{_prose(structs[names[0]])}\n"
+        yield f"{_prose(structs[names[0]])}{_as_array(structs[names[0]])}\n"
         yield from _fields(structs[names[0]], structs)
         done.add(names[0])
+
+
+def _as_array(cls: type[msgspec.Struct]) -> str:
+    config = cls.__struct_config__
+    tag = f", after the word `{config.tag}`" if config.tag is not None else ""
+    return f" An array of these fields{tag}." if config.array_like else ""
 
 
 def _fields(cls: type[msgspec.Struct], structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:

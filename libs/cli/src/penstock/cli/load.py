@@ -94,14 +94,8 @@ async def run_round(
     urls: Sequence[str], work: Sequence[Exchange], connections: int, seconds: float
 ) -> Result:
     """Keep `connections` busy for `seconds`, spread evenly over `urls`."""
-    loop = asyncio.get_running_loop()
     result, supply = Result(), itertools.cycle(work)
-    clients = []
-    for number in range(connections):
-        address = urlsplit(urls[number % len(urls)])
-        host, port = address.hostname or "", address.port or 80
-        _, client = await loop.create_connection(lambda: _Client(supply, result), host, port)
-        clients.append(client)
+    clients = [await _connect(urls[n % len(urls)], supply, result) for n in range(connections)]
     started = time.perf_counter()
     for client in clients:
         client.begin(started + seconds)
@@ -115,29 +109,37 @@ async def run_round(
     return result
 
 
+async def _connect(url: str, supply: Iterator[Exchange], result: Result) -> _Client:
+    client, address = _Client(supply, result), urlsplit(url)
+    loop = asyncio.get_running_loop()
+    # The transport is taken from here: uvloop's are no subclass of what connection_made announces.
+    client.transport, _ = await loop.create_connection(
+        lambda: client, address.hostname or "", address.port or 80
+    )
+    return client
+
+
 class _Client(asyncio.Protocol):
     """One connection; asks until the end of the round, then finishes the request under way."""
+
+    transport: asyncio.Transport
 
     def __init__(self, supply: Iterator[Exchange], result: Result) -> None:
         self._supply, self._result = supply, result
         self._received = bytearray()
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
     def begin(self, until: float) -> None:
         self._until = until
         self._ask()
 
     def close(self) -> None:
-        self._transport.abort()
+        self.transport.abort()
 
     def _ask(self) -> None:
         self._current = next(self._supply)
         self._asked = time.perf_counter()
-        self._transport.write(self._current.request)
+        self.transport.write(self._current.request)
 
     def data_received(self, data: bytes) -> None:
         self._received += data

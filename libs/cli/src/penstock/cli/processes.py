@@ -46,7 +46,7 @@ class Command:
 
     name: str
     argv: tuple[str, ...]
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
 
 
 @dataclass
@@ -96,10 +96,27 @@ class Supervisor:
         if not tasks:
             return []
         _, late = await asyncio.wait(tasks, timeout=grace_s)
-        for task in late:
-            tasks[task].signal_group(signal.SIGKILL)
-        await asyncio.gather(*tasks)
+        for child in children:
+            if child.pid:
+                child.signal_group(signal.SIGKILL)
+        await asyncio.gather(*tasks, return_exceptions=True)
         return [tasks[task] for task in late]
+
+    async def watch(self, until: asyncio.Event) -> None:
+        """Return once `until` is set; raises as `check` does."""
+        end = asyncio.create_task(until.wait(), name="watch")
+        tasks = [child.task for child in self.children if child.task is not None]
+        try:
+            await asyncio.wait([end, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            end.cancel()
+        self.check()
+
+    def check(self) -> None:
+        """Raise whatever made a child's task end: it would not be started again."""
+        for child in self.children:
+            if child.task is not None and child.task.done():
+                child.task.result()
 
     def kill(self) -> None:
         """End all children at once; `stop` then returns soon."""
@@ -146,7 +163,7 @@ class Supervisor:
         return await asyncio.get_running_loop().subprocess_exec(
             lambda: _Output(lambda line: self._on_line(child, line)),
             *child.command.argv,
-            env=child.command.environ,
+            env=dict(child.command.environ),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -17,10 +17,9 @@ Check = Callable[[], Awaitable[str]]
 class NotReady(Exception):
     """The time was up; `missing` says for each part what it lacks."""
 
-    def __init__(self, missing: Mapping[str, str], after_s: float) -> None:
+    def __init__(self, missing: Mapping[str, str]) -> None:
         self.missing = dict(missing)
-        parts = (f"\n    {name}: {text}" for name, text in missing.items())
-        super().__init__(f"not ready after {after_s:g} s:{''.join(parts)}")
+        super().__init__("; ".join(f"{name}: {text}" for name, text in missing.items()))
 
 
 async def until_ready(
@@ -47,7 +46,7 @@ async def until_ready(
                 still_possible()
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise NotReady(missing, limit_s) from None
+        raise NotReady(missing) from None
 
 
 async def service_missing(session: aiohttp.ClientSession, admin_url: str) -> str:

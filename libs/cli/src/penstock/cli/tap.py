@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from penstock.cli import event_lines
 from penstock.cli.event_lines import BrokenEvent
 from penstock.cli.gaps import GapTracker, parse_range
-from penstock.cli.terminal import RED, paint, plain, wants_colour
+from penstock.cli.terminal import RED, paint, plain, wants_colour, when_nobody_reads
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Bus, Stored
 from penstock.common.event_log import INCARNATION, SEQUENCE, WRITER
@@ -79,6 +79,7 @@ async def _run(settings: TapSettings, tap: Tap) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    when_nobody_reads(sys.stdout.fileno(), stop.set)
     await bus.start()
     follow = asyncio.create_task(tap.follow(bus), name="follow")
     stopped = asyncio.create_task(stop.wait(), name="stop")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import stat
+from collections.abc import Callable
 from typing import TextIO
 
 RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, GREY = "31", "32", "33", "34", "35", "36", "90"
@@ -18,6 +21,19 @@ def plain(text: str) -> str:
 def paint(text: str, colour: str) -> str:
     """`text` in a colour; "" leaves it as it is."""
     return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+
+def when_nobody_reads(descriptor: int, call: Callable[[], object]) -> None:
+    """Call once the reader of the pipe `descriptor` left, as `head` does; no wait for the next line."""
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        loop = asyncio.get_running_loop()
+
+        def gone() -> None:
+            loop.remove_reader(descriptor)
+            call()
+
+        # A pipe's writing end becomes "readable" when its other end is closed, and only then.
+        loop.add_reader(descriptor, gone)
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -86,10 +86,15 @@ class Stack:
             await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
             if start.done():
                 self._welcome(plan, start.result())
-                await stop
+                await self._supervisor.watch(self._stopping)
             return 0
-        except (StartFailed, NotReady) as exc:
+        except StartFailed as exc:
             self._say(str(exc), "error")
+            return 1
+        except NotReady as exc:
+            self._say(f"not ready after {self._settings.start_timeout:g} s, this is missing:", "error")
+            for name, text in exc.missing.items():
+                self._say(f"{name}: {text}", "error")
             return 1
         finally:
             start.cancel()
@@ -138,6 +143,7 @@ class Stack:
         )
 
     def _still_possible(self) -> None:
+        self._supervisor.check()
         for child in self._supervisor.children:
             if child.exit_code == BAD_SETTINGS and child.deaths:
                 raise StartFailed(f"{child.command.name} refused its settings, see above")

@@ -83,6 +83,7 @@ class EventWriter:
         self._kept: OrderedDict[int, _Message] = OrderedDict()
         self._kept_bytes = 0
         self._in_window = 0
+        self._stream_known = False
         self._wake, self._empty = asyncio.Event(), asyncio.Event()
         self._encode = msgspec.json.Encoder().encode
         events = metrics.counter("penstock_events_total", "Routing events by what became of them", "result")
@@ -107,7 +108,6 @@ class EventWriter:
 
     async def run(self) -> None:
         """Send, acknowledge, send again; until cancelled."""
-        stream_known = False
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -115,10 +115,10 @@ class EventWriter:
             self.close_batches()
             if not self._kept:
                 continue
-            if not stream_known:
-                stream_known = await self._ensure_stream()
-            if not stream_known or not self._send_window():
-                stream_known = False
+            if not self._stream_known:
+                self._stream_known = await self._ensure_stream()
+            if not self._stream_known or not self._send_window():
+                self._stream_known = False
                 await asyncio.sleep(RESEND_AFTER_S)
                 self._wake.set()
 
@@ -221,6 +221,8 @@ class EventWriter:
             if done.cancelled() or done.exception() is not None:
                 # It may or may not be stored: the same Nats-Msg-Id makes sending it again harmless.
                 message.sent = False
+                # One reason why it is not: the server has come back without its store.
+                self._stream_known = False
                 asyncio.get_running_loop().call_later(RESEND_AFTER_S, self._wake.set)
                 return
             del self._kept[message.number]

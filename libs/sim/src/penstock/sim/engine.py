@@ -121,8 +121,8 @@ class Engine:
         step, self._step = self._step, None
         events = []
         for sequence, tokens in step:
-            # Aborted, or aborted and submitted again, since the step was composed.
-            if self._running.get(sequence.request.request_id) is not sequence:
+            # Aborted since the step was composed; submitted again, it waits.
+            if sequence.request.request_id not in self._running:
                 continue
             sequence.computed += tokens
             if sequence.computed == sequence.known:

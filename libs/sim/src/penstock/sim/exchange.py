@@ -117,9 +117,8 @@ class Exchange:
         if fault is not None:
             targets = [min(target, fault.tokens) for target in targets]
         response = web.StreamResponse(headers=_SSE_HEADERS)
+        # Headers go out here, tokens when there are any, as with a real engine.
         await response.prepare(request)
-        # Headers go out at once, tokens when there are any, as with a real engine.
-        await response.write(b"")
         while (data := self._fresh(targets)) is not None and self._sent != targets:
             if data:
                 await response.write(data)

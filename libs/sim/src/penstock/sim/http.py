@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ from penstock.sim.wire import ApiError, Call, Catalogue
 _REMEMBERED_REQUESTS = 1000
 _REMEMBERED_BODY_BYTES = 65_536
 
-Handler = Callable[[bytes], web.Response]
+Handler = Callable[[web.BaseRequest, bytes], web.Response]
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,21 @@ class Profile:
 
 
 class _Seen(NamedTuple):
-    """A generation request as it arrived."""
+    """A generation request as it arrived; `body` is its beginning."""
 
     request_id: str
     path: str
     headers: Mapping[str, str]
     body: bytes
+    body_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "id": self.request_id,
             "path": self.path,
             "headers": {name.lower(): _printable(value) for name, value in self.headers.items()},
-            "body": self.body[:_REMEMBERED_BODY_BYTES].decode("utf-8", "replace"),
-            "body_bytes": len(self.body),
+            "body": self.body.decode("utf-8", "replace"),
+            "body_bytes": self.body_bytes,
         }
 
 
@@ -83,8 +85,8 @@ class EngineServer:
         self._aborted = 0
         self._started = int(time.time())
         self._routes: dict[str, dict[str, Handler]] = {
-            "/health": {"GET": lambda _: web.Response()},
-            "/version": {"GET": lambda _: _json({"version": version("penstock-sim")})},
+            "/health": {"GET": lambda *_: web.Response()},
+            "/version": {"GET": lambda *_: _json({"version": version("penstock-sim")})},
             "/metrics": {"GET": self._metrics},
             "/v1/models": {"GET": self._models},
             "/tokenize": {"POST": self._tokenize},
@@ -94,10 +96,18 @@ class EngineServer:
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+            # aiohttp's low-level server leaves this to its handler.
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             if request.path in _GENERATION and request.method == "POST":
                 return await self._generate(request)
             return await self._answer(request)
+        except ConnectionError:
+            # The client has left, so nobody reads this.
+            return web.Response()
+        except web.RequestPayloadError as exc:
+            error = wire.bad_request(str(exc))
         except web.HTTPRequestEntityTooLarge:
             error = ApiError(413, "BadRequestError", "The request body is too large.")
         except FaultError as exc:
@@ -120,12 +130,13 @@ class EngineServer:
         fault = None if path.startswith("/sim/") else self._fault(request, generates=False)
         if fault is not None:
             await sabotage.before_headers(request, fault)
-        return handler(await request.read())
+        return handler(request, await request.read())
 
     async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
         request_id = _printable(request.headers.get("x-request-id") or uuid4().hex)
-        self._seen.append(_Seen(request_id, request.path, request.headers, body))
+        beginning = body[:_REMEMBERED_BODY_BYTES]
+        self._seen.append(_Seen(request_id, request.path, request.headers, beginning, len(body)))
         self._seen_total += 1
         fault = self._fault(request, generates=True)
         engine_id = str(self._seen_total)
@@ -152,11 +163,11 @@ class EngineServer:
             return faults.parse_header(_printable(header))
         return self._faults.take(request.path, generates=generates)
 
-    def _metrics(self, _: bytes) -> web.Response:
+    def _metrics(self, _: web.BaseRequest, __: bytes) -> web.Response:
         page = metrics.render(self._runner.engine, self._profile.models[0], self._profile.metrics_style)
         return web.Response(body=page.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    def _models(self, _: bytes) -> web.Response:
+    def _models(self, _: web.BaseRequest, __: bytes) -> web.Response:
         base = self._profile.models[0]
         cards = [
             {
@@ -172,19 +183,24 @@ class EngineServer:
         ]
         return _json({"object": "list", "data": cards})
 
-    def _tokenize(self, body: bytes) -> web.Response:
-        request = wire.decode(body, wire.TokenizeBody)
-        self._catalogue.resolve(request.model)
-        ids = text.token_ids(wire.tokens_of(request))
+    def _tokenize(self, _: web.BaseRequest, body: bytes) -> web.Response:
+        wanted = wire.decode(body, wire.TokenizeBody)
+        self._catalogue.resolve(wanted.model)
+        ids = text.token_ids(wire.tokens_of(wanted))
         return _json({"count": len(ids), "max_model_len": self._profile.max_model_len, "tokens": ids})
 
-    def _detokenize(self, body: bytes) -> web.Response:
-        request = wire.decode(body, wire.DetokenizeBody)
-        self._catalogue.resolve(request.model)
-        return _json({"prompt": text.detokenize(wire.tokens(request.tokens, "tokens"))})
+    def _detokenize(self, _: web.BaseRequest, body: bytes) -> web.Response:
+        wanted = wire.decode(body, wire.DetokenizeBody)
+        self._catalogue.resolve(wanted.model)
+        return _json({"prompt": text.detokenize(wire.tokens(wanted.tokens, "tokens"))})
 
-    def _state(self, _: bytes) -> web.Response:
+    def _state(self, request: web.BaseRequest, _: bytes) -> web.Response:
+        """`?requests=N` shows the last N requests only; rendering all of them is not cheap."""
         engine = self._runner.engine
+        shown = request.query.get("requests", str(_REMEMBERED_REQUESTS))
+        if not (shown.isascii() and shown.isdigit()):
+            raise wire.bad_request("requests is a number", "requests")
+        skipped = max(len(self._seen) - int(shown), 0)
         return _json(
             {
                 "role": engine.spec.role,
@@ -195,11 +211,11 @@ class EngineServer:
                 "open": self._open,
                 "aborted": self._aborted,
                 "requests_total": self._seen_total,
-                "requests": [seen.as_dict() for seen in self._seen],
+                "requests": [seen.as_dict() for seen in islice(self._seen, skipped, None)],
             }
         )
 
-    def _arm(self, body: bytes) -> web.Response:
+    def _arm(self, _: web.BaseRequest, body: bytes) -> web.Response:
         fault = faults.parse_body(body)
         if fault.kind == "refuse":
             self._refuse(fault.ms / 1000)
@@ -207,7 +223,7 @@ class EngineServer:
             self._faults.arm(fault)
         return _json(fault)
 
-    def _disarm(self, _: bytes) -> web.Response:
+    def _disarm(self, _: web.BaseRequest, __: bytes) -> web.Response:
         self._faults.clear()
         return web.Response(status=204)
 

@@ -56,6 +56,8 @@ class Instance:
             handler_cancellation=True,
             request_factory=self._request,
             access_log=None,
+            # Engines take bodies as they come.
+            auto_decompress=False,
             keepalive_timeout=self._keep_alive_s,
         )
         self._listener = await self._listen(bound)

@@ -6,7 +6,7 @@ import logging
 import re
 from enum import Enum, StrEnum
 
-from penstock.common.messages import Placement, Rejection, ScheduleRequest
+from penstock.common.messages import Placement, Rejection
 from penstock.common.model import Instance
 from penstock.common.routing_events import OUTCOME, OutcomeEvent
 from penstock.ingress.failures import PHRASES, REJECTIONS, GatewayError
@@ -80,8 +80,8 @@ class Exchange:
         "_received_at",
         "_response",
         "_retries",
-        "_status",
         "_stale",
+        "_status",
         "_stream",
         "_stream_clean",
         "_upstream",
@@ -153,7 +153,7 @@ class Exchange:
             # A keep-alive race says nothing against the instance, and there is no other one.
             self._stale = False
             self._free_moves += 1
-            self._ask_again(self._gateway.another_attempt(self.request, ""))
+            self._ask_again(self.request.excluded[:-1])
             return
         if self._error:
             self._fail(GatewayError("upstream_unreachable", self._error), Outcome.FAILED)
@@ -184,7 +184,6 @@ class Exchange:
         if overflow:
             self._fail(GatewayError("overloaded", cause, retry_after_s=1.0), Outcome.REJECTED)
             return
-        self._stale = False
         self._again(cause, free=True)
 
     def upstream_lost(self, cause: str, *, answered: bool) -> None:
@@ -192,8 +191,8 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if self.state is State.WAITING:
             # A pooled connection that dies before any byte is a keep-alive race, not a failed attempt.
-            self._stale = upstream is not None and upstream.reused and not answered
-            self._again(cause, free=self._stale)
+            stale = upstream is not None and upstream.reused and not answered
+            self._again(cause, free=stale, stale=stale)
         elif self.state is State.RELAYING:
             self._break_off(
                 "upstream_unreachable", f"the instance ended the response early: {cause}", Outcome.FAILED
@@ -302,8 +301,9 @@ class Exchange:
             complete = outcome is Outcome.COMPLETED or not relaying
             self._downstream.exchange_done(self._keep_alive and complete)
 
-    def _again(self, cause: str, *, free: bool) -> None:
+    def _again(self, cause: str, *, free: bool, stale: bool = False) -> None:
         """Another instance, if the request may still move; the failed one is excluded."""
+        self._stale = stale
         failed = self._instance.id if self._instance else ""
         self._error = f"instance {failed}: {cause}"
         if free and self._free_moves < FREE_MOVES:
@@ -315,12 +315,12 @@ class Exchange:
             return
         self._release()
         self._gateway.count_move(free)
-        self._ask_again(self._gateway.another_attempt(self.request, failed))
+        self._ask_again((*self.request.excluded, failed))
 
-    def _ask_again(self, request: ScheduleRequest) -> None:
+    def _ask_again(self, excluded: tuple[str, ...]) -> None:
         self.state = State.PLACING
-        self.request = request
-        self._decisions.append(request.decision_id)
+        self.request = self._gateway.another_attempt(self.request, excluded)
+        self._decisions.append(self.request.decision_id)
         self._gateway.placer.submit(self)
 
     def _release(self) -> None:

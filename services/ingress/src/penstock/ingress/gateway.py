@@ -111,11 +111,11 @@ class Gateway:
             user=_text(read, b"user"),
         )
 
-    def another_attempt(self, request: ScheduleRequest, failed: str) -> ScheduleRequest:
-        """The request again, under a fresh decision id and without the instance that failed; with none
-        named, the last exclusion is taken back."""
-        excluded = (*request.excluded, failed)[-MAX_EXCLUDED:] if failed else request.excluded[:-1]
-        return msgspec.structs.replace(request, decision_id=self._decision_id(), excluded=excluded)
+    def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
+        """The request again, under a fresh decision id and without the instances `excluded`."""
+        return msgspec.structs.replace(
+            request, decision_id=self._decision_id(), excluded=excluded[-MAX_EXCLUDED:]
+        )
 
     def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
         """The request's head as the instance gets it: the client's, less what ends at this hop."""

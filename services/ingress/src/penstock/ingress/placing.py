@@ -131,17 +131,17 @@ class Placer:
             started = time.monotonic()
             try:
                 reply = await self._ask(askers)
-            except MessageTooLarge if len(askers) > 1 else () :
-                # Long headers of many clients in one tick; each request alone is far below the bound.
-                half = len(askers) // 2
-                await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
-                return
             except BusTimeout as exc:
                 self._timed_out.value += 1
                 self._breaker.failed(time.monotonic())
                 cause = str(exc)
                 continue
             except BusError as exc:
+                if isinstance(exc, MessageTooLarge) and len(askers) > 1:
+                    # Many clients with long headers in one tick; one request alone is far below the bound.
+                    half = len(askers) // 2
+                    await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
+                    return
                 self._unavailable.value += 1
                 self._breaker.failed(time.monotonic())
                 cause = str(exc)

@@ -29,7 +29,6 @@ from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
 
-
 # What clients get to take their last bytes, however little the drain has left.
 FLUSH_S = 1.0
 

@@ -110,7 +110,6 @@ class Replica:
         if not self.table.apply(event):
             return None
         added, gone = self.view.refresh(self.table, self.index.forget)
-        self.view.take((instance, *self.ledger.load(instance)) for instance in added)
         return added, gone
 
     def expire(self, now: float) -> list[str]:

@@ -49,6 +49,7 @@ WARM_UP_S = 1.5
 # By then each living process has sent a heartbeat, so that silence means nobody.
 HEARTBEAT_ROUND_S = 1.1
 TICK_S = 0.1
+LOGGED_IDS = 20
 
 
 class SchedulerService:
@@ -67,7 +68,7 @@ class SchedulerService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._own, self._events, self._clock = bus, own, events, clock
-        self._warm_up_s, self._warm = warm_up_s, False
+        self._warm_up_s = warm_up_s
         self.replica = Replica(
             own,
             build(settings.thresholds),
@@ -79,7 +80,7 @@ class SchedulerService:
         self._requests: Subscription | None = None
         self._stopping = False
         lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
-        lifecycle.require("requests", self._not_warm)
+        lifecycle.require("requests", self._not_taken)
         self._lifecycle = lifecycle
 
     async def start(self) -> None:
@@ -183,11 +184,17 @@ class SchedulerService:
             if self.replica.table.lost is not lost:
                 self._registry_trusted(event)
             if changed is not None:
-                added, gone = changed
-                log.info(
-                    "instances changed",
-                    extra={"fields": {"added": added, "gone": gone, "instances": len(self.replica.table)}},
-                )
+                self._instances_changed(*changed)
+
+    def _instances_changed(self, added: list[str], gone: list[str]) -> None:
+        fields = {
+            "instances": len(self.replica.table),
+            "added": len(added),
+            "gone": len(gone),
+            "added_ids": added[:LOGGED_IDS],
+            "gone_ids": gone[:LOGGED_IDS],
+        }
+        log.info("instances changed", extra={"fields": fields})
 
     def _registry_trusted(self, event: WatchEvent) -> None:
         """The registry is lost, or back."""
@@ -206,16 +213,24 @@ class SchedulerService:
             for ingress in self.replica.expire(self._clock()):
                 log.warning("ingress is silent, its work is released", extra={"fields": {"ingress": ingress}})
             self._instruments.refresh()
-            if self._requests is None and not self._stopping and not self._not_warm():
-                self._warm = True
-                self._requests = await self._bus.serve(SCHEDULE, self._on_schedule, DEFAULT_SHARD)
-                log.info("taking requests", extra={"fields": {"instances": len(self.replica.table)}})
+            if self._requests is None and not self._stopping and not self._awaited():
+                await self._take_requests()
             await asyncio.sleep(TICK_S)
 
-    def _not_warm(self) -> str:
-        """What is waited for before requests are taken, in words; empty once they are."""
-        if self._warm:
-            return ""
+    async def _take_requests(self) -> None:
+        requests = await self._bus.serve(SCHEDULE, self._on_schedule, DEFAULT_SHARD)
+        if self._stopping:
+            await requests.close()
+            return
+        self._requests = requests
+        log.info("taking requests", extra={"fields": {"instances": len(self.replica.table)}})
+
+    def _not_taken(self) -> str:
+        """Why no requests are taken, in words; empty once they are."""
+        return "" if self._requests is not None else self._awaited() or "the queue group is being joined"
+
+    def _awaited(self) -> str:
+        """What a cold replica waits for before it takes requests."""
         if not self.replica.table.synced:
             return "the registry is not synced"
         if not self._bus.connected:

@@ -33,6 +33,7 @@ class MemoryBroker:
         self.streams: dict[str, _Stream] = {}
         self.services: dict[tuple[str, str], Mapping[str, str]] = {}
         self.buses: list[MemoryBus] = []
+        self.followers: set[asyncio.Event] = set()
         self._turns = itertools.count()
 
     def set_up(self, up: bool) -> None:
@@ -100,7 +101,7 @@ class _Bucket:
     _made = itertools.count(1)
 
     def __init__(self) -> None:
-        self.exists = False
+        self.exists = self.vouched = False
         self.incarnation, self.sequence = "", 0
         self.entries: dict[str, Entry] = {}
         self.queues: list[asyncio.Queue[WatchEvent]] = []
@@ -114,10 +115,13 @@ class _Bucket:
         return Position(self.incarnation, self.sequence)
 
     def lost(self, cause: str) -> None:
-        self.tell(Lost(cause))
+        if self.vouched:
+            self.vouched = False
+            self.tell(Lost(cause))
 
     def reconnected(self) -> None:
         if self.exists:
+            self.vouched = True
             self.tell(Listing(self.position(), dict(self.entries)))
 
     def tell(self, event: WatchEvent) -> None:
@@ -135,7 +139,6 @@ class _Stream:
         self.patterns = [s.replace(">", "*") for s in stream.subjects]
         self.messages: list[Stored] = []
         self.seen: dict[str, int] = {}
-        self.arrived = asyncio.Event()
 
 
 class MemoryBus:
@@ -260,7 +263,8 @@ class MemoryBus:
         if not sequence:
             sequence = len(stream.messages) + 1
             stream.messages.append(Stored(subject, sequence, time.time(), dict(headers), payload))
-            stream.arrived.set()
+            for follower in self._broker.followers:
+                follower.set()
             if message_id:
                 stream.seen[message_id] = sequence
         future.set_result(sequence)
@@ -269,19 +273,25 @@ class MemoryBus:
     async def follow(
         self, stream: Stream, subject: str, since_s: float | None
     ) -> AsyncGenerator[Stored, None]:
-        held = self._broker.streams.setdefault(stream.name, _Stream(stream))
         start = time.time() - since_s if since_s is not None else None
-        position = 0 if start is not None else len(held.messages)
-        while True:
-            while position < len(held.messages):
-                message = held.messages[position]
-                position += 1
-                if fnmatch.fnmatchcase(message.subject, subject) and (
-                    start is None or message.time_s >= start
-                ):
-                    yield message
-            held.arrived.clear()
-            await held.arrived.wait()
+        held = self._broker.streams.get(stream.name)
+        position = len(held.messages) if held is not None and start is None else 0
+        arrived = asyncio.Event()
+        self._broker.followers.add(arrived)
+        try:
+            while True:
+                if self._broker.streams.get(stream.name) is not held:
+                    held, position = self._broker.streams.get(stream.name), 0
+                while held is not None and position < len(held.messages):
+                    message = held.messages[position]
+                    position += 1
+                    wanted = fnmatch.fnmatchcase(message.subject, subject)
+                    if wanted and (start is None or message.time_s >= start):
+                        yield message
+                arrived.clear()
+                await arrived.wait()
+        finally:
+            self._broker.followers.discard(arrived)
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         self._require_up(bucket.name)

@@ -6,6 +6,7 @@ The JetStream calls are the JSON requests of NATS's ADR-1 and ADR-8 (key-value b
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -207,8 +208,8 @@ class NatsBus:
         body = {"last_by_subj": bucket.subject(key)}
         answer = await api(self._connection, f"STREAM.MSG.GET.{bucket.stream}", body, missing_ok=True)
         message = (answer or {}).get("message", {})
-        # Headers come base64-encoded; a deletion mark is the only kind of entry without data.
-        return message.get("seq") if message and not message.get("data") else None
+        headers = base64.b64decode(message.get("hdrs", ""))
+        return message.get("seq") if b"KV-Operation" in headers else None
 
     async def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
         async for event in watch_bucket(self._connection, bucket):

@@ -81,8 +81,8 @@ class _Consumer:
     expected: int = 1
     _subscription: RawSubscription | None = None
 
-    async def open(self, config: dict[str, Any]) -> int:
-        """Create it; returns how many messages are waiting in the stream."""
+    async def open(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Create it; what the server says of it, None if there is no such stream."""
         self.connection.listeners.append(self._on_connection)
         inbox = f"_INBOX.{self.stream}.{time.monotonic_ns():x}.{id(self):x}"
         self._subscription = await self.connection.subscribe(
@@ -102,8 +102,7 @@ class _Consumer:
                 **config,
             },
         }
-        answer = await api(self.connection, f"CONSUMER.CREATE.{self.stream}", body)
-        return int((answer or {}).get("num_pending", 0))
+        return await api(self.connection, f"CONSUMER.CREATE.{self.stream}", body, missing_ok=True)
 
     async def close(self) -> None:
         if self._on_connection in self.connection.listeners:
@@ -172,9 +171,10 @@ async def _watch_once(
 ) -> AsyncGenerator[WatchEvent, None]:
     info = await api(connection, f"STREAM.INFO.{bucket.stream}", None)
     incarnation, seen = _incarnation(info), _last_sequence(info)
-    pending = await consumer.open(
+    opened = await consumer.open(
         {"deliver_policy": "last_per_subject", "filter_subject": bucket.subject(">")}
     )
+    pending = int((opened or {}).get("num_pending", 0))
     entries: dict[str, Entry] = {}
     while pending:
         delivered = await consumer.next(API_DEADLINE_S)
@@ -184,6 +184,8 @@ async def _watch_once(
         key, entry = _entry(bucket, delivered)
         if entry is not None:
             entries[key] = entry
+    if _incarnation(await api(connection, f"STREAM.INFO.{bucket.stream}", None)) != incarnation:
+        raise _Gap("the bucket was created anew while it was listed")
     yield Listing(Position(incarnation, seen), entries)
     owed = 0
     next_check = time.monotonic() + CHECK_EVERY_S
@@ -224,24 +226,20 @@ async def consume(
     connection: NatsConnection, stream: Stream, subject: str, since_s: float | None
 ) -> AsyncGenerator[Stored, None]:
     """Messages of a stream in order; after a lost connection, on from the one after the last."""
-    start: dict[str, Any] = {"deliver_policy": "new"}
-    if since_s is not None:
-        moment = time.time() - since_s
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
-        start = {"deliver_policy": "by_start_time", "opt_start_time": stamp}
+    start, incarnation = _start(since_s), ""
     while True:
         await connection.wait_connected()
         consumer = _Consumer(connection, stream.name)
         try:
-            await consumer.open({**start, "filter_subject": subject})
-            while True:
-                delivered = await consumer.next(CHECK_EVERY_S)
-                if delivered is None:
-                    continue
-                start = {
-                    "deliver_policy": "by_start_sequence",
-                    "opt_start_seq": delivered.stream_sequence + 1,
-                }
+            opened = await consumer.open({**start, "filter_subject": subject})
+            created = _incarnation(await api(connection, f"STREAM.INFO.{stream.name}", None, missing_ok=True))
+            if opened is None or created != (incarnation or created):
+                # Of a stream that is made anew nothing has been seen.
+                start, incarnation = {"deliver_policy": "all"}, created
+                raise _Gap("the stream is missing, or another one")
+            start, incarnation = _after(opened["delivered"]["stream_seq"]), created
+            async for delivered in _deliveries(consumer, opened["name"]):
+                start = _after(delivered.stream_sequence)
                 message = delivered.message
                 yield Stored(
                     message.subject,
@@ -255,3 +253,25 @@ async def consume(
         finally:
             await consumer.close()
         await asyncio.sleep(RETRY_S)
+
+
+async def _deliveries(consumer: _Consumer, name: str) -> AsyncGenerator[_Delivered, None]:
+    """What the consumer delivers, asking whether it still exists when it is silent."""
+    while True:
+        delivered = await consumer.next(CHECK_EVERY_S)
+        if delivered is None:
+            await api(consumer.connection, f"CONSUMER.INFO.{consumer.stream}.{name}", None)
+        else:
+            yield delivered
+
+
+def _start(since_s: float | None) -> dict[str, Any]:
+    if since_s is None:
+        return {"deliver_policy": "new"}
+    moment = time.time() - since_s
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
+    return {"deliver_policy": "by_start_time", "opt_start_time": stamp}
+
+
+def _after(sequence: int) -> dict[str, Any]:
+    return {"deliver_policy": "by_start_sequence", "opt_start_seq": sequence + 1}

@@ -117,6 +117,8 @@ class EngineConnection(asyncio.Protocol):
             listener.upstream_done()
         else:
             answered = self._head_done or bool(self._buffer) or self._interim > 0
+            if self.reused and not answered:
+                self._pool.close_idle()
             listener.upstream_lost(str(exc) if exc else "it closed the connection", answered=answered)
 
     def data_received(self, data: bytes) -> None:
@@ -189,6 +191,11 @@ class EngineConnection(asyncio.Protocol):
             self._keep_alive = False
         listener.upstream_done()
 
+    @property
+    def usable(self) -> bool:
+        """Whether an idle connection can still serve; one that ended stays in its pool for a loop turn."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def close_idle(self) -> None:
         """Close a connection that serves nobody."""
         if self._transport is not None:
@@ -219,7 +226,17 @@ class Pool:
 
     def take(self) -> EngineConnection | None:
         """An idle connection."""
-        return self.idle.pop() if self.idle else None
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    def close_idle(self) -> None:
+        """One was found dead, and the others have been idle for longer: none of them is worth a try."""
+        idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.close_idle()
 
 
 class EngineClient:

@@ -1,0 +1,166 @@
+"""schedule(): who is a candidate, what is answered, what the log gets to know."""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+import pytest
+
+from penstock.common.messages import Mode, Placement, Reason, Rejection, ScheduleRequest
+from penstock.common.model import Endpoint, Instance, InstanceState, Role
+from penstock.scheduler.bench import table_of
+from penstock.scheduler.policies.table import POLICIES, Thresholds, build
+from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.scheduler import Decision, schedule
+from penstock.scheduler.view import ClusterView
+
+PROFILES = build(Thresholds())
+
+
+def instance(
+    name: str,
+    *,
+    model: str = "m",
+    owner: str = "",
+    role: Role = Role.NEUTRAL,
+    state: InstanceState = InstanceState.READY,
+) -> Instance:
+    return Instance(id=name, endpoint=Endpoint("h", 1), models=(model,), owner=owner, role=role, state=state)
+
+
+FLEET = (
+    instance("a", owner="x"),
+    instance("b", owner="y"),
+    instance("stale", owner="x", state=InstanceState.STALE),
+    instance("draining", owner="x", state=InstanceState.DRAINING),
+    instance("sick", state=InstanceState.UNHEALTHY),
+    instance("prefill", owner="x", role=Role.PREFILL),
+    instance("decode", role=Role.DECODE),
+    instance("other", model="n", state=InstanceState.DRAINING),
+)
+
+
+def packed(*hashes: int) -> bytes:
+    return struct.pack(f"<{len(hashes)}Q", *hashes)
+
+
+class Desk:
+    """A view and an index to decide on."""
+
+    def __init__(self, *instances: Instance) -> None:
+        self.view, self.index = ClusterView(), PrefixIndex(1000)
+        self.view.refresh(table_of(instances or FLEET), self.index.forget)
+
+    def decide(self, request: ScheduleRequest, default: str = "least-request") -> Decision:
+        return schedule(request, self.view, self.index, PROFILES, default=default, replicas=1)
+
+
+def request(decision: str = "d", **more: object) -> ScheduleRequest:
+    return msgspec.structs.replace(ScheduleRequest(decision, "r", "m"), **more)
+
+
+def places(desk: Desk, **more: object) -> set[str]:
+    outcomes = [desk.decide(request(f"d{number}", **more)).outcome for number in range(40)]
+    return {outcome.instance for outcome in outcomes if isinstance(outcome, Placement)}
+
+
+def test_only_instances_that_may_serve_the_request_are_candidates() -> None:
+    desk = Desk()
+    assert places(desk) == {"a", "b", "stale"}
+    assert places(desk, owner="x") == {"a", "stale"}
+    assert places(desk, excluded=("a", "unheard of")) == {"b", "stale"}
+    assert places(desk, owner="x", excluded=("a",)) == {"stale"}
+
+
+def test_a_placement_says_what_was_dropped_and_by_which_filter() -> None:
+    decision = Desk().decide(request(owner="x", excluded=("a",)))
+    assert isinstance(decision.outcome, Placement)
+    assert decision.excluded == {"owner": 3, "role": 1, "not-taking-work": 1, "excluded": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "says"),
+    [
+        ({"model": "nope"}, Reason.UNKNOWN_MODEL, "'nope'"),
+        ({"owner": "z"}, Reason.UNKNOWN_MODEL, "owners: x, y"),
+        ({"model": "n"}, Reason.NO_INSTANCE, "not-taking-work 1"),
+        ({"excluded": ("a", "b", "stale")}, Reason.NO_INSTANCE, "excluded 3"),
+        (
+            {"strategy": "fastest"},
+            Reason.BAD_STRATEGY,
+            "'fastest'; one of: random, round-robin, least-request",
+        ),
+        ({"strategy": "\U000e0001" * 512}, Reason.BAD_STRATEGY, "unknown"),
+        ({"mode": Mode.PD_BATCH}, Reason.BAD_REQUEST, "disaggregation is not configured"),
+        ({"mode": Mode.PD_STAGED}, Reason.BAD_REQUEST, "disaggregation is not configured"),
+        ({"block_hashes": b"1234567"}, Reason.BAD_REQUEST, "block_hashes"),
+    ],
+)
+def test_a_rejection_names_its_reason(asked: dict[str, object], reason: Reason, says: str) -> None:
+    decision = Desk().decide(msgspec.structs.replace(request(), **asked))
+    assert isinstance(decision.outcome, Rejection)
+    assert decision.outcome.reason is reason
+    assert says in decision.outcome.message
+    assert len(decision.outcome.message) <= 2048
+    assert decision.slot == -1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_request_chooses_the_policy_and_the_answer_names_it(policy: str) -> None:
+    desk = Desk()
+    for decision in (desk.decide(request(strategy=policy)), desk.decide(request(), default=policy)):
+        assert isinstance(decision.outcome, Placement)
+        assert decision.outcome.policy == decision.policy == policy
+
+
+def test_the_best_candidates_are_shown_with_what_spoke_for_them() -> None:
+    desk = Desk(*(instance(name) for name in "abcd"))
+    desk.view.take([("a", 4, 0), ("b", 1, 0), ("c", 3, 0), ("d", 0, 0)])
+    slot = desk.view.slot("c")
+    assert slot is not None
+    desk.index.insert([1, 2], slot)
+    decision = desk.decide(request(strategy="prefix-cache", block_hashes=packed(1, 2, 3)))
+    shown = [(term.instance, term.in_flight, term.matched_blocks) for term in decision.terms]
+    assert shown == [("c", 3, 2), ("d", 0, 0), ("b", 1, 0)]
+    scores = [term.score for term in decision.terms]
+    assert scores == sorted(scores, reverse=True)
+    assert decision.outcome == Placement("d", "c", policy="prefix-cache", matched_blocks=2)
+
+
+def test_the_chosen_one_is_shown_first_even_if_it_is_not_the_best() -> None:
+    desk = Desk(*(instance(name) for name in "ab"))
+    desk.view.take([("a", 9, 0)])
+    decisions = [desk.decide(request(f"d{n}", strategy="random")) for n in range(10)]
+    for decision in decisions:
+        assert isinstance(decision.outcome, Placement)
+        assert decision.terms[0].instance == decision.outcome.instance
+        assert len(decision.terms) == 2
+
+
+def test_every_policy_tells_how_much_of_the_prompt_its_choice_holds() -> None:
+    desk = Desk(instance("a"))
+    desk.index.insert([1, 2], 0)
+    for policy in POLICIES:
+        outcome = desk.decide(request(strategy=policy, block_hashes=packed(1, 2, 3))).outcome
+        assert isinstance(outcome, Placement)
+        assert outcome.matched_blocks == 2
+
+
+def test_deciding_changes_nothing() -> None:
+    desk = Desk()
+    asked = request(strategy="prefix-cache", block_hashes=packed(1, 2, 3))
+    decisions = [desk.decide(asked) for _ in range(3)]
+    assert decisions[0] == decisions[1] == decisions[2]
+    assert len(desk.index) == 0
+    assert desk.view.loads.requests.sum() == 0
+
+
+def test_owners_from_hostile_clients_are_not_kept_without_bound() -> None:
+    desk = Desk()
+    for number in range(1000):
+        desk.decide(request(owner=f"owner {number}"))
+    pool = desk.view.pool("m")
+    assert pool is not None
+    assert len(pool.standing) <= 256
+    assert places(desk, owner="x") == {"a", "stale"}

@@ -1,0 +1,403 @@
+"""The scheduler on a bus: warm before it serves, one count per decision, siblings in step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
+from penstock.common.codec import encode, encode_record
+from penstock.common.errors import BusTimeout, BusUnavailable
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import Identity
+from penstock.common.instances import complete_key, encode_instance, instance_key
+from penstock.common.lifecycle import Lifecycle
+from penstock.common.messages import (
+    CompleteMarker,
+    EngineStatus,
+    Heartbeat,
+    InFlight,
+    LoadReport,
+    Placement,
+    Reason,
+    Rejection,
+    ScheduleBatch,
+    ScheduleReply,
+    ScheduleRequest,
+)
+from penstock.common.model import Endpoint, EngineLoad, Instance
+from penstock.common.subjects import (
+    DEFAULT_SHARD,
+    EVENTS,
+    HEARTBEAT,
+    INSTANCES,
+    LOAD,
+    PLACED,
+    SCHEDULE,
+    STATUS,
+    event_filter,
+)
+from penstock.common.telemetry import Metrics
+from penstock.scheduler.service import HEARTBEAT_ROUND_S, SchedulerService
+from penstock.scheduler.settings import SchedulerSettings
+
+
+class Clock:
+    """A monotonic clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Tasks(Lifecycle):
+    """A lifecycle whose loops run from the moment they are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def add_loop(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.create_task(work, name=name))
+
+
+class Running:
+    """One scheduler replica and what a test looks at."""
+
+    def __init__(self, broker: MemoryBroker, name: str, warm_up_s: float) -> None:
+        self.clock, self.metrics, self.lifecycle = Clock(), Metrics(), Tasks()
+        self.bus = MemoryBus(broker, self.metrics)
+        self.own = Identity("scheduler", name, "1")
+        self.events = EventWriter(self.bus, self.own.writer, self.own.incarnation, self.metrics)
+        self.service = SchedulerService(
+            self.bus,
+            self.own,
+            self.events,
+            self.metrics,
+            self.lifecycle,
+            SchedulerSettings.model_validate({"prefix_index_blocks": 10_000}),
+            warm_up_s=warm_up_s,
+            clock=self.clock,
+        )
+        self.ledger, self.view = self.service.replica.ledger, self.service.replica.view
+
+    @property
+    def serving(self) -> bool:
+        return not self.lifecycle.missing()
+
+    def count(self, name: str, *labels: str) -> float:
+        families = {family.name: family for family in self.metrics.snapshot()}
+        return next((s.value for s in families[name].samples if s.labels == labels), 0)
+
+
+@asynccontextmanager
+async def replica(broker: MemoryBroker, name: str = "s1", warm_up_s: float = 0.0) -> AsyncIterator[Running]:
+    running = Running(broker, name, warm_up_s)
+    await running.service.start()
+    running.lifecycle.add_loop("event-log", running.events.run())
+    try:
+        yield running
+    finally:
+        for task in running.lifecycle.tasks:
+            task.cancel()
+        ends = await asyncio.gather(*running.lifecycle.tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
+
+
+async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # what is waited for is state without an event
+            await asyncio.sleep(0.005)
+
+
+def wire() -> tuple[MemoryBroker, MemoryBus]:
+    """A broker and a connection for everybody who is not a scheduler."""
+    broker = MemoryBroker()
+    return broker, MemoryBus(broker)
+
+
+async def register(client: MemoryBus, *names: str, complete: bool = True) -> None:
+    await client.ensure_bucket(INSTANCES)
+    for name in names:
+        instance = Instance(id=name, endpoint=Endpoint("h", 1), models=("m",), source="test")
+        await client.put(INSTANCES, instance_key(name), encode_instance(instance))
+    if complete:
+        marker = encode_record(CompleteMarker("test", ("test",)))
+        await client.put(INSTANCES, complete_key("test"), marker)
+
+
+def request(decision: str, **more: object) -> ScheduleRequest:
+    return msgspec.structs.replace(ScheduleRequest(decision, f"r-{decision}", "m", prompt_tokens=10), **more)
+
+
+def batch(*requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleBatch:
+    return ScheduleBatch("i", "1", budget_ms, requests)
+
+
+async def ask(client: MemoryBus, *requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleReply:
+    one = batch(*requests, budget_ms=budget_ms)
+    return await client.request(SCHEDULE, one, DEFAULT_SHARD, deadline_s=1.0)
+
+
+def report(sequence: int, *work: InFlight, finished: tuple[str, ...] = (), pieces: int = 0) -> LoadReport:
+    return LoadReport("i", "1", sequence, work, finished, 0, pieces)
+
+
+def instances_of(reply: ScheduleReply) -> Counter[str]:
+    return Counter(outcome.instance for outcome in reply.outcomes if isinstance(outcome, Placement))
+
+
+async def test_a_batch_is_answered_in_order_and_each_request_sees_the_ones_before() -> None:
+    broker, client = wire()
+    await register(client, "a", "b")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        reply = await ask(client, *(request(f"d{n}") for n in range(10)), request("x", model="nope"))
+        assert [outcome.decision_id for outcome in reply.outcomes] == [*(f"d{n}" for n in range(10)), "x"]
+        assert instances_of(reply) == {"a": 5, "b": 5}
+        refused = reply.outcomes[-1]
+        assert isinstance(refused, Rejection)
+        assert refused.reason is Reason.UNKNOWN_MODEL
+        assert reply.replica == "s1"
+        assert running.ledger.in_flight == 10
+
+
+async def test_a_decision_asked_for_again_counts_once() -> None:
+    broker, client = wire()
+    await register(client, "a", "b")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        for _ in range(3):
+            await ask(client, request("d"))
+        assert running.ledger.in_flight == 1
+        client.publish(LOAD, report(1, finished=("d",)), "i")
+        await eventually(lambda: running.ledger.in_flight == 0)
+        await ask(client, request("d"))
+        assert running.ledger.in_flight == 0
+
+
+async def test_load_reports_steer_placements() -> None:
+    broker, client = wire()
+    await register(client, "a", "b")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        client.publish(LOAD, report(1, *(InFlight(f"w{n}", "a", 5) for n in range(8))), "i")
+        await eventually(lambda: running.ledger.in_flight == 8)
+        assert instances_of(await ask(client, *(request(f"d{n}") for n in range(8)))) == {"b": 8}
+
+
+async def test_a_sibling_counts_the_placements_and_knows_the_prefixes_and_none_counts_its_own_twice() -> None:
+    broker, client = wire()
+    await register(client, *"abcdefgh")
+    async with replica(broker, "s1") as one, replica(broker, "s2") as two:
+        await eventually(lambda: one.serving and two.serving)
+        hashes = bytes(range(64))
+        placed = await ask(client, request("d1", strategy="prefix-cache", block_hashes=hashes))
+        await eventually(lambda: one.ledger.in_flight == 1 and two.ledger.in_flight == 1)
+        (instance,) = instances_of(placed)
+        longer = msgspec.structs.replace(
+            request("d"), strategy="prefix-cache", block_hashes=hashes + bytes(8)
+        )
+        # Sent in one turn, so that the queue group hands them to its members by turns.
+        asked = [msgspec.structs.replace(longer, decision_id=f"d{number}") for number in range(2, 6)]
+        replies = await asyncio.gather(*(ask(client, one_of_them) for one_of_them in asked))
+        assert {reply.replica for reply in replies} == {"s1", "s2"}
+        for reply in replies:
+            (outcome,) = reply.outcomes
+            assert isinstance(outcome, Placement)
+            assert outcome.instance == instance
+            assert outcome.matched_blocks >= 8
+        await eventually(lambda: one.ledger.load(instance) == two.ledger.load(instance) == (5, 50))
+        await eventually(lambda: one.count("penstock_scheduler_in_flight_requests") == 5)
+        assert one.count("penstock_scheduler_feed_missed_total") == 0
+
+
+async def test_requests_are_taken_once_the_registry_is_synced() -> None:
+    broker, client = wire()
+    await register(client, "a", complete=False)
+    async with replica(broker) as running:
+        await eventually(lambda: len(running.service.replica.table) == 1)
+        assert running.lifecycle.missing() == ["requests: the registry is not synced"]
+        with pytest.raises(BusUnavailable):
+            await ask(client, request("d"))
+        await register(client)
+        await eventually(lambda: running.serving)
+        assert instances_of(await ask(client, request("d"))) == {"a": 1}
+
+
+async def test_requests_are_taken_once_every_ingress_that_is_heard_has_told_its_work() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker, warm_up_s=1e9) as running:
+        client.publish(HEARTBEAT, Heartbeat("ingress", "i", "1", ready=True), "ingress")
+        awaited = ["requests: load snapshots of 1 of 1 ingresses heard are awaited"]
+        await eventually(lambda: running.lifecycle.missing() == awaited)
+        client.publish(LOAD, report(1, InFlight("w", "a")), "i")
+        await eventually(lambda: running.ledger.in_flight == 1)
+        running.clock.now += HEARTBEAT_ROUND_S
+        assert running.lifecycle.missing() == awaited
+        client.publish(LOAD, report(2, InFlight("w", "a"), pieces=1), "i")
+        await eventually(lambda: running.serving)
+
+
+async def test_an_ingress_that_stays_silent_holds_it_up_only_for_the_warm_up() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker, warm_up_s=1.5) as running:
+        await eventually(lambda: "awaited" in str(running.lifecycle.missing()))
+        running.clock.now += 1.5
+        await eventually(lambda: running.serving)
+
+
+async def test_the_warm_up_begins_when_the_bus_is_there() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    broker.set_up(False)
+    async with replica(broker, warm_up_s=1.5) as running:
+        running.clock.now += 60.0
+        broker.set_up(True)
+        await eventually(lambda: "awaited" in str(running.lifecycle.missing()))
+        running.clock.now += 1.5
+        await eventually(lambda: running.serving)
+
+
+async def test_a_batch_whose_budget_is_spent_is_not_decided() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        with pytest.raises(BusTimeout):
+            await client.request(SCHEDULE, batch(request("d"), budget_ms=0), DEFAULT_SHARD, deadline_s=0.05)
+        assert running.ledger.in_flight == 0
+        assert running.count("penstock_scheduler_batches_expired_total") == 1
+
+
+async def test_garbage_and_longer_messages_of_later_releases_do_no_harm() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        subjects = (
+            SCHEDULE.request.name(DEFAULT_SHARD),
+            LOAD.name("i"),
+            PLACED.name(DEFAULT_SHARD),
+            STATUS.name("a"),
+            HEARTBEAT.name("ingress"),
+        )
+        for subject in subjects:
+            for payload in (b"", b"\xc1", b"\x90", b"{}", encode_record([1]), bytes(1000), b"\x91" * 5000):
+                broker.deliver(subject, payload, None)
+        later = [*msgspec.msgpack.decode(encode(report(1, InFlight("w", "a")))), "a field to come"]
+        broker.deliver(LOAD.name("i"), msgspec.msgpack.encode(later), None)
+        client.publish(STATUS, EngineStatus("a", EngineLoad(running=-5, kv_usage_ratio=7.0)), "a")
+        client.publish(STATUS, EngineStatus("a", EngineLoad(running=3), age_s=2.0), "a")
+        await eventually(lambda: running.view.status_ages(running.clock.now) == [("a", 2.0)])
+        assert running.ledger.load("a") == (1, 0)
+        assert instances_of(await ask(client, request("d"))) == {"a": 1}
+        assert running.count("penstock_bus_dropped_total", LOAD.pattern, "undecodable") == 7
+
+
+async def test_every_outcome_is_an_event() -> None:
+    broker, client = wire()
+    await client.ensure_stream(EVENTS)
+    await register(client, "a", "b")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        await ask(client, request("d1", block_hashes=bytes(16)), request("d2", strategy="bogus"))
+        assert await running.events.flush(2.0)
+    seen: dict[str, dict[str, Any]] = {}
+    async with asyncio.timeout(2):
+        async for stored in client.follow(EVENTS, event_filter(model="m"), since_s=60):
+            seen |= {event["type"]: event for event in json.loads(stored.payload)}
+            if len(seen) == 2:
+                break
+    placement, rejection = seen["penstock.placement.v1"], seen["penstock.rejection.v1"]
+    assert placement["subject"] == "r-d1"
+    data = placement["data"]
+    assert (data["decision_id"], data["policy"], data["replica"]) == ("d1", "least-request", "s1")
+    assert (data["ingress"], data["blocks"], data["prompt_tokens"]) == ("i", 2, 10)
+    assert {candidate["instance"] for candidate in data["candidates"]} == {"a", "b"}
+    assert rejection["subject"] == "r-d2"
+    assert rejection["data"]["reason"] == "bad_strategy"
+    assert running.count("penstock_scheduler_decisions_total", "least-request", "placement") == 1
+    assert running.count("penstock_scheduler_decisions_total", "unknown", "bad_strategy") == 1
+
+
+async def test_it_leaves_the_queue_group_before_it_stops_and_siblings_take_over() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker, "s1") as one, replica(broker, "s2") as two:
+        await eventually(lambda: one.serving and two.serving)
+        in_hand = asyncio.gather(*(ask(client, request(f"d{n}")) for n in range(4)))
+        await asyncio.sleep(0)
+        await one.service.drain()
+        assert {reply.replica for reply in await in_hand} == {"s1", "s2"}
+        replies = [await ask(client, request(f"e{n}")) for n in range(4)]
+        assert {reply.replica for reply in replies} == {"s2"}
+
+
+async def test_replicas_alive_are_counted_by_their_heartbeats() -> None:
+    broker, client = wire()
+    async with replica(broker) as running:
+        peers = running.service.replica.peers
+        for beat in (
+            Heartbeat("scheduler", "s1", "1", ready=True),
+            Heartbeat("scheduler", "s2", "1", ready=True),
+            Heartbeat("scheduler", "s3", "1", ready=False),
+            Heartbeat("discovery", "x", "1", ready=True),
+            Heartbeat("ingress", "i", "1", ready=False),
+        ):
+            client.publish(HEARTBEAT, beat, beat.service)
+        await eventually(lambda: peers.ingresses == ["i"])
+        assert peers.replicas == 2
+        client.publish(HEARTBEAT, Heartbeat("scheduler", "s2", "1", ready=False), "scheduler")
+        await eventually(lambda: peers.replicas == 1)
+        running.clock.now += 4.0
+        await eventually(lambda: peers.ingresses == [])
+
+
+async def test_while_the_bus_is_away_nothing_is_released_and_service_resumes_by_itself() -> None:
+    broker, client = wire()
+    await register(client, "a", "b")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        client.publish(LOAD, report(1, InFlight("w", "a")), "i")
+        await eventually(lambda: running.ledger.in_flight == 1)
+        client.publish(HEARTBEAT, Heartbeat("ingress", "i", "1", ready=True), "ingress")
+        await eventually(lambda: running.service.replica.peers.ingresses)
+        broker.set_up(False)
+        await eventually(lambda: running.service.replica.table.lost)
+        assert running.lifecycle.missing() == ["bus: not connected"]
+        running.clock.now += 60.0
+        # Housekeeping has run: it forgot the ingress's heartbeat, but not its work.
+        await eventually(lambda: not running.service.replica.peers.ingresses)
+        assert running.ledger.in_flight == 1
+        broker.set_up(True)
+        await eventually(lambda: not running.service.replica.table.lost)
+        assert instances_of(await ask(client, request("d"))) == {"b": 1}
+        running.clock.now += 6.0
+        await eventually(lambda: running.ledger.in_flight == 0)
+
+
+async def test_an_instance_that_goes_takes_no_more_and_its_prefixes_are_forgotten() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        hashes = bytes(range(64))
+        await ask(client, request("d1", block_hashes=hashes))
+        await client.delete(INSTANCES, instance_key("a"))
+        await register(client, "b")
+        await eventually(lambda: running.view.slot("b") is not None)
+        (outcome,) = (await ask(client, request("d2", block_hashes=hashes))).outcomes
+        assert isinstance(outcome, Placement)
+        assert (outcome.instance, outcome.matched_blocks) == ("b", 0)
