@@ -7,8 +7,9 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -95,11 +96,9 @@ class Stack:
         """Every ingress and scheduler is ready, and a request is placed by a scheduler if there is one."""
         async with aiohttp.ClientSession() as session:
             for port in [*(i.admin_port for i in self.ingresses), *self.scheduler_ports]:
-                await eventually(lambda port=port: _is_ready(session, port), READY_TIMEOUT_S)
+                await eventually(partial(_is_ready, session, port), READY_TIMEOUT_S)
             for ingress in self.ingresses if self.schedulers else []:
-                await eventually(
-                    lambda ingress=ingress: self._by_scheduler(session, ingress), READY_TIMEOUT_S
-                )
+                await eventually(partial(self._by_scheduler, session, ingress), READY_TIMEOUT_S)
 
     async def _by_scheduler(self, session: aiohttp.ClientSession, ingress: Ingress) -> bool:
         _, headers, _ = await chat(session, ingress.url, "are you there", max_tokens=1)
@@ -156,7 +155,7 @@ async def stream_chat(
     *,
     max_tokens: int = 8,
     headers: dict[str, str] | None = None,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The `data:` payloads of one streamed chat, as they come."""
     body = {"model": MODEL, "messages": messages(prompt), "max_tokens": max_tokens, "stream": True}
     async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
@@ -167,9 +166,10 @@ async def stream_chat(
 
 
 async def metric(session: aiohttp.ClientSession, admin_port: int, name: str) -> float:
-    """The sum of a metric's samples, 0 if it has none."""
+    """The sum of a metric's samples, 0 if it has none; AssertionError if nobody declares it."""
     async with session.get(f"http://127.0.0.1:{admin_port}/metrics") as response:
         text = await response.text()
+    assert f"# HELP {name} " in text, f"no metric {name}"
     values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
     return sum(map(float, values))
 

@@ -41,7 +41,8 @@ async def assert_nothing_is_held(stack: Stack, session: aiohttp.ClientSession) -
             for n in ("exchanges", "in_flight")
         ]
         held += [
-            await metric(session, port, "penstock_scheduler_in_flight") for port in stack.scheduler_ports
+            await metric(session, port, "penstock_scheduler_in_flight_requests")
+            for port in stack.scheduler_ports
         ]
         states = [await engine_state(session, engine) for engine in stack.engines]
         held += [state["running"] + state["waiting"] for state in states]

@@ -123,6 +123,20 @@ async def test_a_subscription_made_while_the_connection_is_being_made_is_not_for
         await bus.close()
 
 
+async def test_a_bus_can_be_closed_at_any_moment_of_connecting(lab: NatsLab) -> None:
+    for turns in range(0, 60, 2):
+        bus = NatsBus(BusSettings(nats_url=lab.server.url), "test", Metrics())
+        await bus.start()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        # The answer of the server is there, and waits for the loop, when the bus is closed.
+        await asyncio.to_thread(bool)
+        async with asyncio.timeout(5):
+            await bus.close()
+        assert not bus.connected
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("nats-")]
+
+
 async def test_the_send_buffer_is_bounded_and_what_is_over_the_bound_is_counted(lab: NatsLab) -> None:
     member = await lab.member()
     report = LoadReport("i", "run1", 1, finished=tuple("d" * 100 for _ in range(2000)))

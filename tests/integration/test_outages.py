@@ -45,7 +45,8 @@ async def nothing_in_flight(stack: Stack) -> None:
                 await metric(session, i.admin_port, "penstock_ingress_in_flight") for i in stack.ingresses
             ]
             counts += [
-                await metric(session, p, "penstock_scheduler_in_flight") for p in stack.scheduler_ports
+                await metric(session, p, "penstock_scheduler_in_flight_requests")
+                for p in stack.scheduler_ports
             ]
             return not any(counts)
 

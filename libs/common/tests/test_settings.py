@@ -72,6 +72,12 @@ def test_contradictory_settings_stop_the_start() -> None:
         read("--nats-tls-cert", "/tmp/c.pem")
 
 
+def test_contradictions_are_told_beside_wrong_values() -> None:
+    with pytest.raises(SettingsError) as caught:
+        read("--workers", "0", "--nats-tls-key", "/tmp/k.pem")
+    assert len(caught.value.faults) == 2
+
+
 def test_a_wrong_secret_is_never_repeated() -> None:
     with pytest.raises(SettingsError) as caught:
         load(Sample, ["--nats-password", "hunter2"], prog="sample", environ={})

@@ -42,7 +42,8 @@ FLEET = (
 
 
 def packed(*hashes: int) -> bytes:
-    return struct.pack(f"<{len(hashes)}Q", *hashes)
+    """As on the wire; their lowest four bits do not matter."""
+    return struct.pack(f"<{len(hashes)}Q", *(block << 4 for block in hashes))
 
 
 class Desk:

@@ -125,9 +125,9 @@ def test_a_rejection_reserves_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget_ms", "window_s"), [(50.0, 1.0), (500.0, 1.0), (700.0, 1.4), (60_000.0, 120.0)]
+    ("budget_ms", "window_s"), [(50.0, 1.0), (500.0, 1.0), (700.0, 1.4), (60_000.0, 60.0)]
 )
-def test_a_placement_waits_for_its_report_for_twice_the_budget_but_a_second_at_least(
+def test_a_placement_waits_for_its_report_for_twice_the_budget_within_bounds(
     budget_ms: float, window_s: float
 ) -> None:
     assert confirm_within_s(batch(budget_ms=budget_ms)) == pytest.approx(window_s)

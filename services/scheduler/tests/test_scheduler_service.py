@@ -135,6 +135,17 @@ async def register(client: MemoryBus, *names: str, complete: bool = True) -> Non
         await client.put(INSTANCES, complete_key("test"), marker)
 
 
+async def events_of(client: MemoryBus, event_type: str, count: int) -> list[dict[str, Any]]:
+    """The first events of a type in the log; TimeoutError if there are fewer."""
+    events: list[dict[str, Any]] = []
+    async with asyncio.timeout(2):
+        async for stored in client.follow(EVENTS, event_filter(event_type), since_s=60):
+            events += json.loads(stored.payload)
+            if len(events) >= count:
+                break
+    return events
+
+
 def request(decision: str, **more: object) -> ScheduleRequest:
     return msgspec.structs.replace(ScheduleRequest(decision, f"r-{decision}", "m", prompt_tokens=10), **more)
 
@@ -314,13 +325,10 @@ async def test_every_outcome_is_an_event() -> None:
         await eventually(lambda: running.serving)
         await ask(client, request("d1", block_hashes=bytes(16)), request("d2", strategy="bogus"))
         assert await running.events.flush(2.0)
-    seen: dict[str, dict[str, Any]] = {}
-    async with asyncio.timeout(2):
-        async for stored in client.follow(EVENTS, event_filter(model="m"), since_s=60):
-            seen |= {event["type"]: event for event in json.loads(stored.payload)}
-            if len(seen) == 2:
-                break
-    placement, rejection = seen["penstock.placement.v1"], seen["penstock.rejection.v1"]
+    (placement,), (rejection,) = (
+        await events_of(client, "placement", 1),
+        await events_of(client, "rejection", 1),
+    )
     assert placement["subject"] == "r-d1"
     data = placement["data"]
     assert (data["decision_id"], data["policy"], data["replica"]) == ("d1", "least-request", "s1")
@@ -386,6 +394,12 @@ async def test_while_the_bus_is_away_nothing_is_released_and_service_resumes_by_
         assert instances_of(await ask(client, request("d"))) == {"b": 1}
         running.clock.now += 6.0
         await eventually(lambda: running.ledger.in_flight == 0)
+        assert await running.events.flush(2.0)
+    events = await events_of(client, "degraded", 2)
+    assert [(e["data"]["what"], e["data"]["active"]) for e in events] == [
+        ("registry", True),
+        ("registry", False),
+    ]
 
 
 async def test_an_instance_that_goes_takes_no_more_and_its_prefixes_are_forgotten() -> None:

@@ -41,7 +41,7 @@ class InstanceTable:
         self._held: dict[str, tuple[Instance, int]] = {}
         self._inherited: set[str] = set()
         self._markers: dict[str, CompleteMarker] = {}
-        self._incarnation = ""
+        self._incarnation, self._sequence = "", 0
         self._by_id: dict[InstanceId, Instance] = {}
         self._by_model: dict[str, dict[InstanceId, Instance]] = {}
         self._pools: dict[str, tuple[Instance, ...]] = {}
@@ -92,30 +92,26 @@ class InstanceTable:
 
     def _list(self, listing: Listing) -> None:
         self.lost = False
-        same = listing.position.incarnation == self._incarnation
-        if same:
-            self._inherited.clear()
-            for key in self._held.keys() - listing.entries.keys():
-                self._drop(key)
-        else:
+        if listing.position.incarnation != self._incarnation:
             # Everything held comes from an older incarnation until this one names it.
             self._inherited = set(self._held)
-            self._incarnation = listing.position.incarnation
-        self._markers.clear()
+            self._markers.clear()
+        self._incarnation, self._sequence = listing.position.incarnation, listing.position.sequence
+        for key in self._held.keys() - listing.entries.keys() - self._inherited:
+            self._drop(key)
+        for key in self._markers.keys() - listing.entries.keys():
+            del self._markers[key]
         for key, entry in listing.entries.items():
             self._put(key, entry)
 
     def _change(self, change: Change) -> None:
-        if change.position.incarnation != self._incarnation:
+        if change.position.incarnation != self._incarnation or change.position.sequence <= self._sequence:
             return
+        self._sequence = change.position.sequence
         if change.entry is not None:
             self._put(change.key, change.entry)
-        elif change.key.startswith(COMPLETE_PREFIX):
+        else:
             self._markers.pop(change.key, None)
-        elif (
-            change.position.sequence > self._held.get(change.key, (None, 0))[1]
-            or change.key in self._inherited
-        ):
             self._drop(change.key)
 
     def _put(self, key: str, entry: Entry) -> None:
@@ -124,8 +120,8 @@ class InstanceTable:
                 self._markers[key] = decode_record(CompleteMarker, entry.value)
             elif key.startswith(INSTANCE_PREFIX):
                 held = self._held.get(key)
-                if held is None or key in self._inherited or entry.revision > held[1]:
-                    self._hold(key, decode_record(Instance, entry.value), entry.revision)
+                if held is None or key in self._inherited or entry.revision != held[1]:
+                    self._hold(key, _instance_of(key, entry), entry.revision)
         except DecodeError:
             # One broken record costs itself only: what was known of that instance stays.
             self.undecodable += 1
@@ -175,3 +171,11 @@ class InstanceTable:
             if not members:
                 self._by_model.pop(model, None)
             self._pools.pop(model, None)
+
+
+def _instance_of(key: str, entry: Entry) -> Instance:
+    instance = decode_record(Instance, entry.value)
+    if instance_key(instance.id) != key:
+        # Two keys for one id would make the table depend on the order of writes.
+        raise DecodeError(Instance, entry.value, f"its id is {instance.id!r}, its key {key!r}")
+    return instance

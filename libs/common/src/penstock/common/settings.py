@@ -123,13 +123,23 @@ def load(
         name: flag_of(name) if name in flags else env_of(name) if name in variables else f"{path}: {name}"
         for name in merged
     }
-    try:
-        settings = cls.model_validate(merged)
-    except ValidationError as exc:
-        faults.extend(_explain(cls, error, origin) for error in exc.errors())
-    if faults:
+    settings = _validate(cls, merged, origin, faults)
+    if settings is None or faults:
         raise SettingsError(faults)
     return settings
+
+
+def _validate(cls: type[T], values: dict[str, Any], origin: Mapping[str, str], faults: list[str]) -> T | None:
+    """Rules over several fields are checked once each field is right by itself: for them, wrong ones stand aside."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as exc:
+        errors = exc.errors()
+    faults.extend(_explain(cls, error, origin) for error in errors)
+    wrong = {str(error["loc"][0]) for error in errors if error["loc"]}
+    if wrong & values.keys():
+        _validate(cls, {name: values[name] for name in values.keys() - wrong}, origin, faults)
+    return None
 
 
 def load_or_exit(
@@ -218,7 +228,7 @@ def _kind(annotation: Any) -> str:
         return "{" + ",".join(map(str, options)) + "}"
     if options and isinstance(annotation, types.UnionType):
         return _kind(next(o for o in options if o is not type(None)))
-    names = {int: "N", float: "SECONDS", bool: "true|false", Path: "FILE", SecretStr: "SECRET"}
+    names = {int: "N", float: "NUMBER", bool: "true|false", Path: "PATH", SecretStr: "SECRET"}
     return names.get(annotation, "TEXT")
 
 

@@ -119,10 +119,12 @@ class Exchange:
         response = web.StreamResponse(headers=_SSE_HEADERS)
         # Headers go out here, tokens when there are any, as with a real engine.
         await response.prepare(request)
-        while (data := self._fresh(targets)) is not None and self._sent != targets:
+        data = self._fresh(targets)
+        while self._sent != targets:
             if data:
                 await response.write(data)
             await self._progress()
+            data = self._fresh(targets)
         if fault is not None:
             await response.write(data)
             await sabotage.mid_body(request, fault)

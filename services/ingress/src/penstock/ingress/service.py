@@ -45,6 +45,11 @@ class IngressService:
         )
         metrics.gauge("penstock_registry_instances", "Instances known", lambda: len(table))
         metrics.gauge(
+            "penstock_registry_taking_work",
+            "Instances that take requests",
+            lambda: sum(instance.takes_work for instance in table.instances()),
+        )
+        metrics.gauge(
             "penstock_registry_synced", "1 once a complete listing was seen", lambda: float(table.synced)
         )
         metrics.gauge(

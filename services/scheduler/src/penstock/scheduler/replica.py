@@ -110,6 +110,7 @@ class Replica:
         if not self.table.apply(event):
             return None
         added, gone = self.view.refresh(self.table, self.index.forget)
+        self.view.take((instance, *self.ledger.load(instance)) for instance in added)
         return added, gone
 
     def expire(self, now: float) -> list[str]:
@@ -122,4 +123,4 @@ class Replica:
 
 def confirm_within_s(batch: ScheduleBatch) -> float:
     """Twice the ingress's deadline, by when its report covers a placement that it used."""
-    return max(MIN_CONFIRM_S, 2.0 * batch.budget_ms / 1000.0)
+    return min(max(MIN_CONFIRM_S, 2.0 * batch.budget_ms / 1000.0), MAX_CONFIRM_S)

@@ -20,6 +20,7 @@ from penstock.scheduler.view import ClusterView
 # Candidates of a decision that the routing log shows.
 SHOWN = 3
 HASH_BYTES = 8
+_DROPPED_BITS = np.uint64(4)
 # Messages quote what clients sent; the wire allows 2,048 characters.
 MAX_MESSAGE = 1024
 
@@ -72,8 +73,12 @@ def schedule(
 
 
 def unpack(packed: bytes) -> list[int]:
-    """Block hashes from the wire, little-endian u64; the length is a multiple of 8."""
-    return np.frombuffer(packed, dtype="<u8").tolist() if packed else []
+    """The upper 60 bits of the block hashes on the wire, little-endian u64; the length is a multiple of 8.
+
+    A larger int takes 48 bytes instead of 32, a sixth of the prefix index's memory; among 10**6 blocks two
+    agree in 60 bits once in two million indexes.
+    """
+    return (np.frombuffer(packed, dtype="<u8") >> _DROPPED_BITS).tolist() if packed else []
 
 
 def _choose(case: Case, candidates: Candidates, index: PrefixIndex, profile: Profile) -> Decision:

@@ -78,7 +78,7 @@ class SchedulerService:
         self._instruments = Instruments(metrics, self.replica, clock)
         self._connected_at = clock()
         self._requests: Subscription | None = None
-        self._stopping = False
+        self._stopping = self._registry_lost = False
         lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
         lifecycle.require("requests", self._not_taken)
         self._lifecycle = lifecycle
@@ -179,9 +179,8 @@ class SchedulerService:
 
     async def _watch_instances(self) -> None:
         async for event in self._bus.watch(INSTANCES):
-            lost = self.replica.table.lost
             changed = self.replica.registry(event)
-            if self.replica.table.lost is not lost:
+            if self.replica.table.lost is not self._registry_lost:
                 self._registry_trusted(event)
             if changed is not None:
                 self._instances_changed(*changed)
@@ -199,10 +198,10 @@ class SchedulerService:
     def _registry_trusted(self, event: WatchEvent) -> None:
         """The registry is lost, or back."""
         cause = event.cause if isinstance(event, Lost) else ""
-        lost = self.replica.table.lost
+        lost = self._registry_lost = self.replica.table.lost
         log.log(
             logging.WARNING if lost else logging.INFO,
-            "registry lost, its last known state is used" if lost else "registry listed",
+            "registry lost, its last known state is used" if lost else "registry is back",
             extra={"fields": {"cause": cause, "instances": len(self.replica.table)}},
         )
         degraded = DegradedEvent(self._own.service, self._own.id, "registry", lost, cause)

@@ -27,7 +27,7 @@ class SchedulerSettings(ServiceSettings):
         1_000_000,
         ge=2 * MAX_BLOCKS,
         le=100_000_000,
-        description="prompt blocks the prefix index remembers, about 90 bytes each",
+        description="prompt blocks the prefix index remembers, about 100 bytes each",
     )
     imbalance_requests: float = Field(
         16.0,

@@ -129,11 +129,12 @@ class NatsConnection:
         link = self._link
         if link is not None:
             await bounded(self._flush_outbox(link.client), 1)
-        if self._supervisor is not None:
+        while self._supervisor is not None and not self._supervisor.done():
+            # Once is not enough: in Python 3.11 asyncio.wait_for, which nats-py connects with, can lose it.
             self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
-        if link is not None and self._link is link:
-            self._lose(link)
+            await asyncio.wait({self._supervisor}, timeout=0.02)
+        if self._link is not None:
+            self._lose(self._link)
         await asyncio.gather(*self._discarding)
 
     def send(self, subject: str, payload: bytes, reply: str = "", headers: Headers | None = None) -> str:

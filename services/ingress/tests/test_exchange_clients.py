@@ -1,0 +1,372 @@
+"""Clients that leave, read slowly, send too fast: they cost nobody but themselves."""
+
+import asyncio
+import hashlib
+import itertools
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from integration.servers import eventually
+
+from .conftest import LabOf
+from .ingress_lab import BODY, CHAT, HOST, STREAM_BODY, Engine, Lab, Peer
+
+HEALTH = b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n"
+LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+
+
+@pytest.fixture(params=["close", "reset"])
+def leave(request: pytest.FixtureRequest) -> str:
+    """How a client goes."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+async def deaf_port() -> AsyncIterator[int]:
+    """A port where connections are neither accepted nor refused: the listener's queue is full."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+        for filler in fillers:
+            filler.close()
+
+
+# -- leaving -------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_while_it_is_placed_gets_its_placement_released(
+    lab: Lab, engine: Engine, leave: str
+) -> None:
+    lab.bus.open.clear()
+    client = await lab.client()
+    client.post()
+    await eventually(lambda: lab.scheduler.placed)
+    getattr(client, leave)()
+    await eventually(lambda: not lab.gateway.exchanges)
+    assert not lab.released
+    lab.bus.open.set()
+    await eventually(lambda: lab.reports())
+    assert lab.released == lab.scheduler.placed
+    outcome = await lab.outcome()
+    assert outcome["outcome"] == "client_gone"
+    assert outcome["decisions"] == list(lab.released)
+    assert engine.connections == 0
+
+
+async def test_a_client_that_leaves_while_its_instance_is_connected_sends_nothing_there(
+    lab: Lab, deaf_port: int, leave: str
+) -> None:
+    lab.instance("e1", deaf_port)
+    client = await lab.client()
+    client.post()
+    await eventually(lambda: len(lab.account) == 1)
+    getattr(client, leave)()
+    outcome = await lab.outcome()
+    assert (outcome["outcome"], outcome["status"] if "status" in outcome else 0) == ("client_gone", 0)
+
+
+async def test_a_client_that_left_leaves_a_fresh_connection_for_the_next_one(
+    lab: Lab, engine: Engine
+) -> None:
+    client = await lab.client()
+    client.post()
+    await eventually(lambda: lab.scheduler.placed)
+    client.reset()
+    await lab.settled()
+    second = await lab.client()
+    second.post()
+    for peer in [await engine.accept()]:
+        first, _, body = await peer.request()
+        assert body == BODY
+        peer.answer(b"second")
+    assert (await second.response()).body == b"second"
+
+
+async def test_a_client_that_leaves_while_it_waits_cancels_the_work(
+    lab: Lab, engine: Engine, leave: str
+) -> None:
+    client, peer = await lab.exchange(engine)
+    getattr(client, leave)()
+    await peer.gone()
+    assert (await lab.outcome())["outcome"] == "client_gone"
+
+
+async def test_a_client_that_leaves_during_a_stream_cancels_the_work(
+    lab: Lab, engine: Engine, leave: str
+) -> None:
+    client, peer = await lab.exchange(engine)
+    peer.begin_stream()
+    wire = peer.event("one")
+    await client.until(wire)
+    getattr(client, leave)()
+    await peer.gone()
+    outcome = await lab.outcome()
+    assert (outcome["outcome"], outcome["status"], outcome["chunks"]) == ("client_gone", 200, 1)
+
+
+async def test_a_client_that_leaves_during_a_plain_response_cancels_the_work(
+    lab: Lab, engine: Engine, leave: str
+) -> None:
+    client, peer = await lab.exchange(engine)
+    peer.send(LENGTH % 10 + b"half.")
+    await client.until(b"half.")
+    getattr(client, leave)()
+    await peer.gone()
+    assert (await lab.outcome())["outcome"] == "client_gone"
+
+
+async def test_a_client_that_closes_its_sending_side_has_left(lab: Lab, engine: Engine) -> None:
+    client, peer = await lab.exchange(engine)
+    client.writer.write_eof()
+    await peer.gone()
+    assert await client.rest() == b""
+    assert (await lab.outcome())["outcome"] == "client_gone"
+
+
+async def test_a_client_that_closes_its_sending_side_and_does_not_read_has_left_too(
+    lab: Lab,
+) -> None:
+    engine = await lab.engine(send_buffer=65536)
+    client = await lab.client(receive_buffer=16384)
+    client.post(STREAM_BODY)
+    peer = await engine.accept()
+    await peer.request()
+    await stall(lab, peer, await other_pair(lab))
+    client.writer.write_eof()
+    await peer.gone()
+    assert (await lab.outcome())["outcome"] == "client_gone"
+
+
+async def test_a_request_behind_another_is_not_begun_for_a_client_that_left(lab: Lab, engine: Engine) -> None:
+    client = await lab.client()
+    client.send(f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode() + BODY)
+    peer = await engine.accept()
+    await peer.request()
+    client.post()
+    client.reset()
+    await peer.gone()
+    outcome = await lab.outcome()
+    assert outcome["outcome"] == "client_gone"
+    assert len(lab.scheduler.requests) == 1
+
+
+async def test_a_request_whose_turn_comes_after_its_client_left_is_not_begun(
+    lab: Lab, engine: Engine
+) -> None:
+    client = await lab.client()
+    await eventually(lambda: lab.server.connections)
+    (connection,) = lab.server.connections
+    post = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode() + BODY
+    # What the loop may do in one turn: the first request is answered, the second waits, the client leaves.
+    connection.data_received(HEALTH + post)
+    connection.connection_lost(None)
+    await asyncio.sleep(0)
+    assert not lab.gateway.exchanges
+    client.close()
+    assert await lab.settled() == []
+
+
+# -- reading slowly ------------------------------------------------------------------------------------
+
+
+async def other_pair(lab: Lab) -> tuple[Peer, Peer]:
+    """Another client, and the end of its instance, which serves another model."""
+    engine = await lab.engine("other", models=("other",))
+    client = await lab.client()
+    client.post(BODY.replace(b'"m"', b'"other"'))
+    peer = await engine.accept()
+    await peer.request()
+    peer.answer(b"0")
+    await client.response()
+    return client, peer
+
+
+async def stall(lab: Lab, peer: Peer, other: tuple[Peer, Peer]) -> tuple[int, bytes]:
+    """Send on `peer` until it cannot, while another client is served; bytes sent and their digest."""
+    sent, digest = 0, hashlib.sha256()
+    peer.begin_stream()
+    piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    client, other_peer = other
+    for _ in range(2000):
+        while not peer.writer.transport.get_write_buffer_size():
+            peer.send(piece)
+            digest.update(piece)
+            sent += len(piece)
+        for number in range(20):
+            client.post(BODY.replace(b'"m"', b'"other"'))
+            await other_peer.request()
+            other_peer.answer(b"%d" % number)
+            assert (await client.response()).body == b"%d" % number
+        if peer.writer.transport.get_write_buffer_size():
+            return sent, digest.digest()
+    raise AssertionError(f"{sent} bytes were taken")
+
+
+async def test_a_slow_reader_pauses_its_own_upstream_and_nobody_elses(lab: Lab) -> None:
+    engine = await lab.engine(send_buffer=65536)
+    client = await lab.client(receive_buffer=16384)
+    client.post(STREAM_BODY)
+    peer = await engine.accept()
+    await peer.request()
+    sent, digest = await stall(lab, peer, await other_pair(lab))
+    # The kernel's buffers on the way, and a bounded one of the ingress.
+    assert sent < 24 * 2**20
+    peer.send(b"0\r\n\r\n")
+    await client.head()
+    received = await client.exactly(sent)
+    assert hashlib.sha256(received).digest() == digest
+    assert await client.exactly(5) == b"0\r\n\r\n"
+    assert [outcome["outcome"] for outcome in await lab.settled()].count("completed") > 20
+
+
+async def test_what_an_instance_sent_before_it_closed_reaches_a_slow_reader(lab: Lab) -> None:
+    engine = await lab.engine(send_buffer=65536)
+    client = await lab.client(receive_buffer=16384)
+    client.post(STREAM_BODY)
+    peer = await engine.accept()
+    await peer.request()
+    sent, digest = await stall(lab, peer, await other_pair(lab))
+    peer.send(b"0\r\n\r\n")
+    peer.close()
+    await client.head()
+    assert hashlib.sha256(await client.exactly(sent)).digest() == digest
+    assert await client.exactly(5) == b"0\r\n\r\n"
+
+
+async def test_a_client_that_stops_reading_for_good_is_ended(lab_of: LabOf) -> None:
+    lab = await lab_of(stream_idle_timeout=0.5, idle_timeout=0.2)
+    engine = await lab.engine(send_buffer=65536)
+    client = await lab.client(receive_buffer=16384)
+    client.post(STREAM_BODY)
+    peer = await engine.accept()
+    await peer.request()
+    peer.begin_stream()
+    for _ in range(2000):
+        peer.send(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+    await peer.gone()
+    outcome = await lab.outcome()
+    assert (outcome["outcome"], outcome["error"]) == ("timed_out", "the client read nothing for 0.5 s")
+    await eventually(lambda: not lab.server.connections)
+
+
+async def test_a_client_that_sends_requests_without_reading_is_not_answered_beyond_a_bound(
+    lab: Lab, engine: Engine
+) -> None:
+    client = await lab.client(receive_buffer=16384)
+    await eventually(lambda: lab.server.connections)
+    total = 60
+    for _ in range(total):
+        client.post()
+    served, body = 0, b"x" * 1_000_000
+    peer = await engine.accept()
+    first, *_ = await lab.server.connections, None
+    while True:
+        try:
+            async with asyncio.timeout(0.5):
+                await peer.request()
+        except TimeoutError:
+            break
+        peer.answer(body)
+        served += 1
+    assert served < total // 2
+    for _ in range(served):
+        assert (await client.response()).body == body
+    for _ in range(total - served):
+        await peer.request()
+        peer.answer(body)
+        assert (await client.response()).body == body
+
+
+# -- sending fast --------------------------------------------------------------------------------------
+
+
+async def test_requests_on_one_connection_are_answered_in_their_order(lab: Lab, engine: Engine) -> None:
+    client = await lab.client()
+    client.post(b'{"model":"m","messages":[1]}')
+    client.send(HEALTH)
+    client.post(b'{"model":"none","messages":[2]}')
+    client.post(b'{"model":"m","messages":[3]}')
+    client.send(HEALTH)
+    peer = await engine.accept()
+    assert (await peer.request())[2].endswith(b"[1]}")
+    peer.begin_stream()
+    peer.event("first")
+    peer.send(b"0\r\n\r\n")
+    assert (await client.response()).body == b"data: first\n\n"
+    assert (await client.response()).body == b'{"status":"ok"}'
+    assert (await client.response()).status == 404
+    assert (await peer.request())[2].endswith(b"[3]}")
+    peer.answer(b"third")
+    assert (await client.response()).body == b"third"
+    assert (await client.response()).body == b'{"status":"ok"}'
+
+
+async def test_a_request_sent_during_a_stream_waits_for_its_end(lab: Lab, engine: Engine) -> None:
+    client, peer = await lab.exchange(engine)
+    peer.begin_stream()
+    await client.head()
+    client.send(HEALTH)
+    for number in range(3):
+        wire = peer.event(str(number))
+        assert await client.exactly(len(wire)) == wire
+    peer.send(b"0\r\n\r\n")
+    assert await client.exactly(5) == b"0\r\n\r\n"
+    assert (await client.response()).body == b'{"status":"ok"}'
+
+
+async def test_a_thousand_requests_in_one_piece_are_all_answered(lab: Lab) -> None:
+    client = await lab.client()
+    client.send(HEALTH * 1000)
+    for _ in range(1000):
+        assert (await client.response()).status == 200
+
+
+async def test_a_flood_of_requests_is_read_no_faster_than_it_is_answered(lab: Lab) -> None:
+    client = await lab.client(receive_buffer=16384)
+    flood = HEALTH * (32 * 2**20 // len(HEALTH))
+    client.send(flood)
+    other = await lab.client()
+    for _ in itertools.repeat(None, 300):
+        other.send(HEALTH)
+        assert (await other.response()).status == 200
+    # Kernel buffers apart, what is not answered is still with the client.
+    assert client.writer.transport.get_write_buffer_size() > len(flood) // 2
+    client.reset()
+
+
+async def test_requests_beyond_the_bound_wait_in_the_clients_kernel_while_one_is_served(
+    lab: Lab, engine: Engine
+) -> None:
+    client, peer = await lab.exchange(engine)
+    flood = HEALTH * (32 * 2**20 // len(HEALTH))
+    client.send(flood)
+    other = await lab.client()
+    for _ in itertools.repeat(None, 50):
+        other.send(HEALTH)
+        assert (await other.response()).status == 200
+    assert client.writer.transport.get_write_buffer_size() > len(flood) // 2
+    peer.answer(b"first")
+    assert (await client.response()).body == b"first"
+    for _ in range(5000):
+        assert (await client.response()).status == 200
+    client.reset()
+
+
+async def test_a_request_larger_than_the_bound_can_follow_another(lab: Lab, engine: Engine) -> None:
+    client, peer = await lab.exchange(engine)
+    large = b'{"model":"m","messages":["' + b"x" * 2_000_000 + b'"]}'
+    client.post(large)
+    client.send(HEALTH)
+    peer.answer(b"first")
+    assert (await client.response()).body == b"first"
+    assert (await peer.request())[2] == large
+    peer.answer(b"second")
+    assert (await client.response()).body == b"second"
+    assert (await client.response()).status == 200
