@@ -108,12 +108,10 @@ def test_every_message_struct_is_on_the_wire_or_part_of_one_that_is() -> None:
     assert declared - reached == set()
 
 
-@pytest.mark.parametrize("kind", (*ON_THE_WIRE, *RECORDS), ids=name_of)
-def test_fields_after_the_required_ones_have_defaults_and_nothing_can_be_changed(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [*ON_THE_WIRE, *RECORDS], ids=name_of)
+def test_required_fields_come_first_and_nothing_can_be_changed(kind: Kind) -> None:
     assert kind.__struct_config__.frozen
     required = [field.required for field in msgspec.structs.fields(kind)]
-    if not kind.__struct_config__.array_like:
-        return
     assert required == sorted(required, reverse=True)
 
 
@@ -136,12 +134,9 @@ def test_whatever_can_grow_has_a_bound_and_no_number_can_be_infinite(kind: Kind)
 @given(garbage=st.binary(max_size=200))
 def test_garbage_is_a_message_or_a_decode_error(kind: Kind, garbage: bytes) -> None:
     try:
-        message = decode(kind, garbage)
-    except DecodeError as exc:
-        assert exc.data == garbage[:256]
-        assert exc.kind is kind
-    else:
-        assert isinstance(message, kind)
+        assert isinstance(decode(kind, garbage), kind)
+    except DecodeError:
+        return
 
 
 @pytest.mark.parametrize("kind", ON_THE_WIRE, ids=name_of)

@@ -186,16 +186,18 @@ async def test_an_idle_connection_that_speaks_is_closed_and_its_words_are_nobody
     assert (await client.response()).body == b"good"
 
 
-async def test_an_instance_that_answers_before_it_has_read_the_request_loses_its_connection(lab: Lab) -> None:
-    engine = await lab.engine()
-    client = await lab.client()
-    client.post(json.dumps({"model": MODEL, "messages": ["x" * 3_900_000]}).encode())
+async def test_an_instance_that_answers_before_it_has_read_the_request_loses_its_connection(
+    lab_of: LabOf,
+) -> None:
+    lab = await lab_of(buffer_limit=32 * 2**20)
+    engine, client = await lab.engine(), await lab.client()
+    # More than the kernel takes for a reader that does not read.
+    client.post(json.dumps({"model": MODEL, "messages": ["x" * 24_000_000]}).encode())
     peer = await engine.accept()
     await peer.head()
     peer.answer(b"no", "400 Bad Request")
     assert (await client.response()).body == b"no"
     await peer.gone()
-    assert lab.metric("penstock_ingress_upstream_connections", "idle") == 0
 
 
 async def test_idle_connections_to_instances_are_closed_in_time(lab_of: LabOf) -> None:

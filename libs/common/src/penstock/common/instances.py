@@ -14,6 +14,7 @@ from penstock.common.codec import DecodeError, decode_record, encode_record
 from penstock.common.messages import CompleteMarker
 from penstock.common.model import Instance, InstanceId
 from penstock.common.subjects import token
+from penstock.common.telemetry import Metrics
 
 INSTANCE_PREFIX = "instance."
 COMPLETE_PREFIX = "complete."
@@ -32,6 +33,18 @@ def complete_key(source: str) -> str:
 def encode_instance(instance: Instance) -> bytes:
     """An instance's record as it stands in the bucket."""
     return encode_record(instance)
+
+
+def expose(table: InstanceTable, metrics: Metrics) -> None:
+    """The table's gauges, under the same names in every service that keeps one."""
+    for name, text, read in (
+        ("instances", "Instances known", lambda: len(table)),
+        ("taking_work", "Instances that take requests", lambda: sum(i.takes_work for i in table.instances())),
+        ("synced", "1 once a complete listing was seen", lambda: float(table.synced)),
+        ("lost", "1 while the watch cannot vouch for the table", lambda: float(table.lost)),
+        ("undecodable", "Records that could not be read", lambda: table.undecodable),
+    ):
+        metrics.gauge(f"penstock_registry_{name}", text, read)
 
 
 class InstanceTable:
@@ -162,14 +175,12 @@ class InstanceTable:
         if held is None:
             return
         instance = held[0]
-        if self._by_id.get(instance.id) is instance:
-            del self._by_id[instance.id]
+        del self._by_id[instance.id]
         for model in {*instance.models, *instance.lora_adapters}:
-            members = self._by_model.get(model, {})
-            if members.get(instance.id) is instance:
-                del members[instance.id]
+            members = self._by_model[model]
+            del members[instance.id]
             if not members:
-                self._by_model.pop(model, None)
+                del self._by_model[model]
             self._pools.pop(model, None)
 
 

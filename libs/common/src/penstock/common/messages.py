@@ -162,7 +162,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
     instance: Name
     load: EngineLoad
-    age_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    age_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

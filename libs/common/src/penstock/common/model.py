@@ -12,6 +12,8 @@ InstanceId = str
 # Text from outside is bounded where it is decoded: longer is a decode error, not a slow service.
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 ShortName = Annotated[str, msgspec.Meta(max_length=128)]
+# What an engine counts; a float holds it exactly.
+Figure = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class Role(StrEnum):
@@ -83,10 +85,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """Load as an engine reports it; NaN is never stored, an unknown figure is None."""
+    """Load as an engine reports it; NaN does not pass the bounds, an unknown figure is None."""
 
-    running: int | None = None
-    waiting: int | None = None
-    kv_usage_ratio: float | None = None
-    kv_blocks: int | None = None
-    block_size: int | None = None
+    running: Figure | None = None
+    waiting: Figure | None = None
+    kv_usage_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    kv_blocks: Figure | None = None
+    block_size: Figure | None = None

@@ -130,7 +130,7 @@ def load(
 
 
 def _validate(cls: type[T], values: dict[str, Any], origin: Mapping[str, str], faults: list[str]) -> T | None:
-    """Rules over several fields are checked once each field is right by itself: for them, wrong ones stand aside."""
+    """Rules over several fields see right ones only: for them, wrong ones stand aside."""
     try:
         return cls.model_validate(values)
     except ValidationError as exc:

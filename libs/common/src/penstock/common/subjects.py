@@ -24,9 +24,9 @@ def token(text: str) -> str:
     """`text` as one subject token and KV key part: `=XX` for every other byte, long ones cut and hashed."""
     if _PLAIN.fullmatch(text):
         return text
-    escaped = _SPECIAL.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode("utf-8", "replace")), text)
+    escaped = _SPECIAL.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode("utf-8", "surrogatepass")), text)
     if len(escaped) > 128:
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         escaped = f"{escaped[:100]}=={digest}"
     return escaped or "="
 

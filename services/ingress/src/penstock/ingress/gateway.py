@@ -14,6 +14,7 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance
+from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.block_hash import chain, condense, root_seed
@@ -138,6 +139,11 @@ class Gateway:
     def count_move(self, free: bool) -> None:
         """One exchange goes to another instance."""
         self._moves.inc("connection" if free else "retry")
+
+    def degraded(self, what: str, active: bool, cause: str) -> None:
+        """Say in the routing log that something is, or is no longer, worked around."""
+        event = DegradedEvent(self.identity.service, self.identity.id, what, active, cause)
+        self.events.emit(DEGRADED, "", self.identity.service, event)
 
     def model_owners(self) -> Iterable[tuple[str, str]]:
         """(model, owner) pairs that some instance serves, sorted."""

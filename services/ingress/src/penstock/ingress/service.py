@@ -9,7 +9,7 @@ from typing import Protocol
 
 from penstock.common.bus import Bus, Listing, Lost
 from penstock.common.errors import MessageTooLarge
-from penstock.common.instances import InstanceTable
+from penstock.common.instances import InstanceTable, expose
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import LoadReport
 from penstock.common.subjects import INSTANCES, LOAD
@@ -43,23 +43,7 @@ class IngressService:
         lifecycle.require(
             "registry", lambda: "" if table.synced else "no complete listing of the instances yet"
         )
-        metrics.gauge("penstock_registry_instances", "Instances known", lambda: len(table))
-        metrics.gauge(
-            "penstock_registry_taking_work",
-            "Instances that take requests",
-            lambda: sum(instance.takes_work for instance in table.instances()),
-        )
-        metrics.gauge(
-            "penstock_registry_synced", "1 once a complete listing was seen", lambda: float(table.synced)
-        )
-        metrics.gauge(
-            "penstock_registry_lost",
-            "1 while the watch cannot vouch for the table",
-            lambda: float(table.lost),
-        )
-        metrics.gauge(
-            "penstock_registry_undecodable_total", "Registry records dropped", lambda: table.undecodable
-        )
+        expose(table, metrics)
         metrics.gauge(
             "penstock_ingress_access_log_dropped", "Log lines dropped", lambda: gateway.access_log.dropped
         )
@@ -74,10 +58,15 @@ class IngressService:
 
     async def watch(self) -> None:
         """Keep the instance table."""
+        table = self._gateway.table
         async for event in self._bus.watch(INSTANCES):
-            changed = self._gateway.table.apply(event)
+            was_lost, was_known = table.lost, table.synced
+            changed = table.apply(event)
+            cause = event.cause if isinstance(event, Lost) else ""
             if changed or isinstance(event, Lost | Listing):
-                self._log_table(self._gateway.table, event.cause if isinstance(event, Lost) else "")
+                self._log_table(table, cause)
+            if was_known and table.lost is not was_lost:
+                self._gateway.degraded("registry", table.lost, cause)
 
     def _log_table(self, table: InstanceTable, lost: str) -> None:
         taking = sum(instance.takes_work for instance in table.instances())

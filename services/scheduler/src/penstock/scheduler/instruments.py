@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from penstock.common.instances import expose
 from penstock.common.messages import Placement
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.replica import Replica
@@ -44,16 +45,13 @@ class Instruments:
 
     def _gauges(self, metrics: Metrics) -> None:
         replica, table, ledger = self._replica, self._replica.table, self._replica.ledger
+        expose(table, metrics)
         for name, text, read in (
             ("prefix_index_blocks", "Blocks held by the prefix index", lambda: len(replica.index)),
             ("in_flight_requests", "Requests in flight, by the ledger", lambda: ledger.in_flight),
             ("ingresses", "Ingresses whose work is counted", lambda: ledger.ingresses),
             ("dirty_ingresses", "Ingresses of which a report is missing", lambda: ledger.dirty),
             ("replicas", "Schedulers alive, this one included", lambda: replica.peers.replicas),
-            ("instances", "Instances in the registry", lambda: len(table)),
-            ("registry_synced", "1 once the registry was listed completely", lambda: table.synced),
-            ("registry_lost", "1 while the registry's last known state is used", lambda: table.lost),
-            ("registry_undecodable", "Registry records that could not be read", lambda: table.undecodable),
         ):
             metrics.gauge(f"penstock_scheduler_{name}", text, read)
         metrics.gauge(

@@ -72,13 +72,10 @@ class RawSubscription:
         )
 
     async def close(self) -> None:
-        """End the interest."""
+        """End the interest; what was delivered is handled first, within a second."""
         self.connection.subscriptions.discard(self)
         if self.current is not None:
-            try:
-                await self.current.unsubscribe()
-            except (nats.errors.Error, OSError) as exc:
-                log.debug("unsubscribe of %s failed: %s", self.subject, exc)
+            await bounded(self.current.drain(), 1)
 
     __hash__ = object.__hash__
 
