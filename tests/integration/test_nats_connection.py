@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 
+import nats
 import pytest
 
-from integration.bus_labs import NatsLab
+from integration.bus_labs import NatsLab, collecting
 from integration.servers import eventually, free_port
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.codec import encode
 from penstock.common.messages import Heartbeat, LoadReport
 from penstock.common.settings import BusSettings
-from penstock.common.subjects import HEARTBEAT, LOAD
+from penstock.common.subjects import EVENTS, HEARTBEAT, LOAD, event_filter, event_subject
 from penstock.common.telemetry import Metrics
 
 pytestmark = pytest.mark.integration
@@ -30,12 +32,6 @@ async def lab() -> AsyncIterator[NatsLab]:
 
 def beat(name: str) -> Heartbeat:
     return Heartbeat("ingress", name, "run1", True)
-
-
-async def arrives(bus: NatsBus, seen: list[str], name: str) -> bool:
-    """Whether what is sent comes back; asked again and again."""
-    bus.publish(HEARTBEAT, beat(name), "a")
-    return name in seen
 
 
 async def test_a_server_that_hangs_for_a_moment_does_not_leave_the_connection_deaf(lab: NatsLab) -> None:
@@ -145,6 +141,38 @@ async def test_the_send_buffer_is_bounded_and_what_is_over_the_bound_is_counted(
     assert 0 < sum(taken) < 100
     assert member.dropped(LOAD.pattern, "send buffer full") == taken.count(False)
     await eventually(lambda: member.bus.publish(LOAD, report, "i"))
+
+
+async def test_a_follower_that_has_seen_nothing_yet_misses_nothing_while_the_bus_is_away(
+    lab: NatsLab,
+) -> None:
+    bus = (await lab.member()).bus
+    await bus.ensure_stream(EVENTS)
+    await bus.append(event_subject("a", "m"), b"old", {})
+    async with collecting(bus.follow(EVENTS, event_filter(), None)) as stored:
+        await eventually(lambda: _followers(lab))
+        await lab.down()
+        await lab.up()
+        await bus.append(event_subject("a", "m"), b"new", {})
+        await eventually(lambda: [message.payload for message in stored] == [b"new"])
+
+
+async def _followers(lab: NatsLab) -> int:
+    client = await nats.connect(lab.server.url)
+    info = await client.jetstream().stream_info(EVENTS.name)
+    await client.close()
+    return info.state.consumer_count
+
+
+async def test_a_stream_whose_settings_differ_is_brought_up_to_date(lab: NatsLab) -> None:
+    bus = (await lab.member()).bus
+    await bus.ensure_stream(EVENTS)
+    await bus.append(event_subject("a", "m"), b"kept", {})
+    await bus.ensure_stream(dataclasses.replace(EVENTS, max_age_s=60.0))
+    client = await nats.connect(lab.server.url)
+    info = await client.jetstream().stream_info(EVENTS.name)
+    await client.close()
+    assert (info.config.max_age, info.state.messages) == (60, 1)
 
 
 async def test_whoever_waits_for_an_answer_when_the_bus_is_closed_is_told(lab: NatsLab) -> None:

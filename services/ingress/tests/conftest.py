@@ -1,6 +1,7 @@
 """Fixtures of the ingress's tests, on the loop it has in production."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from .ingress_lab import Engine, Lab
+from .ingress_lab import HOST, Engine, Lab
 
 
 def pytest_asyncio_loop_factories(
@@ -43,3 +44,18 @@ async def lab(lab_of: LabOf) -> Lab:
 async def engine(lab: Lab) -> Engine:
     """Its one engine."""
     return await lab.engine()
+
+
+@pytest.fixture
+async def deaf_port() -> AsyncIterator[int]:
+    """A port where connections are neither accepted nor refused: the listener's queue is full."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+        for filler in fillers:
+            filler.close()

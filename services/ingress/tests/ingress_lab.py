@@ -324,12 +324,10 @@ class Lab:
         entries[complete_key("lab")] = Entry(encode_record(CompleteMarker("lab", ("lab",))), 1)
         self.table.apply(Listing(Position("1", len(entries)), entries))
 
-    def instance(self, name: str, port: int, **fields: Any) -> Instance:
+    def instance(self, name: str, port: int, host: str = HOST, **fields: Any) -> None:
         """Add an instance, whether somebody listens there or not."""
         fields = {"models": (MODEL,), "source": "lab", **fields}
-        instance = Instance(id=name, endpoint=Endpoint(HOST, port), **fields)
-        self.list_instances(instance)
-        return instance
+        self.list_instances(Instance(id=name, endpoint=Endpoint(host, port), **fields))
 
     async def engine(self, name: str = "e1", *, send_buffer: int = 0, **fields: Any) -> Engine:
         """Start an engine and add it to the registry."""

@@ -3,14 +3,13 @@
 import asyncio
 import hashlib
 import itertools
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 from integration.servers import eventually
 
 from .conftest import LabOf
-from .ingress_lab import BODY, CHAT, HOST, STREAM_BODY, Engine, Lab, Peer
+from .ingress_lab import BODY, CHAT, STREAM_BODY, Engine, Lab, Peer
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n"
 LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
@@ -21,21 +20,6 @@ def leave(request: pytest.FixtureRequest) -> str:
     """How a client goes."""
     name: str = request.param
     return name
-
-
-@pytest.fixture
-async def deaf_port() -> AsyncIterator[int]:
-    """A port where connections are neither accepted nor refused: the listener's queue is full."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        listener.listen(0)
-        fillers = [socket.socket() for _ in range(4)]
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-        for filler in fillers:
-            filler.close()
 
 
 # -- leaving -------------------------------------------------------------------------------------------

@@ -147,9 +147,15 @@ class EventWriter:
             if parts and size + len(encoded) > MAX_BATCH_BYTES:
                 self._enclose(key, first, parts)
                 first, parts, size = first + len(parts), [], 0
+            if len(encoded) > MAX_BATCH_BYTES:
+                # The stream would refuse it for ever; the gap in the sequences says that it is missing.
+                self._dropped.value += 1
+                first += 1
+                continue
             parts.append(encoded)
             size += len(encoded)
-        self._enclose(key, first, parts)
+        if parts:
+            self._enclose(key, first, parts)
         self._wake.set()
 
     def _encoded(self, event_type: str, batch: list[tuple[str, float, msgspec.Struct]]) -> Iterator[bytes]:

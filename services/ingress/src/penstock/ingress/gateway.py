@@ -33,6 +33,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 MAX_HEADER_TEXT = 512
 MAX_EXCLUDED = 64
 _SEED_CACHE = 1024
+_HEADER_CACHE = 8192
+_UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 
 
 class Gateway:
@@ -60,6 +62,7 @@ class Gateway:
         self._request_numbers = itertools.count(1)
         self._secret = settings.block_hash_secret.get_secret_value()
         self._seeds: dict[str, int] = {}
+        self._routing_headers: dict[tuple[str, str, int, str], bytes] = {}
         self._requests = metrics.counter(
             "penstock_ingress_requests_total", "Requests by how they ended", "outcome", "status"
         )
@@ -128,6 +131,19 @@ class Gateway:
             b"content-length: %d\r\n\r\n" % length,
         ]
         return b"\r\n".join(lines)
+
+    def routing_headers(self, policy: str, instance: Instance) -> bytes:
+        """The lines that tell a client who chose what."""
+        key = policy, instance.id, instance.endpoint.port, instance.endpoint.host
+        lines = self._routing_headers.get(key)
+        if lines is None:
+            if len(self._routing_headers) >= _HEADER_CACHE:
+                self._routing_headers.clear()
+            # Both come from the bus: nothing of them may end a header line.
+            shown = [_UNPRINTABLE.sub("?", text) for text in (policy, instance.id, str(instance.endpoint))]
+            text = "routing-strategy: {}\r\ntarget-pod: {}\r\ntarget-pod-ip: {}".format(*shown)
+            lines = self._routing_headers[key] = text.encode()
+        return lines
 
     def count(self, outcome: Outcome, status: int, received_at: float, first_byte_at: float) -> None:
         """One exchange ended."""

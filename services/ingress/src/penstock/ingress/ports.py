@@ -52,10 +52,13 @@ class UpstreamListener(Protocol):
         """No connection could be had; `overflow`: the pool's bound."""
 
     def upstream_head(self, head: ResponseHead) -> None:
-        """The response's head came."""
+        """The response's head came; `upstream_flush` follows once what came with it has been told."""
+
+    def upstream_flush(self) -> None:
+        """Nothing more is at hand: what was held back to be written in one go has to go out."""
 
     def upstream_data(self, data: bytes, boundary: bool) -> None:
-        """A piece of the body, framing included; `boundary` if nothing is cut inside the framing."""
+        """A piece of the body, framing and last chunk included; `boundary` if it ends with a whole chunk."""
 
     def upstream_done(self) -> None:
         """The body is complete."""

@@ -7,6 +7,7 @@ channel ends, the worker drains.
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import time
@@ -96,6 +97,9 @@ async def serve(channel: Channel) -> None:
         await upstreams.close()
         await server.close(max(FLUSH_S, deadline - time.monotonic()))
 
+    # Requests leave no cycles behind; the default thresholds would walk all live objects for nothing.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     await server.listen(listening_socket(settings.host, start.port))
     for name, loop in (
         ("registry-watch", service.watch()),

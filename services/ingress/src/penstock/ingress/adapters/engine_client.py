@@ -11,6 +11,7 @@ from penstock.common.model import Instance
 from penstock.common.telemetry import Metrics
 from penstock.ingress.http_wire import (
     CHUNKED,
+    LAST_CHUNK,
     UNTIL_CLOSE,
     BadFraming,
     ChunkedBody,
@@ -165,13 +166,17 @@ class EngineConnection(asyncio.Protocol):
                 self._done(listener, buffer)
             elif buffer:
                 self._body(listener, buffer)
+        if self._listener is listener:
+            listener.upstream_flush()
 
     def _body(self, listener: UpstreamListener, data: bytes) -> None:
         chunked = self._chunked
         if chunked is not None:
             wire = chunked.feed(data)
+            if chunked.done:
+                wire += LAST_CHUNK
             if wire:
-                listener.upstream_data(wire, chunked.between_chunks or chunked.done)
+                listener.upstream_data(wire, chunked.between_chunks)
             if chunked.done and self._listener is listener:
                 self._done(listener, chunked.rest)
         elif self._remaining == UNTIL_CLOSE:
