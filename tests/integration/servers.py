@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import http.client
 import inspect
 import os
@@ -23,6 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar, overload
 from urllib.parse import urlsplit
@@ -109,6 +111,18 @@ def http_status(url: str, timeout_s: float = 1.0) -> int | None:
         connection.close()
 
 
+# A killed pytest runs no finalizer; Linux then kills what it started. The kernel's "parent" is the
+# thread that forked, so that one thread, which lives as long as the tests, starts every process.
+_spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_the_tests() -> None:
+    assert _prctl is not None
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill, frozen or not, and reap."""
     if process.poll() is None:
@@ -125,13 +139,15 @@ class Process:
         self.name = name or Path(argv[0]).name
         self.lines: list[str] = []
         self.out: list[str] = []
-        self._popen = subprocess.Popen(
+        self._popen = _spawner.submit(
+            subprocess.Popen,
             list(argv),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**inherited, "PYTHONUNBUFFERED": "1", **(env or {})},
-        )
+            preexec_fn=_end_with_the_tests if _prctl else None,
+        ).result()
         self._finalizer = weakref.finalize(self, _end, self._popen)
         self._readers = [
             threading.Thread(target=_collect, args=(pipe, lines), daemon=True)

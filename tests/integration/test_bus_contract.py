@@ -1,6 +1,7 @@
 """What the bus port promises about messages and requests, asked of both adapters.
 
-Buckets, watches, streams and the routing log are in test_bus_contract_state.py.
+Buckets and watches are in test_bus_contract_state.py, streams and the routing log in
+test_bus_contract_streams.py.
 """
 
 from __future__ import annotations
@@ -99,6 +100,20 @@ async def test_nothing_arrives_once_a_subscription_is_closed(lab: Lab) -> None:
     member.bus.publish(HEARTBEAT, beat("after"), "a")
     await eventually(lambda: alive[-1] == "after")
     assert closed == ["before"]
+
+
+async def test_what_was_delivered_before_a_subscription_is_closed_is_handled(lab: Lab) -> None:
+    member = await lab.member()
+    seen: list[str] = []
+    first: list[str] = []
+    subscription = await member.bus.subscribe(HEARTBEAT, lambda m: seen.append(m.id))
+    await member.bus.subscribe(HEARTBEAT, lambda m: first.append(m.id))
+    for number in range(500):
+        member.bus.publish(HEARTBEAT, beat(str(number)), "a")
+    await eventually(lambda: first)
+    await subscription.close()
+    await eventually(lambda: len(first) == 500)
+    assert len(seen) == 500
 
 
 async def test_each_request_is_answered_by_one_member_and_all_members_get_some(lab: Lab) -> None:

@@ -41,6 +41,7 @@ async def test_a_server_that_hangs_for_a_moment_does_not_leave_the_connection_de
     # Long enough for one ping to be answered late, too short for the connection to be given up.
     await lab.server.freeze_for(2.5)
     await eventually(lambda: member.bus.publish(HEARTBEAT, beat("after"), "a") and "after" in seen)
+    assert member.connection == []
 
 
 async def test_a_subscribe_that_is_given_up_does_not_leave_the_connection_deaf(lab: NatsLab) -> None:
@@ -54,6 +55,21 @@ async def test_a_subscribe_that_is_given_up_does_not_leave_the_connection_deaf(l
     subscribing.cancel()
     lab.server.thaw()
     await eventually(lambda: member.bus.publish(HEARTBEAT, beat("after"), "a") and "after" in seen)
+    assert member.connection == []
+
+
+async def test_a_subscription_closed_while_the_server_hangs_does_not_leave_the_connection_deaf(
+    lab: NatsLab,
+) -> None:
+    member = await lab.member()
+    seen: list[str] = []
+    await member.bus.subscribe(HEARTBEAT, lambda m: seen.append(m.id))
+    closing = await member.bus.subscribe(LOAD, lambda _: None)
+    lab.server.freeze()
+    await closing.close()
+    lab.server.thaw()
+    await eventually(lambda: member.bus.publish(HEARTBEAT, beat("after"), "a") and "after" in seen)
+    assert member.connection == []
 
 
 async def test_a_server_that_hangs_is_left_and_met_again_once(lab: NatsLab) -> None:
@@ -143,7 +159,7 @@ async def test_the_send_buffer_is_bounded_and_what_is_over_the_bound_is_counted(
     await eventually(lambda: member.bus.publish(LOAD, report, "i"))
 
 
-async def test_a_follower_that_has_seen_nothing_yet_misses_nothing_while_the_bus_is_away(
+async def test_a_follower_that_has_seen_nothing_yet_misses_nothing_during_an_outage(
     lab: NatsLab,
 ) -> None:
     bus = (await lab.member()).bus
@@ -168,11 +184,11 @@ async def test_a_stream_whose_settings_differ_is_brought_up_to_date(lab: NatsLab
     bus = (await lab.member()).bus
     await bus.ensure_stream(EVENTS)
     await bus.append(event_subject("a", "m"), b"kept", {})
-    await bus.ensure_stream(dataclasses.replace(EVENTS, max_age_s=60.0))
+    await bus.ensure_stream(dataclasses.replace(EVENTS, max_age_s=3600.0))
     client = await nats.connect(lab.server.url)
     info = await client.jetstream().stream_info(EVENTS.name)
     await client.close()
-    assert (info.config.max_age, info.state.messages) == (60, 1)
+    assert (info.config.max_age, info.state.messages) == (3600, 1)
 
 
 async def test_whoever_waits_for_an_answer_when_the_bus_is_closed_is_told(lab: NatsLab) -> None:

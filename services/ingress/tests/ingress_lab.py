@@ -33,7 +33,7 @@ from penstock.common.messages import (
     ScheduleRequest,
 )
 from penstock.common.model import Endpoint, Instance
-from penstock.common.subjects import DEFAULT_SHARD, EVENTS, SCHEDULE
+from penstock.common.subjects import DEFAULT_SHARD, EVENTS, LOAD, SCHEDULE
 from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.engine_client import EngineClient
@@ -286,6 +286,7 @@ class Lab:
         self.server = HttpServer(self.gateway, self.metrics)
         self.scheduler = Scheduler(self.table)
         self.port = 0
+        self.published: list[LoadReport] = []
         self.released: set[str] = set()
         self.faults: list[dict[str, Any]] = []
         self._engines: list[Engine] = []
@@ -308,7 +309,12 @@ class Lab:
         ]
         self.list_instances()
         await self.start_scheduler()
+        await MemoryBus(self.broker).subscribe(LOAD, self._take)
         return self
+
+    def _take(self, report: LoadReport) -> None:
+        self.published.append(report)
+        self.released.update(report.finished)
 
     async def start_scheduler(self) -> None:
         scheduler_bus = MemoryBus(self.broker)
@@ -358,7 +364,8 @@ class Lab:
     def reports(self) -> list[LoadReport]:
         """What the schedulers are told of since the last call."""
         reports = list(self.account.changes())
-        self.released.update(d for report in reports for d in report.finished)
+        for report in reports:
+            self._take(report)
         return reports
 
     async def events(self, kind: str) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 from integration.servers import eventually
 
+from penstock.ingress.adapters.http_server import ClientConnection
+
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, STREAM_BODY, Engine, Lab, Peer
 
@@ -98,8 +100,9 @@ async def test_a_client_that_closes_its_sending_side_has_left(lab: Lab, engine: 
 
 
 async def test_a_client_that_closes_its_sending_side_and_does_not_read_has_left_too(
-    lab: Lab,
+    lab_of: LabOf,
 ) -> None:
+    lab = await lab_of(idle_timeout=0.3)
     engine = await lab.engine(send_buffer=65536)
     client = await lab.client(receive_buffer=16384)
     client.post(STREAM_BODY)
@@ -109,6 +112,8 @@ async def test_a_client_that_closes_its_sending_side_and_does_not_read_has_left_
     client.writer.write_eof()
     await peer.gone()
     assert [outcome["outcome"] for outcome in await lab.settled()].count("client_gone") == 1
+    # What it does not read is not kept for it for ever.
+    await eventually(lambda: not lab.server.connections)
 
 
 async def test_a_request_behind_another_is_not_begun_for_a_client_that_left(lab: Lab, engine: Engine) -> None:
@@ -261,6 +266,41 @@ async def test_a_client_that_sends_requests_without_reading_is_not_answered_beyo
         assert begun < total // 2
         for _ in range(total):
             assert (await client.response()).body == body
+
+
+class FullTransport(asyncio.Transport):
+    """A client's socket whose send buffer runs over at the next byte."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        super().__init__()
+        self.connection, self.written = connection, b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+        self.connection.pause_writing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+
+async def test_no_request_is_begun_while_its_client_does_not_read(lab: Lab, engine: Engine) -> None:
+    connection = ClientConnection(lab.server, lab.gateway)
+    transport = FullTransport(connection)
+    connection.connection_made(transport)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\nexpect: 100-continue\r\ncontent-length: {len(BODY)}\r\n\r\n"
+    connection.data_received(head.encode())
+    assert transport.written.startswith(b"HTTP/1.1 100 ")
+    connection.data_received(BODY)
+    assert not lab.gateway.exchanges
+    connection.resume_writing()
+    peer = await engine.accept()
+    assert (await peer.request())[2] == BODY
+    connection.connection_lost(None)
+    await peer.gone()
+    assert (await lab.outcome())["outcome"] == "client_gone"
 
 
 # -- sending fast --------------------------------------------------------------------------------------

@@ -24,11 +24,16 @@ def token(text: str) -> str:
     """`text` as one subject token and KV key part: `=XX` for every other byte, long ones cut and hashed."""
     if _PLAIN.fullmatch(text):
         return text
-    escaped = _SPECIAL.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode("utf-8", "surrogatepass")), text)
+    escaped = _SPECIAL.sub(lambda m: "".join(f"={byte:02X}" for byte in _bytes(m[0])), text)
     if len(escaped) > 128:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        digest = hashlib.sha256(_bytes(text)).hexdigest()[:16]
         escaped = f"{escaped[:100]}=={digest}"
     return escaped or "="
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8, with lone surrogates kept apart."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)

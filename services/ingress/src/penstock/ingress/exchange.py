@@ -213,8 +213,6 @@ class Exchange:
             self._keep_alive = False
         self._touch()
         self._held = self._client_head(head)
-        if self._paused and self._upstream is not None:
-            self._upstream.pause()
 
     def upstream_flush(self) -> None:
         """Send a head that came without any of its body."""
@@ -267,8 +265,7 @@ class Exchange:
         """The client caught up. Time spent waiting for it is not the instance's silence."""
         self._paused = False
         if self._upstream is not None:
-            if self.state is State.RELAYING:
-                self._touch()
+            self._touch()
             self._upstream.resume()
 
     # -- ends --------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import msgspec
-from nats.micro.service import ServiceConfig
 
-from penstock.common.adapters.nats_connection import NatsConnection, RawMessage, RawSubscription
+from penstock.common.adapters.nats_connection import NatsConnection, RawSubscription
+from penstock.common.adapters.nats_directory import Directory
 from penstock.common.adapters.nats_streams import api, consume, watch_bucket
+from penstock.common.adapters.nats_wire import Message
 from penstock.common.bus import M, R, Stored, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
@@ -71,7 +72,7 @@ class NatsBus:
     async def subscribe(
         self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
     ) -> RawSubscription:
-        def handle(message: RawMessage) -> None:
+        def handle(message: Message) -> None:
             self._guarded(subject, message.data, handler)
 
         return await self._subscribe(subject, handle, tokens)
@@ -79,7 +80,7 @@ class NatsBus:
     async def serve(
         self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
     ) -> RawSubscription:
-        def handle(message: RawMessage) -> None:
+        def handle(message: Message) -> None:
             answer = self._guarded(service.request, message.data, handler)
             if answer is not None and message.reply:
                 trouble = self._connection.send(message.reply, encode(answer))
@@ -91,7 +92,7 @@ class NatsBus:
     async def _subscribe(
         self,
         subject: Subject[Any],
-        handle: Callable[[RawMessage], None],
+        handle: Callable[[Message], None],
         tokens: tuple[str, ...],
         queue: str = "",
     ) -> RawSubscription:
@@ -164,7 +165,7 @@ class NatsBus:
         answer = self._connection.ask(subject, payload, headers)
         timer = loop.call_later(WRITE_DEADLINE_S, answer.cancel)
 
-        def settle(done: asyncio.Future[RawMessage]) -> None:
+        def settle(done: asyncio.Future[Message]) -> None:
             timer.cancel()
             if stored.done():
                 return
@@ -222,9 +223,7 @@ class NatsBus:
             yield stored
 
     async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:
-        await self._connection.register(
-            ServiceConfig(name=f"penstock-{service}", version=version, metadata={"id": instance, **metadata})
-        )
+        await Directory(self._connection, f"penstock-{service}", instance, version, metadata).open()
 
 
 _EXPECT = "Nats-Expected-Last-Subject-Sequence"

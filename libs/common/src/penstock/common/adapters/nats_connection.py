@@ -1,8 +1,7 @@
-"""One connection to NATS that is always being kept: connect, prove alive, replace.
+"""A connection to NATS that is always being kept: connect, prove alive, replace.
 
-Each connection is a fresh nats-py client without its own reconnecting: that one waits for a frozen
-server's socket to close and keeps messages for later, while here a lost connection fails what is
-pending at once, so that callers degrade instead of waiting (DESIGN D5).
+Each connection is a NatsClient of its own. A lost one fails what waits for an answer at once, so that
+callers degrade instead of waiting (DESIGN D5); interests are renewed on the next.
 """
 
 from __future__ import annotations
@@ -11,25 +10,21 @@ import asyncio
 import itertools
 import logging
 import random
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import ssl
+from collections.abc import Callable, Mapping
 
-import nats.errors
-import nats.micro
-from nats.aio.client import Client
-from nats.micro.service import ServiceConfig
-
-from penstock.common.adapters.nats_link import CONNECT_TIMEOUT_S, Link, bounded
+from penstock.common.adapters.nats_client import ConnectError, Interest, NatsClient
+from penstock.common.adapters.nats_wire import Message, WireError
 from penstock.common.errors import BusTimeout, BusUnavailable
 from penstock.common.settings import BusSettings
 from penstock.common.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
+CONNECT_TIMEOUT_S = 4.0
 PING_EVERY_S = 1.0
 PINGS_MISSED = 2
+DRAIN_TIMEOUT_S = 1.0
 RETRY_S = 0.1
 MAX_PENDING_REQUESTS = 65_536
 # Bytes that may wait to be sent while the server reads slowly; past it messages are dropped and counted.
@@ -38,46 +33,54 @@ MAX_UNSENT_BYTES = 8 * 1024 * 1024
 Headers = Mapping[str, str]
 
 
-class RawMessage(Protocol):
-    """What nats-py hands over."""
-
-    subject: str
-    reply: str
-    data: bytes
-    headers: dict[str, str] | None
-
-
-@dataclass
 class RawSubscription:
     """Interest that is renewed on every connection; drops are counted under `label`."""
 
-    connection: NatsConnection
-    subject: str
-    queue: str
-    handle: Callable[[RawMessage], None]
-    pending_messages: int
-    label: str
-    current: Any = None
+    def __init__(
+        self,
+        connection: NatsConnection,
+        subject: str,
+        queue: str,
+        handle: Callable[[Message], None],
+        pending_messages: int,
+        label: str,
+    ) -> None:
+        self.connection, self.subject, self.queue, self.handle = connection, subject, queue, handle
+        self.pending_messages = pending_messages
+        self._dropped = connection.dropped.labels(label, "pending limit")
+        self._interest: Interest | None = None
 
-    async def start(self, client: Client) -> None:
-        """Subscribe on `client`, unless the interest has ended."""
-        if self not in self.connection.subscriptions:
-            return
-
-        async def deliver(message: RawMessage) -> None:
-            self.handle(message)
-
-        self.current = await client.subscribe(
-            self.subject, queue=self.queue, cb=deliver, pending_msgs_limit=self.pending_messages
+    def start(self, client: NatsClient) -> None:
+        """Subscribe on `client`."""
+        self._interest = client.subscribe(
+            self.subject, self.queue, self.handle, self.pending_messages, self._count_drop
         )
 
     async def close(self) -> None:
         """End the interest; what was delivered is handled first, within a second."""
         self.connection.subscriptions.discard(self)
-        if self.current is not None:
-            await bounded(self.current.drain(), 1)
+        interest, self._interest = self._interest, None
+        if interest is None:
+            return
+        interest.client.unsubscribe(interest)
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await interest.client.ping()
+        except (TimeoutError, ConnectionError) as exc:
+            log.debug("drain of %s: %r", self.subject, exc)
+        finally:
+            interest.client.forget(interest)
 
-    __hash__ = object.__hash__
+    def abandon(self) -> None:
+        """End the interest at once, with what was delivered."""
+        self.connection.subscriptions.discard(self)
+        interest, self._interest = self._interest, None
+        if interest is not None:
+            interest.client.unsubscribe(interest)
+            interest.client.forget(interest)
+
+    def _count_drop(self) -> None:
+        self._dropped.value += 1
 
 
 class NatsConnection:
@@ -86,35 +89,33 @@ class NatsConnection:
     def __init__(self, settings: BusSettings, name: str, metrics: Metrics) -> None:
         self._settings, self._name = settings, name
         self._servers = itertools.cycle([url.strip() for url in settings.nats_url.split(",") if url.strip()])
-        self._link: Link | None = None
+        self._client: NatsClient | None = None
         self._up = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self._discarding: set[asyncio.Task[None]] = set()
-        self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
-        self._outbox_bytes = 0
-        self._outbox_filled = asyncio.Event()
-        self._inbox = f"_INBOX.{name}.{random.getrandbits(64):016x}"
-        self._answers: dict[str, tuple[asyncio.Future[RawMessage], str]] = {}
+        self._answers: dict[str, tuple[asyncio.Future[Message], str]] = {}
         self._answer_ids = itertools.count(1)
-        self._registrations: list[ServiceConfig] = []
         self._last_trouble = ""
+        # Every inbox of the process lies below this, so that permissions can be as narrow.
+        self.inbox = f"_INBOX.{name}.{random.getrandbits(64):016x}"
         self.subscriptions: set[RawSubscription] = set()
         self.listeners: list[Callable[[bool], None]] = []
         self.dropped = metrics.counter(
             "penstock_bus_dropped_total", "Bus messages dropped", "subject", "reason"
         )
-        self._reconnects = metrics.counter("penstock_bus_connections_total", "Connections made to the bus")
+        self._connections = metrics.counter("penstock_bus_connections_total", "Connections made to the bus")
         metrics.gauge("penstock_bus_connected", "1 while the bus answers", lambda: float(self.connected))
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection whose server answers pings."""
-        return self._link is not None
+        return self._client is not None
 
     async def start(self) -> None:
         """Begin to connect; returns at once."""
-        mux = RawSubscription(self, f"{self._inbox}.*", "", self._on_answer, MAX_PENDING_REQUESTS, "answers")
-        self.subscriptions.add(mux)
+        answers = RawSubscription(
+            self, f"{self.inbox}.answers.*", "", self._on_answer, MAX_PENDING_REQUESTS, "answers"
+        )
+        self.subscriptions.add(answers)
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-connection")
 
     async def wait_connected(self) -> None:
@@ -122,38 +123,38 @@ class NatsConnection:
         await self._up.wait()
 
     async def close(self) -> None:
-        """Send what waits, then leave; a server that does not answer is given two seconds."""
-        link = self._link
-        if link is not None:
-            await bounded(self._flush_outbox(link.client), 1)
-        while self._supervisor is not None and not self._supervisor.done():
-            # Once is not enough: in Python 3.11 asyncio.wait_for, which nats-py connects with, can lose it.
+        """Send what waits, then leave; a server that does not answer is given a second."""
+        if self._client is not None:
+            await _answers(self._client, PING_EVERY_S)
+        if self._supervisor is not None:
             self._supervisor.cancel()
-            await asyncio.wait({self._supervisor}, timeout=0.02)
-        if self._link is not None:
-            self._lose(self._link)
-        await asyncio.gather(*self._discarding)
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._client is not None:
+            self._lose(self._client)
 
     def send(self, subject: str, payload: bytes, reply: str = "", headers: Headers | None = None) -> str:
-        """Queue a message for the socket. Returns "" or the reason why it was dropped."""
-        if self._link is None:
+        """Send with the other messages of this turn. Returns "" or the reason why it was dropped."""
+        client = self._client
+        if client is None:
             return "disconnected"
-        if self._outbox_bytes + self._link.client.pending_data_size + len(payload) > MAX_UNSENT_BYTES:
+        if client.unsent_bytes + len(payload) > MAX_UNSENT_BYTES:
             return "send buffer full"
-        self._outbox.append((subject, payload, reply, dict(headers) if headers else None))
-        self._outbox_bytes += len(payload)
-        self._outbox_filled.set()
+        try:
+            client.publish(subject, payload, reply, headers)
+        except ValueError as exc:
+            log.error("message to %s refused: %s", subject[:200], exc)
+            return "refused"
         return ""
 
-    def ask(self, subject: str, payload: bytes, headers: Headers | None = None) -> asyncio.Future[RawMessage]:
+    def ask(self, subject: str, payload: bytes, headers: Headers | None = None) -> asyncio.Future[Message]:
         """Send with a reply address. The future fails with BusUnavailable when nobody can answer; who
         stops waiting cancels it."""
-        future: asyncio.Future[RawMessage] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         if len(self._answers) >= MAX_PENDING_REQUESTS:
             future.set_exception(BusUnavailable(subject, "too many requests without an answer"))
             return future
         token = f"{next(self._answer_ids):x}"
-        trouble = self.send(subject, payload, f"{self._inbox}.{token}", headers)
+        trouble = self.send(subject, payload, f"{self.inbox}.answers.{token}", headers)
         if trouble:
             future.set_exception(BusUnavailable(subject, trouble))
             return future
@@ -163,7 +164,7 @@ class NatsConnection:
 
     async def request(
         self, subject: str, payload: bytes, deadline_s: float, headers: Headers | None = None
-    ) -> RawMessage:
+    ) -> Message:
         """`ask`, with a deadline. Raises BusUnavailable, BusTimeout."""
         future = self.ask(subject, payload, headers)
         try:
@@ -175,158 +176,117 @@ class NatsConnection:
     async def subscribe(
         self,
         subject: str,
-        handle: Callable[[RawMessage], None],
+        handle: Callable[[Message], None],
         *,
         queue: str = "",
         pending_messages: int,
         label: str,
     ) -> RawSubscription:
-        """Deliver to `handle` on this and every later connection."""
+        """Deliver to `handle` on this and every later connection; returns once the server knows."""
         subscription = RawSubscription(self, subject, queue, handle, pending_messages, label)
         self.subscriptions.add(subscription)
+        client = self._client
+        if client is None:
+            return subscription
+        subscription.start(client)
         try:
-            await self._at_once(subscription.start)
+            await client.ping()
+        except ConnectionError as exc:
+            log.debug("%s waits for the next connection: %s", subject, exc)
         except asyncio.CancelledError:
-            await subscription.close()
+            subscription.abandon()
             raise
         return subscription
 
-    async def register(self, config: ServiceConfig) -> None:
-        """Appear as a NATS micro-service on this and every later connection."""
-        self._registrations.append(config)
-
-        async def start(client: Client) -> None:
-            await nats.micro.add_service(client, config)
-
-        await self._at_once(start)
-
-    async def _at_once(self, start: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
-        """Start an interest on the connection there is; where that fails, the next connection will."""
-        link = self._link
-        if link is None:
-            return
-        try:
-            await start(link.client)
-            await asyncio.wait({link.ping()})  # ends with the link at the latest
-        except (OSError, nats.errors.Error) as exc:
-            log.debug("interest waits for the next connection: %r", exc)
-
     async def _supervise(self) -> None:
         while True:
-            link = await self._connect(next(self._servers))
-            if link is None:
+            client = await self._connect(next(self._servers))
+            if client is None:
                 await asyncio.sleep(RETRY_S * (1 + random.random()))
                 continue
-            writer = asyncio.create_task(self._write(link.client), name="nats-writer")
             try:
-                cause = await self._until_lost(link, writer)
-            finally:
-                writer.cancel()
+                cause = await self._until_lost(client)
+            except asyncio.CancelledError:
+                self._lose(client)
+                raise
             self._trouble(f"connection to the bus lost: {cause}")
-            self._lose(link)
+            self._lose(client)
 
-    async def _connect(self, server: str) -> Link | None:
-        link = Link()
+    async def _connect(self, server: str) -> NatsClient | None:
+        client = NatsClient()
         try:
-            async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
-                await link.connect(self._settings, server, self._name, self._on_slow)
-                await self._renew(link)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await client.connect(self._settings, server, self._name)
+                for subscription in self.subscriptions:
+                    subscription.start(client)
+                known = set(self.subscriptions)
+                await client.ping()
         except asyncio.CancelledError:
-            self._discard(link)
+            client.discard()
             raise
-        except Exception as exc:  # noqa: BLE001  # what a peer that is no NATS server makes nats-py raise is open
+        except (OSError, ConnectError, WireError, ssl.SSLError, TimeoutError, ValueError) as exc:
             self._trouble(f"bus at {_without_secret(server)}: {exc or type(exc).__name__}")
-            self._discard(link)
+            client.discard()
             return None
-        self._link = link
-        self._reconnects.inc()
+        for subscription in self.subscriptions - known:
+            subscription.start(client)
+        self._client = client
+        self._connections.inc()
         if self._last_trouble:
             log.warning("bus connected: %s", _without_secret(server))
         self._last_trouble = ""
         self._up.set()
         for listener in list(self.listeners):
             listener(True)
-        return link
+        return client
 
-    async def _renew(self, link: Link) -> None:
-        """Start every interest, those included that come up meanwhile."""
-        renewed: set[RawSubscription] = set()
-        registered = 0
-        while (fresh := self.subscriptions - renewed) or registered < len(self._registrations):
-            for subscription in fresh:
-                await subscription.start(link.client)
-            for config in self._registrations[registered:]:
-                await nats.micro.add_service(link.client, config)
-                registered += 1
-            renewed |= fresh
-            await link.ping()
-
-    def _on_slow(self, exc: nats.errors.SlowConsumerError) -> None:
-        label = next((s.label for s in self.subscriptions if s.current is exc.sub), "unknown")
-        self.dropped.inc(label, "pending limit")
-
-    async def _until_lost(self, link: Link, writer: asyncio.Task[None]) -> str:
-        closed = asyncio.create_task(link.closed.wait(), name="nats-closed")
+    async def _until_lost(self, client: NatsClient) -> str:
         missed = 0
-        try:
-            while missed < PINGS_MISSED:
-                ends: set[asyncio.Task[Any]] = {closed, writer}
-                await asyncio.wait(ends, timeout=PING_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
-                if closed.done() or link.client.is_closed:
-                    return "closed by the server"
-                if writer.done():
-                    return f"sending failed: {writer.exception()}"
-                missed = 0 if await link.answers(PING_EVERY_S) else missed + 1
-        finally:
-            closed.cancel()
+        while missed < PINGS_MISSED:
+            try:
+                async with asyncio.timeout(PING_EVERY_S):
+                    await client.closed.wait()
+            except TimeoutError:
+                missed = 0 if await _answers(client, PING_EVERY_S) else missed + 1
+            if client.closed.is_set():
+                return client.cause
         return f"no answer to {PINGS_MISSED} pings"
 
-    async def _write(self, client: Client) -> None:
-        while True:
-            await self._outbox_filled.wait()
-            await self._flush_outbox(client)
-
-    async def _flush_outbox(self, client: Client) -> None:
-        self._outbox_filled.clear()
-        while self._outbox:
-            subject, payload, reply, headers = self._outbox.popleft()
-            self._outbox_bytes -= len(payload)
-            try:
-                await client.publish(subject, payload, reply, headers)
-            except (nats.errors.MaxPayloadError, nats.errors.BadSubjectError) as exc:
-                log.error("message to %s (%d bytes) refused by the client: %s", subject, len(payload), exc)
-                self.dropped.inc(subject.rsplit(".", 1)[0], "refused")
-
-    def _on_answer(self, message: RawMessage) -> None:
+    def _on_answer(self, message: Message) -> None:
         future, subject = self._answers.get(message.subject.rsplit(".", 1)[1], (None, ""))
         if future is None or future.done():
             return
-        if message.headers and message.headers.get("Status") == "503":
+        if message.no_responders:
             future.set_exception(BusUnavailable(subject, "nobody serves it"))
         else:
             future.set_result(message)
 
-    def _lose(self, link: Link) -> None:
-        self._link = None
+    def _lose(self, client: NatsClient) -> None:
+        client.discard()
+        if self._client is not client:
+            return
+        self._client = None
         self._up.clear()
-        self._outbox.clear()
-        self._outbox_bytes = 0
         for future, subject in list(self._answers.values()):
             if not future.done():
                 future.set_exception(BusUnavailable(subject, "connection lost"))
         for listener in list(self.listeners):
             listener(False)
-        self._discard(link)
-
-    def _discard(self, link: Link) -> None:
-        task = asyncio.create_task(link.discard(), name="nats-discard")
-        self._discarding.add(task)
-        task.add_done_callback(self._discarding.discard)
 
     def _trouble(self, text: str) -> None:
         if text != self._last_trouble:
             log.warning("%s", text)
         self._last_trouble = text
+
+
+async def _answers(client: NatsClient, within_s: float) -> bool:
+    """Whether the server takes in all that was sent, in time."""
+    try:
+        async with asyncio.timeout(within_s):
+            await client.ping()
+    except (TimeoutError, ConnectionError):
+        return False
+    return True
 
 
 def _without_secret(url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -11,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from penstock.common.adapters.nats_connection import NatsConnection, RawMessage, RawSubscription
+from penstock.common.adapters.nats_connection import NatsConnection, RawSubscription
+from penstock.common.adapters.nats_wire import Message
 from penstock.common.bus import Change, Entry, Listing, Lost, Position, Stored, WatchEvent
 from penstock.common.errors import BusError, BusUnavailable
 from penstock.common.subjects import Bucket, Stream
@@ -24,6 +26,7 @@ CHECK_EVERY_S = 2.0
 RETRY_S = 0.25
 MAX_UNREAD = 65_536
 NANOSECONDS = 1_000_000_000
+_consumers = itertools.count(1)
 
 
 async def api(
@@ -52,14 +55,14 @@ class _Gap(BusError):
 class _Delivered:
     """A message of a consumer, with the sequences that its reply subject carries."""
 
-    message: RawMessage
+    message: Message
     stream_sequence: int
     consumer_sequence: int
     time_s: float
     pending: int
 
     @classmethod
-    def parse(cls, message: RawMessage) -> _Delivered:
+    def parse(cls, message: Message) -> _Delivered:
         """`$JS.ACK[.domain.account].stream.consumer.delivered.sseq.cseq.time.pending[.token]` (ADR-15)."""
         tokens = message.reply.split(".")
         fields = tokens[4:9] if len(tokens) == 9 else tokens[6:11]
@@ -76,7 +79,7 @@ class _Consumer:
 
     connection: NatsConnection
     stream: str
-    unread: asyncio.Queue[RawMessage | None] = field(default_factory=lambda: asyncio.Queue(MAX_UNREAD))
+    unread: asyncio.Queue[Message | None] = field(default_factory=lambda: asyncio.Queue(MAX_UNREAD))
     lost: str = ""
     expected: int = 1
     _subscription: RawSubscription | None = None
@@ -84,7 +87,7 @@ class _Consumer:
     async def open(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """Create it; what the server says of it, None if there is no such stream."""
         self.connection.listeners.append(self._on_connection)
-        inbox = f"_INBOX.{self.stream}.{time.monotonic_ns():x}.{id(self):x}"
+        inbox = f"{self.connection.inbox}.consumer.{next(_consumers):x}"
         self._subscription = await self.connection.subscribe(
             inbox, self._on_message, pending_messages=MAX_UNREAD, label=self.stream
         )
@@ -118,7 +121,7 @@ class _Consumer:
         if not self.unread.full():
             self.unread.put_nowait(None)
 
-    def _on_message(self, message: RawMessage) -> None:
+    def _on_message(self, message: Message) -> None:
         if self.unread.full():
             self.lost = self.lost or "too many changes at once"
         else:
@@ -231,13 +234,17 @@ async def consume(
         await connection.wait_connected()
         consumer = _Consumer(connection, stream.name)
         try:
-            opened = await consumer.open({**start, "filter_subject": subject})
-            created = _incarnation(await api(connection, f"STREAM.INFO.{stream.name}", None, missing_ok=True))
-            if opened is None or created != (incarnation or created):
+            info = await api(connection, f"STREAM.INFO.{stream.name}", None, missing_ok=True)
+            if info is None or _incarnation(info) != (incarnation or _incarnation(info)):
                 # Of a stream that is made anew nothing has been seen.
-                start, incarnation = {"deliver_policy": "all"}, created
-                raise _Gap("the stream is missing, or another one")
-            start, incarnation = _after(opened["delivered"]["stream_seq"]), created
+                start = {"deliver_policy": "all"}
+            elif not start:
+                start = _after(_last_sequence(info))
+            incarnation = _incarnation(info)
+            opened = await consumer.open({**start, "filter_subject": subject})
+            again = await api(connection, f"STREAM.INFO.{stream.name}", None)
+            if opened is None or _incarnation(again) != incarnation:
+                raise _Gap("the stream was created anew")
             async for delivered in _deliveries(consumer, opened["name"]):
                 start = _after(delivered.stream_sequence)
                 message = delivered.message
@@ -267,7 +274,7 @@ async def _deliveries(consumer: _Consumer, name: str) -> AsyncGenerator[_Deliver
 
 def _start(since_s: float | None) -> dict[str, Any]:
     if since_s is None:
-        return {"deliver_policy": "new"}
+        return {}  # after the last message that there is when the stream is first looked at
     moment = time.time() - since_s
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
     return {"deliver_policy": "by_start_time", "opt_start_time": stamp}

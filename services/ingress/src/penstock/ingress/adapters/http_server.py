@@ -85,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _left(self) -> None:
         self._closing = True
+        self.deadline = self._gateway.clock() + self._gateway.settings.idle_timeout
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.client_gone()
@@ -94,6 +95,7 @@ class ClientConnection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.pause()
         else:
+            # An exchange that began from here on would not be told to pause.
             self._held_back = True
 
     def resume_writing(self) -> None:

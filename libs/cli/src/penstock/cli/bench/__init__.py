@@ -1,0 +1,1 @@
+"""`python -m penstock.cli.bench`: the gateway, nginx and direct calls, measured side by side."""
