@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 
 from penstock.cli.bench.wire import MODEL
 
@@ -41,12 +42,10 @@ def _string() -> bytes:
     return _filled(_BEGIN + b'"messages":[{"role":"user","content":"', [b"\\u00e9"], b'"}]}')
 
 
-def _filled(begin: bytes, pieces: list[bytes], end: bytes) -> bytes:
-    room = BODY_BYTES - len(begin) - len(end)
-    repeat = room // sum(map(len, pieces)) or 1
-    body = b"".join(pieces) * repeat
-    whole = len(pieces[0]) * (room // len(pieces[0]))
-    return begin + body[:whole] + end
+def _filled(begin: bytes, pieces: Sequence[bytes], end: bytes) -> bytes:
+    """As many pieces, which are of one length, as there is room for."""
+    count = (BODY_BYTES - len(begin) - len(end)) // len(pieces[0])
+    return begin + b"".join(islice(cycle(pieces), count)) + end
 
 
 SHAPES: dict[str, Callable[[], bytes]] = {

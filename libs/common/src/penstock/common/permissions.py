@@ -1,0 +1,133 @@
+"""Who may do what on the bus (DESIGN D13), worked out from the table of the wire.
+
+The services share one NATS account, in which each has a user that may do its own work. Auditors have an
+account apart, into which nothing crosses but the routing events and the one call that reads them: NATS
+answers a call to whatever reply address it names and asks for no permission on that, so within the
+services' account anybody who may ask JetStream for a message may have its "not found", which is empty,
+sent to the address that deletes a stream (seen with NATS 2.15; nats-io/nats-server#8274 is of the kind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.common.routing_events import DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
+from penstock.common.subjects import (
+    EVENTS,
+    HEARTBEAT,
+    INSTANCES,
+    LOAD,
+    PLACED,
+    SCHEDULE,
+    STATUS,
+    Bucket,
+    event_filter,
+)
+
+SERVICES_ACCOUNT, AUDITORS_ACCOUNT = "PENSTOCK", "PENSTOCK_AUDITORS"
+JOIN, AUDITOR = "join", "auditor"
+
+# Reads messages of the log by sequence, time and subject, and can do nothing else.
+_READ_LOG = f"$JS.API.DIRECT.GET.{EVENTS.name}"
+# Where the answers to a service go. Tools ask from `_INBOX.<random>` or `_INBOX.<random>.<random>`, services from
+# deeper down: who may answer tools can therefore not answer in the place of another service.
+_INBOX = "_INBOX"
+_TOOLS = f"{_INBOX}.*", f"{_INBOX}.*.*"
+_ANSWERS = "*.*.answers.*"
+_DIRECTORY = "$SRV.>"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Subjects that a user may publish to and subscribe to; `a b` is subject a as a member of queue group b."""
+
+    publish: tuple[str, ...] = ()
+    subscribe: tuple[str, ...] = ()
+
+    def __add__(self, other: Grant) -> Grant:
+        """Both, each subject once."""
+        publish, subscribe = (*self.publish, *other.publish), (*self.subscribe, *other.subscribe)
+        return Grant(tuple(dict.fromkeys(publish)), tuple(dict.fromkeys(subscribe)))
+
+
+def _process(service: str, *events: str) -> Grant:
+    """What every process does: hear its answers, be listed, send heartbeats, write events of these types."""
+    log = (f"$JS.API.STREAM.{call}.{EVENTS.name}" for call in ("INFO", "CREATE", "UPDATE"))
+    types = (event_filter(event) for event in (*events, DEGRADED))
+    return Grant(
+        (HEARTBEAT.name(service), *types, *log, *_TOOLS),
+        (f"{_INBOX}.{service}.>", _DIRECTORY),
+    )
+
+
+def _watching(bucket: Bucket) -> Grant:
+    """Listing and following; the last is how a consumer is told that its messages are taken."""
+    stream = bucket.stream
+    return Grant((f"$JS.API.STREAM.INFO.{stream}", f"$JS.API.CONSUMER.CREATE.{stream}", f"$JS.FC.{stream}.>"))
+
+
+def _keeping(bucket: Bucket) -> Grant:
+    """Making the bucket and writing its records."""
+    calls = ("STREAM.CREATE", "STREAM.UPDATE", "STREAM.MSG.GET")
+    return Grant((bucket.subject(">"), *(f"$JS.API.{call}.{bucket.stream}" for call in calls)))
+
+
+_READING = Grant((_READ_LOG,), EVENTS.subjects)
+
+SERVICES: Mapping[str, Grant] = {
+    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME)
+    + _watching(INSTANCES)
+    + Grant((SCHEDULE.request.pattern, LOAD.pattern)),
+    "scheduler": _process("scheduler", PLACEMENT, REJECTION)
+    + _watching(INSTANCES)
+    + Grant(
+        (PLACED.pattern, f"{_INBOX}.ingress.{_ANSWERS}"),
+        (
+            f"{SCHEDULE.request.pattern} {SCHEDULE.request.queue_group}",
+            *(subject.pattern for subject in (PLACED, LOAD, STATUS, HEARTBEAT)),
+        ),
+    ),
+    "discovery": _process("discovery", INSTANCE)
+    + _watching(INSTANCES)
+    + _keeping(INSTANCES)
+    + Grant((STATUS.pattern,)),
+    "mirror": _process("mirror"),
+}
+
+# A process that joins may be any of them, or a tool; its inboxes are anywhere.
+GRANTS: Mapping[str, Grant] = {
+    **SERVICES,
+    JOIN: sum(SERVICES.values(), Grant()) + _READING + Grant((_DIRECTORY,), (f"{_INBOX}.>",)),
+    AUDITOR: _READING + Grant((), (f"{_INBOX}.>",)),
+}
+
+
+def accounts(passwords: Mapping[str, str]) -> dict[str, Any]:
+    """The `accounts` of a NATS server's configuration, in plain JSON types; `passwords` by the names of GRANTS."""
+    crossing = {"stream": EVENTS.subjects[0]}, {"service": _READ_LOG}
+    return {
+        SERVICES_ACCOUNT: {
+            "jetstream": True,
+            "users": [_user(name, passwords[name]) for name in (*SERVICES, JOIN)],
+            "exports": [
+                {**crossing[0], "accounts": [AUDITORS_ACCOUNT]},
+                {**crossing[1], "accounts": [AUDITORS_ACCOUNT], "response_type": "stream"},
+            ],
+        },
+        AUDITORS_ACCOUNT: {
+            "users": [_user(AUDITOR, passwords[AUDITOR])],
+            "imports": [
+                {kind: {"account": SERVICES_ACCOUNT, "subject": subject}}
+                for one in crossing
+                for kind, subject in one.items()
+            ],
+        },
+    }
+
+
+def _user(name: str, password: str) -> dict[str, Any]:
+    grant = GRANTS[name]
+    permissions = {"publish": {"allow": grant.publish}, "subscribe": {"allow": grant.subscribe}}
+    return {"user": name, "password": password, "permissions": permissions}
