@@ -14,6 +14,7 @@ from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, STREAM_BODY, Engine, Lab, Peer
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n"
+POST_HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode()
 LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
 
 
@@ -118,7 +119,7 @@ async def test_a_client_that_closes_its_sending_side_and_does_not_read_has_left_
 
 async def test_a_request_behind_another_is_not_begun_for_a_client_that_left(lab: Lab, engine: Engine) -> None:
     client = await lab.client()
-    client.send(f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode() + BODY)
+    client.post()
     peer = await engine.accept()
     await peer.request()
     client.post()
@@ -129,19 +130,14 @@ async def test_a_request_behind_another_is_not_begun_for_a_client_that_left(lab:
     assert len(lab.scheduler.requests) == 1
 
 
-async def test_a_request_whose_turn_comes_after_its_client_left_is_not_begun(
-    lab: Lab, engine: Engine
-) -> None:
-    client = await lab.client()
-    await eventually(lambda: lab.server.connections)
-    (connection,) = lab.server.connections
-    post = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode() + BODY
+async def test_a_request_whose_turn_comes_after_its_client_left_is_not_begun(lab: Lab) -> None:
+    connection, transport = connected(lab)
     # What the loop may do in one turn: the first request is answered, the second waits, the client leaves.
-    connection.data_received(HEALTH + post)
+    connection.data_received(HEALTH + POST_HEAD + BODY)
+    assert transport.written.endswith(b'{"status":"ok"}')
     connection.connection_lost(None)
-    await asyncio.sleep(0)
+    await turn()
     assert not lab.gateway.exchanges
-    client.close()
     assert await lab.settled() == []
 
 
@@ -268,16 +264,17 @@ async def test_a_client_that_sends_requests_without_reading_is_not_answered_beyo
             assert (await client.response()).body == body
 
 
-class FullTransport(asyncio.Transport):
-    """A client's socket whose send buffer runs over at the next byte."""
+class ClientTransport(asyncio.Transport):
+    """A client's socket of which the test decides whether its send buffer is full."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.connection, self.written = connection, b""
+        self.written = b""
+        self.on_write: Callable[[], object] = bool
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
-        self.connection.pause_writing()
+        self.on_write()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
@@ -286,12 +283,22 @@ class FullTransport(asyncio.Transport):
         return False
 
 
-async def test_no_request_is_begun_while_its_client_does_not_read(lab: Lab, engine: Engine) -> None:
-    connection = ClientConnection(lab.server, lab.gateway)
-    transport = FullTransport(connection)
+def connected(lab: Lab) -> tuple[ClientConnection, ClientTransport]:
+    """A client's connection whose callbacks the test calls in the loop's stead."""
+    connection, transport = ClientConnection(lab.server, lab.gateway), ClientTransport()
     connection.connection_made(transport)
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\nexpect: 100-continue\r\ncontent-length: {len(BODY)}\r\n\r\n"
-    connection.data_received(head.encode())
+    return connection, transport
+
+
+async def turn() -> None:
+    """One turn of the loop."""
+    await asyncio.sleep(0)
+
+
+async def test_a_request_whose_interim_response_fills_the_buffer_waits(lab: Lab, engine: Engine) -> None:
+    connection, transport = connected(lab)
+    transport.on_write = connection.pause_writing
+    connection.data_received(POST_HEAD.replace(b"host", b"expect: 100-continue\r\nhost"))
     assert transport.written.startswith(b"HTTP/1.1 100 ")
     connection.data_received(BODY)
     assert not lab.gateway.exchanges
@@ -301,6 +308,48 @@ async def test_no_request_is_begun_while_its_client_does_not_read(lab: Lab, engi
     connection.connection_lost(None)
     await peer.gone()
     assert (await lab.outcome())["outcome"] == "client_gone"
+
+
+async def test_a_request_after_a_response_that_fills_the_buffer_waits(lab: Lab, engine: Engine) -> None:
+    connection, transport = connected(lab)
+    transport.on_write = connection.pause_writing
+    connection.data_received(POST_HEAD + BODY)
+    peer = await engine.accept()
+    await peer.request()
+    peer.answer()
+    await lab.settled()
+    connection.data_received(POST_HEAD + BODY)
+    assert not lab.gateway.exchanges
+    connection.resume_writing()
+    await turn()
+    assert len(lab.gateway.exchanges) == 1
+    connection.connection_lost(None)
+
+
+async def test_a_request_whose_turn_comes_while_its_client_does_not_read_waits(
+    lab: Lab, engine: Engine
+) -> None:
+    connection, _ = connected(lab)
+    connection.data_received(HEALTH + POST_HEAD + BODY)
+    connection.pause_writing()
+    await turn()
+    assert not lab.gateway.exchanges
+    connection.resume_writing()
+    await turn()
+    assert len(lab.gateway.exchanges) == 1
+    connection.connection_lost(None)
+
+
+async def test_a_client_that_reads_again_before_its_turn_comes_gets_one_request_at_a_time(
+    lab: Lab, engine: Engine
+) -> None:
+    connection, _ = connected(lab)
+    connection.data_received(HEALTH + (POST_HEAD + BODY) * 2)
+    connection.pause_writing()
+    connection.resume_writing()
+    await turn()
+    assert len(lab.gateway.exchanges) == 1
+    connection.connection_lost(None)
 
 
 # -- sending fast --------------------------------------------------------------------------------------

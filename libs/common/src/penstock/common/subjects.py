@@ -99,6 +99,11 @@ SCHEDULE = Service(
     Subject(f"{_ROOT}.schedule.*", messages.ScheduleBatch, queue_group="scheduler", pending_messages=1024),
     messages.ScheduleReply,
 )
+# The same, asked of one replica by its id (shard, id).
+SCHEDULE_BY = Service(
+    Subject(f"{_ROOT}.schedule.*.*", messages.ScheduleBatch, pending_messages=1024),
+    messages.ScheduleReply,
+)
 PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
@@ -114,7 +119,8 @@ EVENTS = Stream(
     max_message_bytes=512 * KIB,
 )
 
-SUBJECTS: tuple[Subject[msgspec.Struct], ...] = (SCHEDULE.request, PLACED, LOAD, STATUS, HEARTBEAT)  # type: ignore[assignment]  # Subject is invariant; the table only lists
+_MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT
+SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES,)
 STREAMS = (EVENTS,)
 

@@ -34,15 +34,18 @@ from penstock.common.routing_events import (
     PlacementEvent,
     RejectionEvent,
 )
-from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE
+from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
 from penstock.common.telemetry import Metrics
 from penstock.ingress.breaker import BusBreaker
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.local_policy import place_locally
+from penstock.ingress.replicas import ANY, Replicas
 
 log = logging.getLogger(__name__)
 
 LOCAL = "local"
+# Attempts that may go unanswered before the request is placed here.
+MAX_ATTEMPTS = 2
 HASH_BYTES = 8
 
 
@@ -80,6 +83,7 @@ class Placer:
         self._pending: list[Asker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._breaker = BusBreaker()
+        self.replicas = Replicas()
         self._degraded = False
         attempts = metrics.counter(
             "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
@@ -92,6 +96,9 @@ class Placer:
         self._round_trip = metrics.histogram(
             "penstock_ingress_schedule_seconds", "Round trip of an answered schedule message"
         ).labels()
+        metrics.gauge(
+            "penstock_ingress_schedulers", "Scheduler replicas heard of", lambda: len(self.replicas)
+        )
         metrics.gauge(
             "penstock_ingress_placing_locally",
             "1 while schedulers cannot be reached",
@@ -121,30 +128,42 @@ class Placer:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             else:
-                self._locally(batch, "no bus" if not self._bus.connected else "schedulers do not answer")
+                connected = self._bus.connected
+                self._locally(
+                    batch, "schedulers do not answer" if connected else "no bus", certain=not connected
+                )
 
     async def _place(self, askers: list[Asker]) -> None:
-        cause = ""
-        for attempt in range(2):
-            if attempt and self._breaker.open:
-                break
+        cause, certain, silences = "", False, 0
+        while silences < MAX_ATTEMPTS:
             started = time.monotonic()
+            replica = self.replicas.pick(started)
             try:
-                reply = await self._ask(askers)
+                reply = await self._ask(askers, replica)
             except BusTimeout as exc:
                 self._timed_out.value += 1
-                self._breaker.failed(time.monotonic())
+                self.replicas.silent(replica, time.monotonic())
+                silences += 1
                 cause = str(exc)
+                if self._breaker.failed(time.monotonic()) or self._breaker.open:
+                    break
                 continue
+            except MessageTooLarge as exc:
+                if len(askers) == 1:
+                    cause = str(exc)
+                    break
+                # Many clients with long headers in one tick; one request alone is far below the bound.
+                half = len(askers) // 2
+                await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
+                return
             except BusError as exc:
-                if isinstance(exc, MessageTooLarge) and len(askers) > 1:
-                    # Many clients with long headers in one tick; one request alone is far below the bound.
-                    half = len(askers) // 2
-                    await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
-                    return
                 self._unavailable.value += 1
+                if replica != ANY:
+                    # It left between two heartbeats; the next turn is another's.
+                    self.replicas.gone(replica)
+                    continue
                 self._breaker.failed(time.monotonic())
-                cause = str(exc)
+                cause, certain = str(exc), True
                 break
             self._answered.value += 1
             self._round_trip.observe(time.monotonic() - started)
@@ -152,16 +171,18 @@ class Placer:
             self._degrade(False)
             self._deliver(askers, reply)
             return
-        self._locally(askers, cause)
+        self._locally(askers, cause, certain=certain)
 
-    async def _ask(self, askers: list[Asker]) -> ScheduleReply:
+    async def _ask(self, askers: list[Asker], replica: str) -> ScheduleReply:
         batch = ScheduleBatch(
             self._identity.id,
             self._identity.incarnation,
             self._attempt_s * 1000,
             tuple(asker.request for asker in askers),
         )
-        return await self._bus.request(SCHEDULE, batch, DEFAULT_SHARD, deadline_s=self._attempt_s)
+        if replica == ANY:
+            return await self._bus.request(SCHEDULE, batch, DEFAULT_SHARD, deadline_s=self._attempt_s)
+        return await self._bus.request(SCHEDULE_BY, batch, DEFAULT_SHARD, replica, deadline_s=self._attempt_s)
 
     def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
         outcomes = {outcome.decision_id: outcome for outcome in reply.outcomes}
@@ -180,10 +201,11 @@ class Placer:
                 self._by_scheduler.value += 1
                 asker.placed(outcome, instance)
         if unserved:
-            self._locally(unserved, "", degraded=False)
+            self._locally(unserved, "", certain=False)
 
-    def _locally(self, askers: list[Asker], cause: str, *, degraded: bool = True) -> None:
-        if degraded:
+    def _locally(self, askers: list[Asker], cause: str, *, certain: bool) -> None:
+        """`certain`: there is no bus or no scheduler. An unanswered message alone may be a hiccup."""
+        if certain or self._breaker.open:
             self._degrade(True, cause)
         for asker in askers:
             if not asker.waiting:

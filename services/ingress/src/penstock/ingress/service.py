@@ -12,13 +12,14 @@ from penstock.common.errors import MessageTooLarge
 from penstock.common.instances import InstanceTable, expose
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import LoadReport
-from penstock.common.subjects import INSTANCES, LOAD
+from penstock.common.subjects import HEARTBEAT, INSTANCES, LOAD
 from penstock.common.telemetry import Metrics
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 
 log = logging.getLogger(__name__)
 
+SCHEDULER = "scheduler"
 # Schedulers see a finished request this late; a message each time something changed would cost as much
 # as relaying.
 REPORT_EVERY_S = 0.025
@@ -57,7 +58,11 @@ class IngressService:
         self._gateway.account.snapshot_due = True
 
     async def watch(self) -> None:
-        """Keep the instance table."""
+        """Keep the instance table, and hear which schedulers are there."""
+        replicas = self._gateway.placer.replicas
+        await self._bus.subscribe(
+            HEARTBEAT, lambda beat: replicas.heard(beat, self._gateway.clock()), SCHEDULER
+        )
         table = self._gateway.table
         async for event in self._bus.watch(INSTANCES):
             was_lost, was_known = table.lost, table.synced

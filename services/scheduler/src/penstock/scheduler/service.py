@@ -35,7 +35,16 @@ from penstock.common.routing_events import (
     PlacementEvent,
     RejectionEvent,
 )
-from penstock.common.subjects import DEFAULT_SHARD, HEARTBEAT, INSTANCES, LOAD, PLACED, SCHEDULE, STATUS
+from penstock.common.subjects import (
+    DEFAULT_SHARD,
+    HEARTBEAT,
+    INSTANCES,
+    LOAD,
+    PLACED,
+    SCHEDULE,
+    SCHEDULE_BY,
+    STATUS,
+)
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.policies.table import build
@@ -77,7 +86,8 @@ class SchedulerService:
         )
         self._instruments = Instruments(metrics, self.replica, clock)
         self._connected_at = clock()
-        self._requests: Subscription | None = None
+        # By the queue group and by this replica's id; empty until they are taken.
+        self._requests: tuple[Subscription, ...] = ()
         self._stopping = self._registry_lost = False
         lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
         lifecycle.require("requests", self._not_taken)
@@ -97,9 +107,9 @@ class SchedulerService:
     async def drain(self) -> None:
         """Leave the queue group; what was delivered before is still answered."""
         self._stopping = True
-        if self._requests is not None:
-            await self._requests.close()
-            await asyncio.sleep(0)
+        for requests in self._requests:
+            await requests.close()
+        await asyncio.sleep(0)
 
     # What the bus brings
 
@@ -212,21 +222,25 @@ class SchedulerService:
             for ingress in self.replica.expire(self._clock()):
                 log.warning("ingress is silent, its work is released", extra={"fields": {"ingress": ingress}})
             self._instruments.refresh()
-            if self._requests is None and not self._stopping and not self._awaited():
+            if not self._requests and not self._stopping and not self._awaited():
                 await self._take_requests()
             await asyncio.sleep(TICK_S)
 
     async def _take_requests(self) -> None:
-        requests = await self._bus.serve(SCHEDULE, self._on_schedule, DEFAULT_SHARD)
+        requests = (
+            await self._bus.serve(SCHEDULE_BY, self._on_schedule, DEFAULT_SHARD, self._own.id),
+            await self._bus.serve(SCHEDULE, self._on_schedule, DEFAULT_SHARD),
+        )
         if self._stopping:
-            await requests.close()
+            for subscription in requests:
+                await subscription.close()
             return
         self._requests = requests
         log.info("taking requests", extra={"fields": {"instances": len(self.replica.table)}})
 
     def _not_taken(self) -> str:
         """Why no requests are taken, in words; empty once they are."""
-        return "" if self._requests is not None else self._awaited() or "the queue group is being joined"
+        return "" if self._requests else self._awaited() or "the queue group is being joined"
 
     def _awaited(self) -> str:
         """What a cold replica waits for before it takes requests."""
