@@ -6,11 +6,12 @@ import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from penstock.cli.data_folder import FolderInUse, data_folder
-from penstock.cli.nats_server import NatsServer
+from penstock.cli.nats_server import NatsServer, new_passwords
 from penstock.cli.plan import Plan, make_plan, reachable, start_faults
 from penstock.cli.processes import Command
 from penstock.cli.ready import NotReady, until_ready
@@ -93,18 +94,36 @@ def test_secrets_travel_in_the_environment_and_never_in_a_command_line() -> None
     made = plan("--engine-api-key", "key-of-engines", "--block-hash-secret", "salt-of-hashes")
     assert made.nats is not None
     lines = " ".join(word for command in commands(made).values() for word in command.argv)
-    for secret in ("key-of-engines", "salt-of-hashes", made.nats.password):
+    for secret in ("key-of-engines", "salt-of-hashes", *made.nats.passwords.values()):
         assert secret not in lines
     environs = {name: command.environ for name, command in commands(made).items()}
     assert environs["discovery"]["PENSTOCK_ENGINE_API_KEY"] == "key-of-engines"
     assert environs["ingress"]["PENSTOCK_BLOCK_HASH_SECRET"] == "salt-of-hashes"
-    assert made.nats.password in environs["mirror"]["PENSTOCK_NATS_URL"]
     assert not any(name.startswith("PENSTOCK_") for name in environs["sim"])
+
+
+def test_each_service_has_a_bus_user_of_its_own() -> None:
+    made = plan("--schedulers", "2")
+    assert made.nats is not None
+    given = {
+        name: urlsplit(command.environ["PENSTOCK_NATS_URL"])
+        for name, command in commands(made).items()
+        if name not in ("nats", "sim")
+    }
+    users = {name: address.username for name, address in given.items()}
+    assert users == {name: name.removesuffix("-1").removesuffix("-2") for name in given}
+    for address in given.values():
+        assert address.password == made.nats.passwords[address.username or ""]
+        assert (address.hostname, address.port) == ("127.0.0.1", made.nats.port)
 
 
 def test_each_stack_has_secrets_of_its_own() -> None:
     first, second = plan(), plan()
-    assert first.nats_url.split("@")[0] != second.nats_url.split("@")[0]
+    assert first.nats is not None
+    assert second.nats is not None
+    passwords = [*first.nats.passwords.values(), *second.nats.passwords.values()]
+    assert len(set(passwords)) == len(passwords)
+    assert min(map(len, passwords)) >= 20
     salts = [commands(made)["ingress"].environ["PENSTOCK_BLOCK_HASH_SECRET"] for made in (first, second)]
     assert salts[0] != salts[1]
     assert min(map(len, salts)) >= 32
@@ -144,6 +163,7 @@ def test_a_name_given_to_several_schedulers_is_numbered() -> None:
 def test_a_bus_of_ones_own_is_used_instead_of_a_started_one() -> None:
     made = plan("--nats-url", "nats://bus.example:4222", "--nats-user", "u", "--nats-password", "p")
     assert made.nats is None
+    assert made.nats_url == made.auditor_url == "nats://bus.example:4222"
     assert "nats" not in commands(made)
     environ = commands(made)["scheduler"].environ
     assert environ["PENSTOCK_NATS_URL"] == "nats://bus.example:4222"
@@ -234,12 +254,17 @@ def test_an_address_is_shown_as_it_is_reached(host: str, shown: str) -> None:
 
 
 def test_the_nats_configuration_is_for_its_owner_only(tmp_path: Path) -> None:
-    server = NatsServer(4222, "a secret", tmp_path)
+    server = NatsServer(4222, tmp_path, new_passwords())
     server.config_file.write_text("left by another run")
     server.config_file.chmod(0o644)
     server.write_config()
     assert stat.S_IMODE(server.config_file.stat().st_mode) == 0o600
-    assert '"a secret"' in server.config_file.read_text()
+    config = json.loads(server.config_file.read_text())
+    assert config["listen"] == "127.0.0.1:4222"
+    users = [user for account in config["accounts"].values() for user in account["users"]]
+    assert {user["user"]: user["password"] for user in users} == server.passwords
+    for password in server.passwords.values():
+        assert password not in repr(server)
 
 
 def test_a_temporary_folder_is_removed() -> None:
@@ -307,8 +332,11 @@ def test_the_printed_curl_line_is_a_command_for_a_shell() -> None:
     assert json.loads(words[words.index("-d") + 1])["model"] == 'model\'s "name"'
 
 
-def test_the_printed_bus_address_is_the_one_with_credentials() -> None:
+def test_the_addresses_for_joining_and_for_auditing_are_printed_with_their_credentials() -> None:
     made = plan()
     assert made.nats is not None
-    assert f"penstock tap --nats-url {made.nats_url}" in welcome(made, "m", 3.0)
-    assert made.nats.password in made.nats_url
+    text = welcome(made, "m", 3.0)
+    assert f"penstock tap --nats-url {made.nats.url('auditor')}\n" in text
+    assert f" {made.nats.url('join')} " in text
+    for user in ("ingress", "scheduler", "discovery", "mirror"):
+        assert made.nats.passwords[user] not in text

@@ -87,7 +87,7 @@ def test_another_model_salt_or_secret_shares_no_hash() -> None:
     assert len({value for values in chains for value in values}) == sum(map(len, chains))
 
 
-URI = b"data:image/png;base64," + b"iVBORw0KGgo+/=" * 100
+URI = b"data:image/png;base64," + b"iVBORw0KGgo+/=" * 300
 LONG = b"All work and no play makes a dull boy. " * 2000
 assert len(LONG) > LONG_STRING_BYTES
 
@@ -118,8 +118,8 @@ def test_a_prompt_that_is_little_more_than_a_digest_has_a_hash_that_depends_on_i
 @pytest.mark.parametrize(
     "prompt",
     [
-        pytest.param(b'"data:image/png;base64,' + b"A" * 100 + b'"', id="small image"),
-        pytest.param(b'"data:image/png,' + b"A" * 2000 + b'"', id="not base64"),
+        pytest.param(b'"data:image/png;base64,' + b"A" * 4095 + b'"', id="small image"),
+        pytest.param(b'"data:image/png,' + b"A" * 9000 + b'"', id="not base64"),
         pytest.param(b'"' + b"x" * (LONG_STRING_BYTES - 1) + b'"', id="a byte under the bound"),
         pytest.param(b'"' + b"x" * 2 * LONG_STRING_BYTES, id="not closed"),
         pytest.param(b"x" * 2 * LONG_STRING_BYTES + b'"', id="not opened"),
@@ -151,6 +151,15 @@ def test_a_common_beginning_of_strings_is_a_common_beginning_of_hashes(
     assert hashes(condense(longer), block_bytes=256)[: len(shared)] == shared
 
 
+@given(
+    st.lists(st.sampled_from([0, 1, 1500, 4095, 4096, 5000]), min_size=1, max_size=4), st.integers(0, 70_000)
+)
+def test_images_stay_a_common_beginning_when_a_conversation_grows(sizes: list[int], more: int) -> None:
+    first = b"".join(b'"data:image/png;base64,' + b"A" * size + b'",' for size in sizes)
+    shared = hashes(condense(first), block_bytes=256)
+    assert hashes(condense(first + b'"' + b"x" * more + b'"'), block_bytes=256)[: len(shared)] == shared
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -162,7 +171,7 @@ def test_a_common_beginning_of_strings_is_a_common_beginning_of_hashes(
         pytest.param(b"data:a/a;base64," * 250_000, id="beginnings of data URIs"),
         pytest.param(b"data:" + b"a" * 4_000_000, id="a media type without end"),
         pytest.param(b"data:a/" * 500_000 + b";base64,", id="media types without data"),
-        pytest.param((b"data:a/a;base64," + b"A" * 1023 + b'"') * 3_900, id="images just too small"),
+        pytest.param((b"data:a/a;base64," + b"A" * 4095 + b'"') * 1_000, id="images just too small"),
         pytest.param(b'"' + b"x" * 4_000_000 + b'"', id="one string"),
     ],
 )

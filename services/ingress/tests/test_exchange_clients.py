@@ -269,7 +269,7 @@ class ClientTransport(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written = b""
+        self.written, self.aborted = b"", False
         self.on_write: Callable[[], object] = bool
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -281,6 +281,9 @@ class ClientTransport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return False
+
+    def abort(self) -> None:
+        self.aborted = True
 
 
 def connected(lab: Lab) -> tuple[ClientConnection, ClientTransport]:
@@ -337,6 +340,16 @@ async def test_a_request_whose_turn_comes_while_its_client_does_not_read_waits(
     connection.resume_writing()
     await turn()
     assert len(lab.gateway.exchanges) == 1
+    connection.connection_lost(None)
+
+
+async def test_a_client_that_never_reads_is_not_told_that_its_next_request_came_late(lab: Lab) -> None:
+    connection, transport = connected(lab)
+    connection.data_received(HEALTH + POST_HEAD + BODY)
+    connection.pause_writing()
+    connection.expire()
+    assert transport.aborted
+    assert b"408" not in transport.written
     connection.connection_lost(None)
 
 

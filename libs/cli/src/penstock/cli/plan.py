@@ -5,15 +5,16 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from penstock.cli.nats_server import NatsServer, find_program
+from penstock.cli.nats_server import NatsServer, find_program, new_passwords
 from penstock.cli.ports import FreePorts, trouble
 from penstock.cli.processes import Command
 from penstock.cli.up_settings import SERVICES, UpSettings, as_arguments, of_service
+from penstock.common.permissions import AUDITOR, JOIN
 from penstock.common.settings import ENV_PREFIX, flag_of
 
 LOOPBACK = "127.0.0.1"
@@ -30,9 +31,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole stack; `nats` and `sim` are None where the user has their own."""
+    """The whole stack; `nats` and `sim` are None where the user has their own.
+
+    `nats_url` is where further services join, `auditor_url` where the routing log can be read; on a bus of
+    the user's own both are that bus.
+    """
 
     nats_url: str
+    auditor_url: str
     base_url: str
     nats: NatsServer | None
     nats_command: Command | None
@@ -77,16 +83,16 @@ class _Planner:
     settings: UpSettings
     environ: dict[str, str]
     ports: FreePorts
-    common: dict[str, object] = field(default_factory=dict)
+    nats: NatsServer | None = None
 
     def plan(self, folder: Path) -> Plan:
         settings = self.settings
-        nats = None if settings.nats_url else self._nats(folder)
-        self.common["nats_url"] = nats_url = settings.nats_url or (nats.url if nats else "")
+        self.nats = nats = None if settings.nats_url else self._nats(folder)
         port = settings.port or self.ports.take()
         sim, engine_urls = self._sim() if settings.engines else (None, ())
         return Plan(
-            nats_url,
+            self._nats_url(JOIN),
+            self._nats_url(AUDITOR),
             f"http://{reachable(settings.host)}:{port}",
             nats,
             self._nats_command(nats) if nats else None,
@@ -96,7 +102,10 @@ class _Planner:
         )
 
     def _nats(self, folder: Path) -> NatsServer:
-        return NatsServer(self.settings.nats_port or self.ports.take(), secrets.token_urlsafe(16), folder)
+        return NatsServer(self.settings.nats_port or self.ports.take(), folder, new_passwords())
+
+    def _nats_url(self, user: str) -> str:
+        return self.nats.url(user) if self.nats else self.settings.nats_url
 
     def _nats_command(self, nats: NatsServer) -> Command:
         return Command("nats", (find_program() or "nats-server", "-c", str(nats.config_file)), self.environ)
@@ -140,7 +149,8 @@ class _Planner:
             # --admin-port 0 asks for a stack that stays away from every well-known port.
             usual = cls.model_fields["admin_port"].default if self.settings.admin_port else 0
             host, port = LOOPBACK, self.ports.take(usual)
-        values = given | self.common | own | {"admin_host": host, "admin_port": port}
+        bus = {"nats_url": self._nats_url(service)}
+        values = given | bus | own | {"admin_host": host, "admin_port": port}
         return Member(self._python(service, name, values), f"http://{reachable(host)}:{port}")
 
     def _python(self, service: str, name: str, values: Mapping[str, object]) -> Command:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(settings: TapSettings, tap: Tap) -> None:
-    bus = NatsBus(settings, f"tap-{new_identity('tap').id}", Metrics())
+    bus = NatsBus(settings, new_identity("tap").writer, Metrics())
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -201,6 +201,7 @@ class Stack:
                 url=plan.base_url,
                 admin_url=plan.ingress.admin_url,
                 nats_url=plan.nats_url,
+                auditor_url=plan.auditor_url,
                 model=model,
                 engines=list(plan.engine_urls),
             )
@@ -219,8 +220,8 @@ Penstock is ready ({elapsed_s:.1f} s).
   curl      {curl} -d {shlex.quote(chat)}
   Python    OpenAI(base_url="{plan.base_url}/v1", api_key="none")
   metrics   {plan.ingress.admin_url}/metrics
-  bus       {plan.nats_url}
-  events    penstock tap --nats-url {shlex.quote(plan.nats_url)}
+  bus       {plan.nats_url}  (for further services: --nats-url)
+  events    penstock tap --nats-url {shlex.quote(plan.auditor_url)}
 
 Ctrl-C stops everything.
 """

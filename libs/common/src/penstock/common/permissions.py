@@ -21,6 +21,7 @@ from penstock.common.subjects import (
     LOAD,
     PLACED,
     SCHEDULE,
+    SCHEDULE_BY,
     STATUS,
     Bucket,
     event_filter,
@@ -31,8 +32,8 @@ JOIN, AUDITOR = "join", "auditor"
 
 # Reads messages of the log by sequence, time and subject, and can do nothing else.
 _READ_LOG = f"$JS.API.DIRECT.GET.{EVENTS.name}"
-# Where the answers to a service go. Tools ask from `_INBOX.<random>` or `_INBOX.<random>.<random>`, services from
-# deeper down: who may answer tools can therefore not answer in the place of another service.
+# Tools ask from `_INBOX.<random>` or `_INBOX.<random>.<random>`, services from deeper down: who may answer
+# tools can therefore not answer in the place of another service.
 _INBOX = "_INBOX"
 _TOOLS = f"{_INBOX}.*", f"{_INBOX}.*.*"
 _ANSWERS = "*.*.answers.*"
@@ -41,7 +42,7 @@ _DIRECTORY = "$SRV.>"
 
 @dataclass(frozen=True)
 class Grant:
-    """Subjects that a user may publish to and subscribe to; `a b` is subject a as a member of queue group b."""
+    """Subjects that a user may publish to and subscribe to; `a b` is subject a within queue group b only."""
 
     publish: tuple[str, ...] = ()
     subscribe: tuple[str, ...] = ()
@@ -79,14 +80,16 @@ _READING = Grant((_READ_LOG,), EVENTS.subjects)
 SERVICES: Mapping[str, Grant] = {
     "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME)
     + _watching(INSTANCES)
-    + Grant((SCHEDULE.request.pattern, LOAD.pattern)),
+    + Grant(
+        (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern), (HEARTBEAT.name("scheduler"),)
+    ),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION)
     + _watching(INSTANCES)
     + Grant(
         (PLACED.pattern, f"{_INBOX}.ingress.{_ANSWERS}"),
         (
             f"{SCHEDULE.request.pattern} {SCHEDULE.request.queue_group}",
-            *(subject.pattern for subject in (PLACED, LOAD, STATUS, HEARTBEAT)),
+            *(subject.pattern for subject in (SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT)),
         ),
     ),
     "discovery": _process("discovery", INSTANCE)
@@ -105,7 +108,7 @@ GRANTS: Mapping[str, Grant] = {
 
 
 def accounts(passwords: Mapping[str, str]) -> dict[str, Any]:
-    """The `accounts` of a NATS server's configuration, in plain JSON types; `passwords` by the names of GRANTS."""
+    """The `accounts` of a NATS server's configuration in plain JSON types; `passwords` by names of GRANTS."""
     crossing = {"stream": EVENTS.subjects[0]}, {"service": _READ_LOG}
     return {
         SERVICES_ACCOUNT: {

@@ -22,8 +22,10 @@ LONG_STRING_BYTES = 64 * 1024
 # Two blocks of the default size: a digest fills at least one block, wherever it lies. A prompt that is
 # one long document would otherwise be shorter than a block and have no hash at all.
 DIGEST_BYTES = 512
-# From here on a digest is shorter than what it stands for; smaller images are cheap to hash by block.
-_DATA_URI = re.compile(rb"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]{1024,}")
+# A data URI is condensed from this length on, so that a prompt of at most as many bytes can hold none and
+# need not be searched: searching it costs more than hashing it.
+DATA_URI_BYTES = 4096
+_DATA_URI = re.compile(rb"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]{%d,}" % DATA_URI_BYTES)
 
 
 def root_seed(secret: str, model: str, salt: str = "") -> int:
@@ -36,7 +38,7 @@ def condense(prompt: bytes) -> bytes:
 
     A string with escaped quotes counts from quote to quote. The cost is linear for any bytes.
     """
-    if b";base64," in prompt:
+    if len(prompt) > DATA_URI_BYTES and b";base64," in prompt:
         prompt = _DATA_URI.sub(lambda match: _digest(match[0]), prompt)
     if len(prompt) <= LONG_STRING_BYTES:
         return prompt

@@ -6,7 +6,7 @@ import asyncio
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from penstock.cli.bench.dechunk import Dechunker, NotChunked
 from penstock.cli.bench.wire import DONE, EVENT_BYTES, STAMP, answer_body, event
@@ -217,5 +217,5 @@ async def connect(
 async def _open(make: Callable[[], ClientT], address: Address) -> ClientT:
     # The transport is taken from here: uvloop's are no subclass of what connection_made announces.
     transport, client = await asyncio.get_running_loop().create_connection(make, *address)
-    client.transport = cast(asyncio.Transport, transport)
+    client.transport = transport
     return client

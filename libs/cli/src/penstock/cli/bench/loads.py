@@ -31,7 +31,9 @@ Finished = Callable[[Any], None]
 async def chats(slot: Slot, body_bytes: int, connections: int) -> Window:
     """Every connection asks again as soon as it has its answer."""
     requests = Requests(slot.rng, body_bytes, slot.way.headers)
-    return await _closed_loop(slot, partial(ChatClient, slot.tally), slot.way.addresses, connections, requests)
+    return await _closed_loop(
+        slot, partial(ChatClient, slot.tally), slot.way.addresses, connections, requests
+    )
 
 
 async def fast_streams(slot: Slot, body_bytes: int, connections: int) -> Window:

@@ -40,6 +40,11 @@ class Results:
         """What comes on top of the way `base`, round by round."""
         return self._compared(measure, way, metric, base, lambda a, b: a - b)
 
+    def everywhere(self, metric: str) -> Spread | None:
+        """Of a metric in all measures and ways."""
+        every = (rounds.values() for (_, _, name), rounds in self._figures.items() if name == metric)
+        return _spread(value for values in every for value in values)
+
     def _compared(
         self, measure: str, way: str, metric: str, base: str, compare: Callable[[float, float], float]
     ) -> Spread | None:

@@ -19,7 +19,7 @@ SESSIONS = 64
 # Where in the prompt the session's own text ends and each request differs from all others.
 SHARED_RATIO = 0.6
 _FILLER = "water runs down the penstock and drives the wheel; "
-_HEAD = (
+_REQUEST_HEAD = (
     "POST {path} HTTP/1.1\r\nhost: bench.internal\r\naccept: application/json\r\n"
     "user-agent: penstock-bench\r\nauthorization: Bearer bench\r\ncontent-type: application/json\r\n"
     "{more}content-length: {length}\r\n\r\n"
@@ -54,11 +54,13 @@ EVENT_BYTES = len(event(NO_NONCE, 0, NO_NONCE))
 _STAMP_AT = event(NO_NONCE, 0, b"S" * 16).index(b"S" * 16)
 STAMP = slice(_STAMP_AT, _STAMP_AT + 16)
 
-_ANSWER_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(
-    answer_body(NO_NONCE)
+# The fields that the engines' HTTP server sends.
+_HEAD_BEGIN = b"HTTP/1.1 200 OK\r\ndate: Sat, 01 Jan 2000 00:00:00 GMT\r\nserver: uvicorn\r\n"
+_ANSWER_HEAD = _HEAD_BEGIN + (
+    b"content-length: %d\r\ncontent-type: application/json\r\n\r\n" % len(answer_body(NO_NONCE))
 )
 STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+    _HEAD_BEGIN + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
 _CHUNK_HEAD = b"%x\r\n" % EVENT_BYTES
 STREAM_END = b"%x\r\n%b\r\n0\r\n\r\n" % (len(DONE), DONE)
@@ -88,7 +90,7 @@ def plan_in(body: bytes) -> tuple[bytes, int, int]:
 
 def head(length: int, headers: str = "") -> bytes:
     """The head of a request; `headers` are further lines, each with its CRLF."""
-    return _HEAD.format(path=PATH, more=headers, length=length).encode()
+    return _REQUEST_HEAD.format(path=PATH, more=headers, length=length).encode()
 
 
 class Requests:

@@ -33,7 +33,7 @@ class Host:
         self.identity, self.settings = identity, settings
         self.metrics = Metrics()
         self.lifecycle = Lifecycle()
-        self.bus = NatsBus(settings, f"{identity.service}-{identity.id}", self.metrics)
+        self.bus = NatsBus(settings, identity.writer, self.metrics)
         self.events = EventWriter(self.bus, identity.writer, identity.incarnation, self.metrics)
         self.metrics.gauge(
             "penstock_loop_lag_seconds",
@@ -41,6 +41,7 @@ class Host:
             lambda: self.lifecycle.loop_lag_s,
         )
         self.metrics.gauge("penstock_ready", "1 while the service takes work", lambda: float(self.ready))
+        self.metrics.gauge("penstock_tasks", "Tasks of the event loop", lambda: len(asyncio.all_tasks()))
 
     @property
     def ready(self) -> bool:

@@ -15,7 +15,8 @@ import msgspec
 
 from penstock.common.adapters.nats_connection import NatsConnection, RawSubscription
 from penstock.common.adapters.nats_directory import Directory
-from penstock.common.adapters.nats_streams import api, consume, watch_bucket
+from penstock.common.adapters.nats_log import follow
+from penstock.common.adapters.nats_streams import api, watch_bucket
 from penstock.common.adapters.nats_wire import Message
 from penstock.common.bus import M, R, Stored, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
@@ -219,7 +220,7 @@ class NatsBus:
     async def follow(
         self, stream: Stream, subject: str, since_s: float | None
     ) -> AsyncGenerator[Stored, None]:
-        async for stored in consume(self._connection, stream, subject, since_s):
+        async for stored in follow(self._connection, stream, subject, since_s):
             yield stored
 
     async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:

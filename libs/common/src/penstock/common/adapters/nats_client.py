@@ -1,7 +1,7 @@
 """One connection to one NATS server, from connecting to discarding: an asyncio protocol without tasks.
 
-Publishing is a plain call, messages of one loop turn leave in one write, and handlers are called from a
-bounded queue in the turn after their message came. It never reconnects: whoever holds it makes another.
+Publishing is a plain call, messages of one loop turn leave in one write, and handlers are called once the
+bytes at hand have been cut into messages. It never reconnects: whoever holds it makes another.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Interest:
 class NatsClient(asyncio.Protocol):
     """Use `connect`, then the rest until `closed` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, refused: Callable[[str], None]) -> None:
+        """`refused` is told what the server does not permit."""
+        self._refused = refused
         self.closed = asyncio.Event()
         self.cause = ""
         self._transport: asyncio.Transport | None = None
@@ -208,6 +210,8 @@ class NatsClient(asyncio.Protocol):
         except WireError as exc:
             self.cause = str(exc)
             self.discard()
+        if self._arrived:
+            self._handle()
 
     def _on_line(self, name: bytes, rest: bytes) -> None:
         if name == b"PING":
@@ -235,7 +239,10 @@ class NatsClient(asyncio.Protocol):
 
     def _on_error(self, text: str) -> None:
         # The server closes after all but these; they cost what was asked for, not the connection.
-        log.log(logging.WARNING if "ermission" in text else logging.DEBUG, "the bus server says: %s", text)
+        if text.startswith("Permissions Violation"):
+            self._refused(text)
+        else:
+            log.debug("the bus server says: %s", text)
         self.cause = text
 
     def _on_message(self, number: int, message: Message) -> None:
@@ -247,20 +254,18 @@ class NatsClient(asyncio.Protocol):
             return
         interest.pending += 1
         self._arrived.append((interest, message))
-        if len(self._arrived) == 1:
-            asyncio.get_running_loop().call_soon(self._handle)
 
     def _handle(self) -> None:
+        """Call the handlers of what came in one read, then send what they said without waiting a turn."""
         arrived = self._arrived
-        for _ in range(len(arrived)):
+        while arrived:
             interest, message = arrived.popleft()
             interest.pending -= 1
             try:
                 interest.handle(message)
             except Exception:
                 log.exception("a handler of the bus failed")
-        if arrived:
-            asyncio.get_running_loop().call_soon(self._handle)
+        self.flush()
 
     def _write(self, data: bytes) -> None:
         self._unsent.append(data)

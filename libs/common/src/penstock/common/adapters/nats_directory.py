@@ -11,6 +11,7 @@ import msgspec
 
 from penstock.common.adapters.nats_connection import NatsConnection
 from penstock.common.adapters.nats_wire import Message
+from penstock.common.subjects import token
 
 PENDING_QUESTIONS = 256
 
@@ -32,7 +33,7 @@ class Directory:
             "INFO": {"description": "", "endpoints": []},
             "STATS": {"started": self._started, "endpoints": []},
         }
-        name, instance = self._about["name"], self._about["id"]
+        name, instance = self._about["name"], token(str(self._about["id"]))
         for verb, fields in more.items():
             answer = {"type": f"io.nats.micro.v1.{verb.lower()}_response", **self._about, **fields}
             handle = partial(self._answer, msgspec.json.encode(answer))

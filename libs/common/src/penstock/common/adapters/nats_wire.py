@@ -106,7 +106,8 @@ class Parser:
 
     def _message(self, buffer: bytes, line: bytes, start: int) -> int:
         """Where the message ends; 0 if it is not whole."""
-        fields = line.split()
+        # At spaces only: what follows other white space in a subject would name another subscription.
+        fields = line.split(b" ")
         with_headers = fields[0] == b"HMSG"
         try:
             total = int(fields[-1])
@@ -122,9 +123,14 @@ class Parser:
         if buffer[stop : stop + 2] != b"\r\n":
             raise WireError("a message that does not end where its size says")
         raw = buffer[start : start + header] if header else b""
-        subject, reply = (
-            fields[1].decode("utf-8", "replace"),
-            names[0].decode("utf-8", "replace") if names else "",
-        )
+        subject, reply = fields[1].decode("utf-8", "replace"), _reply(names[0]) if names else ""
         self._on_message(sid, Message(subject, reply, buffer[start + header : stop], raw))
         return stop + 2
+
+
+def _reply(address: bytes) -> str:
+    """Where to answer; nowhere if that could not be written as it came."""
+    try:
+        return address.decode()
+    except UnicodeDecodeError:
+        return ""

@@ -1,0 +1,114 @@
+"""Results as a table for people and as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from penstock.cli.bench.measures import Against, Column, Measure
+from penstock.cli.bench.results import Results, Spread
+from penstock.cli.bench.run import Run
+from penstock.cli.bench.settings import BenchSettings
+from penstock.cli.bench.way import DIRECT, NGINX
+
+GAP = "  "
+# Of the gateway's core in the hands of others, from which on the report warns.
+BUSY_PERCENT = 10
+
+
+def table(results: Results, measures: Sequence[Measure], ways: Sequence[str]) -> str:
+    """A block for each measure, a line for each way."""
+    base = NGINX if NGINX in ways else DIRECT
+    blocks = [_block(results, measure, ways, base) for measure in measures]
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def _block(results: Results, measure: Measure, ways: Sequence[str], base: str) -> list[str]:
+    rows = [way for way in ways if way in measure.ways or not measure.ways]
+    cells = [
+        [column.heading.replace(NGINX, base), *(_cell(results, measure, way, column, base) for way in rows)]
+        for column in measure.columns
+    ]
+    names = ["", *rows]
+    columns = [names, *cells]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        GAP.join(
+            text.ljust(width) if number == 0 else text.rjust(width)
+            for number, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in zip(*columns, strict=True)
+    ]
+    return [measure.title, *lines]
+
+
+def _cell(results: Results, measure: Measure, way: str, column: Column, base: str) -> str:
+    if column.against is Against.NOTHING:
+        spread = results.spread(measure.name, way, column.metric)
+        return "" if spread is None else f"{spread.median:,.{column.digits}f}"
+    if column.against is Against.BASE:
+        spread = None if way == base else results.ratio(measure.name, way, column.metric, base)
+    else:
+        spread = None if way == DIRECT else results.added(measure.name, way, column.metric, DIRECT)
+    return "" if spread is None else _with_range(spread, column.digits)
+
+
+def _with_range(spread: Spread, digits: int) -> str:
+    median, low, high = (f"{value:,.{digits}f}" for value in spread)
+    return f"{median} ({low}..{high})"
+
+
+def header(settings: BenchSettings, run: Run) -> list[str]:
+    """Under what conditions the figures came about."""
+    cores = "the gateway alone on one core, all else on the others" if run.pinned else "nothing is pinned"
+    foreign = run.results.everywhere("foreign_percent")
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {cores}; Python {platform.python_version()}",
+        f"{settings.repeats} rounds of {settings.slot_s:g} s, order by --seed {run.seed}, "
+        f"{settings.engines} engines",
+        "medians of the rounds; ratios and differences are made inside each round: median (low..high)",
+    ]
+    if foreign is not None and run.pinned:
+        lines.append(
+            f"other programs had {foreign.median:.0f} % of the gateway's core (at most {foreign.high:.0f} %)"
+        )
+        if foreign.median > BUSY_PERCENT:
+            lines.append("the machine is busy: trust CPU time and ratios of it, not rates and delays")
+    return lines
+
+
+def as_json(settings: BenchSettings, run: Run) -> dict[str, Any]:
+    """Every figure of every round, and the comparisons that the table shows."""
+    base = NGINX if NGINX in run.ways else DIRECT
+    return {
+        "seed": run.seed,
+        "settings": settings.model_dump(mode="json", exclude={"config"}),
+        "conditions": header(settings, run),
+        "seconds": run.seconds,
+        "failed": run.failed,
+        "failures": dict(run.failures),
+        "notes": run.notes,
+        "figures": run.results.as_dict(),
+        "compared": {
+            measure.name: {way: _compared(run.results, measure, way, base) for way in run.ways}
+            for measure in run.measures
+        },
+    }
+
+
+def _compared(results: Results, measure: Measure, way: str, base: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column in measure.columns:
+        if column.against is Against.BASE:
+            spread = results.ratio(measure.name, way, column.metric, base)
+            name = f"{column.metric} / {base}"
+        elif column.against is Against.DIRECT:
+            spread = results.added(measure.name, way, column.metric, DIRECT)
+            name = f"{column.metric} - {DIRECT}"
+        else:
+            continue
+        if spread is not None:
+            found[name] = spread._asdict()
+    return found

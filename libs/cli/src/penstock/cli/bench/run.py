@@ -1,0 +1,115 @@
+"""One run: the stand, the rounds in random order, and what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from penstock.cli.bench.clients import Tally
+from penstock.cli.bench.cores import Cores, choose_cores, pin
+from penstock.cli.bench.measures import Figures, Measure, When, measures
+from penstock.cli.bench.results import Results
+from penstock.cli.bench.settings import MEASURES, BenchSettings, chosen
+from penstock.cli.bench.stand import Stand
+from penstock.cli.bench.way import Way
+from penstock.cli.bench.window import Slot
+
+# What one measurement may take beside its windows (ten at most): connecting, warming up, last answers.
+SLOT_MARGIN_S = 60.0
+
+
+@dataclass
+class Run:
+    """What a run has found so far."""
+
+    seed: int
+    started_at: float
+    results: Results = field(default_factory=Results)
+    ways: list[str] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
+    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    pinned: bool = False
+    seconds: float = 0.0
+
+    def add(self, measure: Measure, slot: Slot, number: int, figures: Figures) -> None:
+        """What one measurement gave."""
+        tally = slot.tally
+        self.results.add(measure.name, slot.way.name, number, figures)
+        self.failed += tally.failed
+        self.failures.update(f"{slot.way.name}, {measure.name}: {cause}" for cause in tally.failures)
+        if tally.strays:
+            self.say(
+                f"{slot.way.name}, {measure.name}, round {number}: {tally.strays} of {tally.heads} answers "
+                "came another way"
+            )
+
+    def say(self, text: str) -> None:
+        """For whoever waits, and for the end of the report."""
+        self.notes.append(text)
+        print(text, file=sys.stderr)
+
+
+async def bench(settings: BenchSettings) -> Run:
+    """Everything, from nothing to nothing. Raises BenchFailed."""
+    seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
+    run = Run(seed, time.monotonic(), measures=_chosen(settings))
+    cores = choose_cores()
+    run.pinned = cores.pinned
+    # All that is started from here on inherits it; gateways get their own core later.
+    pin(os.getpid(), cores.load)
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        stand = Stand(settings, Path(folder), cores)
+        try:
+            ways = await stand.start(run.say)
+            run.ways = [way.name for way in ways]
+            await _rounds(settings, run, stand, ways, cores)
+        finally:
+            await stand.stop()
+    run.seconds = time.monotonic() - run.started_at
+    return run
+
+
+def _chosen(settings: BenchSettings) -> list[Measure]:
+    names = chosen(settings.measures, MEASURES)
+    return [measure for measure in measures(settings) if measure.name in names]
+
+
+async def _rounds(settings: BenchSettings, run: Run, stand: Stand, ways: Sequence[Way], cores: Cores) -> None:
+    rng = random.Random(run.seed)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    repeats = settings.repeats
+    turns = [(When.FIRST, 1), *((When.ROUNDS, number) for number in range(1, repeats + 1)), (When.LAST, 1)]
+    for when, number in turns:
+        due = [measure for measure in run.measures if measure.when is when]
+        for measure in rng.sample(due, len(due)):
+            print(f"{measure.name}, round {number}", file=sys.stderr)
+            mine = [way for way in ways if way.name in measure.ways or not measure.ways]
+            for way in rng.sample(mine, len(mine)):
+                stand.check()
+                gc.collect()
+                slot = Slot(way, settings.slot_s, Tally(way.mark), rng, cores)
+                run.add(measure, slot, number, await _figures(measure, slot))
+
+
+async def _figures(measure: Measure, slot: Slot) -> Figures:
+    try:
+        async with asyncio.timeout(SLOT_MARGIN_S + 10 * slot.seconds):
+            return await measure.run(slot)
+    except (OSError, TimeoutError, psutil.Error) as exc:
+        slot.tally.fail(f"cannot be measured: {exc!r}")
+        return {}

@@ -1,0 +1,171 @@
+"""Parts of the suite and engines freeze, die and come back under load, each for OUTAGE_S.
+
+What is killed and restarted (scheduler, NATS with and without its store, discovery) is in test_outages.py.
+The stack is shared: it has to heal by itself, so a drill that leaves something behind fails the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from integration.drills import CLIENTS, OUTAGE_S, drill, frozen, workers
+from integration.stack import Stack, running_stack
+
+pytestmark = pytest.mark.integration
+
+REQUEST_TIMEOUT_S = 4
+TIMEOUTS = ("--request-timeout", str(REQUEST_TIMEOUT_S), "--stream-idle-timeout", str(REQUEST_TIMEOUT_S))
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as stack:
+        stack.start_sims(3)
+        stack.start_discovery("--probe-timeout", "1")
+        stack.start_scheduler()
+        stack.start_ingress(*TIMEOUTS)
+        yield stack
+
+
+async def test_no_request_fails_while_the_only_scheduler_is_frozen(stack: Stack) -> None:
+    async with drill(stack, "scheduler frozen") as d:
+        with frozen(stack.schedulers[0]):
+            await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
+            await d.logged("degraded", what="placing locally", active=True)
+            await d.runs(OUTAGE_S)
+        await d.healed()
+        await d.logged("degraded", what="placing locally", active=False)
+        stack.ingresses[0].process.wait_for_line("placing locally")
+
+
+async def test_no_request_fails_while_one_of_three_schedulers_is_frozen(stack: Stack) -> None:
+    for _ in range(2):
+        stack.start_scheduler()
+    try:
+        async with drill(stack, "one of three schedulers frozen") as d:
+            with frozen(stack.schedulers[1]):
+                before = await d.timed_out()
+                await d.runs(OUTAGE_S)
+                middle = await d.timed_out()
+                d.phase("later")
+                await d.runs(OUTAGE_S)
+                late = await d.timed_out()
+            d.notes.append(f"attempts timed out: {middle - before}, then {late - middle}")
+            await d.healed()
+    finally:
+        for _ in range(2):
+            stack.scheduler_ports.pop()
+            await asyncio.to_thread(stack.schedulers.pop().kill)
+
+
+async def test_no_request_fails_while_all_schedulers_are_gone(stack: Stack) -> None:
+    async with drill(stack, "no scheduler") as d:
+        stack.scheduler_ports.clear()
+        await asyncio.to_thread(stack.schedulers.pop().kill)
+        await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
+        await d.logged("degraded", what="placing locally", active=True)
+        await d.runs(OUTAGE_S)
+        await asyncio.to_thread(stack.start_scheduler)
+        await d.healed()
+        await d.logged("degraded", what="placing locally", active=False)
+
+
+async def test_no_request_fails_while_nats_is_frozen(stack: Stack) -> None:
+    async with drill(stack, "NATS frozen") as d:
+        with frozen(stack.nats):
+            await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
+            await d.shows("penstock_registry_lost", lambda v: v == 1)
+            await d.runs(OUTAGE_S)
+        await d.healed()
+        await d.shows("penstock_registry_lost", lambda v: v == 0)
+        # The log is on the frozen server: what was said meanwhile is stored once it is back.
+        for what in ("placing locally", "registry"):
+            await d.logged("degraded", what=what, active=True)
+            await d.logged("degraded", what=what, active=False)
+
+
+async def test_no_request_fails_while_discovery_is_frozen(stack: Stack) -> None:
+    assert stack.discovery is not None
+    async with drill(stack, "discovery frozen") as d:
+        with frozen(stack.discovery):
+            await d.runs(OUTAGE_S)
+        await d.healed()
+
+
+async def test_a_killed_worker_takes_only_its_own_connections_along(stack: Stack) -> None:
+    ingress = stack.start_ingress("--workers", "2", *TIMEOUTS)
+    stack.ingresses.reverse()
+    lost: list[int] = []
+    try:
+        async with drill(stack, "one of two workers killed", may_fail=lambda _: True, clients=16) as d:
+            victim = workers(ingress)[0]
+            victim.suspend()
+            lost.append(sum(c.laddr.port == ingress.port for c in victim.net_connections()))
+            victim.kill()
+            await d.shows("penstock_ingress_worker_restarts_total", lambda v: v == 1)
+            await d.runs(OUTAGE_S)
+            await d.healed()
+        assert 0 < lost[0] < 16
+        assert len(d.load.failures) <= lost[0], d.load.failures
+    finally:
+        stack.ingresses.reverse()
+        stack.ingresses.pop().process.kill()
+
+
+async def test_a_killed_engine_fails_only_what_ran_on_it(stack: Stack) -> None:
+    victim = stack.engines[0]
+    async with drill(stack, "engine killed", may_fail=lambda _: True) as d:
+        await asyncio.to_thread(stack.sims[0].kill)
+        await d.shows("penstock_registry_taking_work", lambda v: v == 2)
+        await d.logged("instance", instance=victim, change="unhealthy")
+        await d.runs(OUTAGE_S)
+        stack.restart_sim(0)
+        await d.used(victim)
+        await d.logged("instance", instance=victim, change="recovered")
+    # A client has one request at a time.
+    assert len(d.load.failures) <= CLIENTS, d.load.failures
+    assert all("upstream_unreachable" in f or "ClientPayloadError" in f for f in d.load.failures)
+
+
+async def test_requests_stuck_on_a_frozen_engine_end_at_their_timeout_and_no_others(stack: Stack) -> None:
+    victim = stack.engines[1]
+
+    def stuck(failure: str) -> bool:
+        return "upstream_timeout" in failure
+
+    async with drill(stack, "engine frozen", may_fail=stuck) as d:
+        with frozen(stack.sims[1]):
+            await d.shows("penstock_registry_taking_work", lambda v: v == 2)
+            await d.logged("instance", instance=victim, change="unhealthy")
+            d.phase("out")
+            await d.runs(max(OUTAGE_S, REQUEST_TIMEOUT_S))
+            d.phase("later")
+            await d.runs(OUTAGE_S)
+            assert d.load.phases[-1].failures == 0
+        await d.used(victim)
+        await d.logged("instance", instance=victim, change="recovered")
+
+
+async def test_no_request_fails_while_an_engine_refuses_connections(stack: Stack) -> None:
+    async with drill(stack, "engine refusing") as d:
+        fault = {"kind": "refuse", "ms": int(max(OUTAGE_S, 3) * 1000), "count": 1}
+        async with d.session.post(f"http://{stack.engines[2]}/sim/fault", json=fault) as response:
+            assert response.status < 300, await response.text()
+        await d.shows("penstock_registry_taking_work", lambda v: v == 2)
+        await d.shows("penstock_registry_taking_work", lambda v: v == 3)
+        await d.used(stack.engines[2])
+        await d.logged("instance", instance=stack.engines[2], change="recovered")
+
+
+async def test_a_slow_engine_fails_nothing(stack: Stack) -> None:
+    async with drill(stack, "engine slow") as d:
+        async with d.session.post(
+            f"http://{stack.engines[2]}/sim/fault", json={"kind": "slow-start", "ms": 500}
+        ) as response:
+            assert response.status < 300, await response.text()
+        await d.runs(OUTAGE_S)
+        async with d.session.delete(f"http://{stack.engines[2]}/sim/fault") as response:
+            assert response.status < 300, await response.text()
