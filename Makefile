@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration lint types contracts check bench fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check bench fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ unit: sync ## tests of the packages
 
 integration: sync ## services as processes, real servers
 	$(BIN)/pytest tests/integration $(ARGS)
+
+soak: sync ## outages for a minute each, then at random for a minute (PENSTOCK_SOAK_SECONDS=600 PENSTOCK_SEED=1)
+	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/integration/test_failures.py tests/integration/test_leaks.py $(ARGS)
 
 lint: sync ## style, the one place for subjects, no stray __init__.py, generated docs in step
 	$(BIN)/ruff check .

@@ -57,7 +57,11 @@ class TimedLoad(Load):
 
     def __init__(self, urls: list[str], clients: int = CLIENTS) -> None:
         super().__init__(urls, clients)
-        self.phases: list[Phase] = []
+        self.phases = [Phase("before")]
+
+    async def __aenter__(self) -> TimedLoad:
+        await super().__aenter__()
+        return self
 
     async def _plain(self, url: str, prompt: str) -> str:
         return await self._timed(super()._plain(url, prompt))
@@ -169,7 +173,6 @@ async def drill(
         await stack.ready()
         async with TimedLoad([stack.url], clients) as load:
             running = Drill(stack, load, session, log)
-            running.phase("before")
             await running.runs(1.0, at_least=200)
             before = held_memory(stack)
             running.phase("during")

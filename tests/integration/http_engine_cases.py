@@ -51,7 +51,9 @@ def broken(name: str, *pieces: bytes, close: bool = False) -> EngineCase:
     return EngineCase(name, Behaviour(pieces, close), 200, None, broken=True)
 
 
-def stream(name: str, *pieces: bytes, close: bool = False, last: bytes = b"upstream_unreachable") -> EngineCase:
+def stream(
+    name: str, *pieces: bytes, close: bool = False, last: bytes = b"upstream_unreachable"
+) -> EngineCase:
     """A stream whose last event is the error."""
     return EngineCase(name, Behaviour(pieces, close), 200, None, last=last)
 
@@ -124,6 +126,7 @@ FRAMING = [
     broken("chunks without the last", LINE + TE + b"2\r\n{}\r\n", close=True),
     broken("half a chunk", LINE + TE + b"9\r\n{}", close=True),
     broken("trailer that is no header", LINE + TE + b"2\r\n{}\r\n0\r\nnonsense" + END),
+    broken("trailer with a length", LINE + TE + b"2\r\n{}\r\n0\r\nContent-Length: 2" + END),
     broken("trailer without end", LINE + TE + b"2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 3000),
     relayed("chunks with extensions and a trailer", LINE + TE + b"02;a=b\r\n{}\r\n0\r\nA: b" + END),
     relayed("length with leading zeros", sized(b" 0002")),
@@ -139,7 +142,9 @@ FRAMING = [
     relayed("no reason", status(b"HTTP/1.1 200")),
     relayed("204 with a body", status(b"HTTP/1.1 204 No Content"), status=204, body=b""),
     relayed("204 in chunks", b"HTTP/1.1 204 No\r\n" + TE + b"2\r\n{}\r\n0" + END, status=204, body=b""),
-    relayed("304 with a length, as for HEAD", b"HTTP/1.1 304 No\r\nContent-Length: 9" + END, status=304, body=b""),
+    relayed(
+        "304 with a length, as for HEAD", b"HTTP/1.1 304 No\r\nContent-Length: 9" + END, status=304, body=b""
+    ),
     relayed("an error of its own", ok(b"{}").replace(b"200 OK", b"418 Teapot"), status=418),
     relayed("a redirect", ok(b"{}", b"Location: http://x/").replace(b"200 OK", b"302 Found"), status=302),
 ]
@@ -149,7 +154,9 @@ INTERIM = [
     refused("101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x" + END + b"whatever"),
     refused("a flood of 100", b"HTTP/1.1 100 Continue" + (END + b"HTTP/1.1 100 Continue") * 100_000),
     refused("100 and a hang-up", b"HTTP/1.1 100 Continue" + END, close=True),
-    refused("100 with a length and a body", b"HTTP/1.1 100 Continue\r\nContent-Length: 2" + END + b"{}" + ok(b"")),
+    refused(
+        "100 with a length and a body", b"HTTP/1.1 100 Continue\r\nContent-Length: 2" + END + b"{}" + ok(b"")
+    ),
 ]
 SMUGGLING = [
     relayed("a second response in one write", ok(b"{}") + SMUGGLED),
@@ -162,7 +169,9 @@ SMUGGLING = [
     relayed("a CRLF too many", ok(b"{}") + b"\r\n"),
     relayed("an answer before the request's body", ok(b"{}"), early=True, close=True),
     relayed("headers that are the gateway's", ok(b"{}", b"X-Request-Id: forged", b"Target-Pod-Ip: forged")),
-    relayed("hop-by-hop headers", ok(b"{}", b"Connection: x-secret", b"X-Secret: forged", b"Keep-Alive: forged")),
+    relayed(
+        "hop-by-hop headers", ok(b"{}", b"Connection: x-secret", b"X-Secret: forged", b"Keep-Alive: forged")
+    ),
     relayed("the framing named as hop-by-hop", field(b"Connection: content-length")),
 ]
 STREAMS = [
@@ -176,7 +185,9 @@ STREAMS = [
 TIMEOUTS = [
     EngineCase("silence", Behaviour(()), 504, "upstream_timeout"),
     EngineCase("half a head and silence", Behaviour((LINE,)), 504, "upstream_timeout"),
-    EngineCase("interim responses and silence", Behaviour((b"HTTP/1.1 100 C" + END,)), 504, "upstream_timeout"),
+    EngineCase(
+        "interim responses and silence", Behaviour((b"HTTP/1.1 100 C" + END,)), 504, "upstream_timeout"
+    ),
     broken("half a body and silence", sized(b" 9")),
     broken("half a chunk and silence", LINE + TE + b"9\r\n{}"),
 ]

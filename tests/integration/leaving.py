@@ -57,7 +57,7 @@ class Crowd:
 
     async def _request(self, rng: random.Random, number: int) -> None:
         leave = rng.choice(list(Leave))
-        head, body = _request_of(rng, number)
+        head, body = _request_of(rng, number, ends=leave in (Leave.NEVER, Leave.IN_THE_STREAM))
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         with contextlib.suppress(ConnectionError):
             writer.write(head)
@@ -92,8 +92,8 @@ class Crowd:
                     pass
 
 
-def _request_of(rng: random.Random, number: int) -> tuple[bytes, bytes]:
-    """(head, body) of a chat, streamed or not, with a fault or without."""
+def _request_of(rng: random.Random, number: int, *, ends: bool) -> tuple[bytes, bytes]:
+    """(head, body) of a chat, streamed or not, with a fault or without; `ends`: and no further request."""
     prompt = f"request {number} of {rng.random()} " + "and more " * rng.randrange(200)
     stream = rng.random() < 0.6
     body = json.dumps(
@@ -103,7 +103,7 @@ def _request_of(rng: random.Random, number: int) -> tuple[bytes, bytes]:
         "POST /v1/chat/completions HTTP/1.1",
         "host: leaving",
         "content-type: application/json",
-        "connection: close",
+        f"connection: {'close' if ends else 'keep-alive'}",
         f"content-length: {len(body)}",
     ]
     if rng.random() < FAULT_SHARE:

@@ -92,7 +92,7 @@ async def _body(reader: asyncio.StreamReader, status: int, headers: dict[str, st
         return await reader.read()
     assert headers["transfer-encoding"] == "chunked"
     body = b""
-    while size := int((await reader.readuntil(b"\r\n"))[:-2], 16):
+    while size := int((await reader.readuntil(b"\r\n"))[:-2].partition(b";")[0], 16):
         body += await reader.readexactly(size)
         assert await reader.readexactly(2) == b"\r\n"
     assert await reader.readexactly(2) == b"\r\n"

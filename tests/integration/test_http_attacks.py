@@ -100,6 +100,16 @@ async def test_what_a_client_sends_has_one_defined_answer(attacked: Range, case:
     await attacked.alive()
 
 
+async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(attacked: Range) -> None:
+    async with await Client.connect(attacked.port) as client:
+        head, body = sized(b"Expect: 100-Continue").split(b"\r\n\r\n", 1)
+        await client.send(head + b"\r\n\r\n")
+        assert (await read_answer(client.reader)).status == 100
+        await client.send(body)
+        assert (await read_answer(client.reader)).status == 200
+    await attacked.alive()
+
+
 async def test_clients_that_send_nothing_more_are_ended(attacked: Range) -> None:
     await asyncio.gather(*(play(attacked, case) for case in SLOW))
     await attacked.alive()

@@ -284,7 +284,8 @@ def test_a_broken_record_is_counted_and_costs_only_itself(value: bytes) -> None:
 def test_a_broken_marker_completes_nothing() -> None:
     held = table(listing(5, [instance("a")]))
     held.apply(Change(Position(A, 6), complete_key("static"), Entry(b"{}", 6)))
-    assert (held.synced, held.undecodable) == (False, 1)
+    held.apply(Change(Position(A, 7), complete_key("other"), Entry(marker("static"), 7)))
+    assert (held.synced, held.undecodable) == (False, 2)
 
 
 def test_keys_of_other_kinds_are_ignored() -> None:

@@ -28,6 +28,8 @@ RECORDS: tuple[Kind, ...] = (Instance, CompleteMarker)
 def arbitrary(kind: types.Type) -> st.SearchStrategy[Any]:
     """Values of a type as msgspec sees it, within its bounds; collections short."""
     match kind:
+        case types.StrType(pattern=str() as pattern):
+            return st.from_regex(pattern)
         case types.StrType(max_length=longest):
             return st.text(max_size=min(longest or 20, 20))
         case types.BytesType(max_length=longest):

@@ -1,4 +1,4 @@
-"""Grants: everything on the wire has somebody who says it and somebody who hears it, and no more than that."""
+"""Grants: everything on the wire has somebody who says it and somebody who hears it, and no more."""
 
 from __future__ import annotations
 

@@ -55,6 +55,15 @@ def test_when_all_are_silent_the_queue_group_decides() -> None:
     assert heard("a").pick(SILENCE_S + 0.1) == ANY
 
 
+def test_a_replica_is_suspect_until_its_suspicion_ends_or_it_is_gone() -> None:
+    replicas = heard("a", "b")
+    replicas.silent("a", 0.0)
+    assert [replicas.suspects(now) for now in (0.1, SUSPECT_S)] == [1, 0]
+    replicas.silent("b", 0.0)
+    replicas.gone("b")
+    assert replicas.suspects(0.1) == 1
+
+
 def test_a_replica_that_leaves_is_asked_no_more() -> None:
     replicas = heard("a", "b")
     replicas.heard(beat("a", ready=False), 0.1)

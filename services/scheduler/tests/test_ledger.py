@@ -238,6 +238,38 @@ def test_while_the_bus_is_lost_no_clock_runs_and_after_it_grace_is_full() -> Non
     assert ledger.expire(1005.0) == ["i"]
 
 
+FAR = 2**40
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        report(FAR, work("forged"), finished=("d",)),
+        snapshot(FAR, work("forged")),
+        report(FAR, work("forged"), piece=0, pieces=2),
+    ],
+    ids=["changes", "a snapshot", "a snapshot that never ends"],
+)
+def test_a_sequence_that_its_ingress_never_reaches_is_given_up_in_seconds(forged: LoadReport) -> None:
+    ledger = InFlightLedger()
+    ledger.report(snapshot(1, work("d")), now=0.0)
+    ledger.report(forged, now=0.1)
+    for second in range(1, 5):
+        ledger.report(snapshot(1 + second, work("e", "b")), now=float(second))
+    assert (ledger.load("a"), ledger.load("b")) == ((0, 0), (1, 10))
+    assert (ledger.in_flight, ledger.dirty) == (1, 0)
+    assert ledger.dropped["numbers fell"] == 1
+
+
+def test_repeated_reports_of_a_living_ingress_are_no_sign_that_its_numbers_fell() -> None:
+    ledger = InFlightLedger()
+    for second in range(1, 10):
+        ledger.report(snapshot(second, work("d")), now=float(second))
+        for old in range(1, second):
+            ledger.report(report(old, work("old")), now=second + 0.5)
+    assert (ledger.load("a"), ledger.dropped["numbers fell"]) == ((1, 10), 0)
+
+
 @pytest.mark.parametrize(("piece", "pieces"), [(1, 1), (5, 2), (0, bounds.MAX_PIECES + 1), (2**40, 2**40)])
 def test_a_malformed_snapshot_is_refused(piece: int, pieces: int) -> None:
     ledger = InFlightLedger()

@@ -130,7 +130,7 @@ class InstanceTable:
     def _put(self, key: str, entry: Entry) -> None:
         try:
             if key.startswith(COMPLETE_PREFIX):
-                self._markers[key] = decode_record(CompleteMarker, entry.value)
+                self._markers[key] = _marker_of(key, entry)
             elif key.startswith(INSTANCE_PREFIX):
                 held = self._held.get(key)
                 if held is None or key in self._inherited or entry.revision != held[1]:
@@ -182,6 +182,13 @@ class InstanceTable:
             if not members:
                 del self._by_model[model]
             self._pools.pop(model, None)
+
+
+def _marker_of(key: str, entry: Entry) -> CompleteMarker:
+    marker = decode_record(CompleteMarker, entry.value)
+    if complete_key(marker.source) != key:
+        raise DecodeError(CompleteMarker, entry.value, f"its source is {marker.source!r}, its key {key!r}")
+    return marker
 
 
 def _instance_of(key: str, entry: Entry) -> Instance:

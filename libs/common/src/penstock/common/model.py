@@ -12,6 +12,9 @@ InstanceId = str
 # Text from outside is bounded where it is decoded: longer is a decode error, not a slow service.
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 ShortName = Annotated[str, msgspec.Meta(max_length=128)]
+# A host becomes a header of every request to it: characters that could end one do not pass.
+Host = Annotated[str, msgspec.Meta(max_length=512, pattern=r"\A[A-Za-z0-9_.:-]+\Z")]
+Scheme = Annotated[str, msgspec.Meta(max_length=128, pattern=r"\Ahttps?\Z")]
 # What an engine counts; a float holds it exactly.
 Figure = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
@@ -39,9 +42,9 @@ TAKES_WORK = frozenset({InstanceState.READY, InstanceState.STALE})
 class Endpoint(msgspec.Struct, frozen=True):
     """Address of an instance."""
 
-    host: Name
+    host: Host
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    scheme: ShortName = "http"
+    scheme: Scheme = "http"
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

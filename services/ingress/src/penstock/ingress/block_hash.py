@@ -25,7 +25,11 @@ DIGEST_BYTES = 512
 # A data URI is condensed from this length on, so that a prompt of at most as many bytes can hold none and
 # need not be searched: searching it costs more than hashing it.
 DATA_URI_BYTES = 4096
-_DATA_URI = re.compile(rb"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]{%d,}" % DATA_URI_BYTES)
+MAX_DATA_URIS = 2048
+MAX_MEDIA_TYPE_BYTES = 128
+_BASE64 = b";base64,"
+_MEDIA_TYPE = re.compile(rb"data:[\w.+-]+/[\w.+-]+")
+_BASE64_TEXT = re.compile(rb"[A-Za-z0-9+/=]*")
 
 
 def root_seed(secret: str, model: str, salt: str = "") -> int:
@@ -38,16 +42,41 @@ def condense(prompt: bytes) -> bytes:
 
     A string with escaped quotes counts from quote to quote. The cost is linear for any bytes.
     """
-    if len(prompt) > DATA_URI_BYTES and b";base64," in prompt:
-        prompt = _DATA_URI.sub(lambda match: _digest(match[0]), prompt)
+    if len(prompt) > DATA_URI_BYTES and _BASE64 in prompt:
+        prompt = _digested(prompt, _data_uris(prompt))
     if len(prompt) <= LONG_STRING_BYTES:
         return prompt
+    return _digested(prompt, _long_strings(prompt))
+
+
+def _digested(prompt: bytes, spans: Iterator[tuple[int, int]]) -> bytes:
     parts: list[bytes] = []
     end = 0
-    for start, stop in _long_strings(prompt):
+    for start, stop in spans:
         parts += prompt[end:start], _digest(prompt[start:stop])
         end = stop
     return b"".join((*parts, prompt[end:]))
+
+
+def _data_uris(prompt: bytes) -> Iterator[tuple[int, int]]:
+    """Where data URIs with at least DATA_URI_BYTES of base64 stand.
+
+    Sought by their middle, and no further than that many of them: one expression for the whole took 25 ms
+    for 4 MiB of beginnings of URIs. What comes first stays condensed when a conversation grows.
+    """
+    floor, middle = 0, prompt.find(_BASE64)
+    for _ in range(MAX_DATA_URIS):
+        if middle < 0:
+            return
+        start = prompt.rfind(b"data:", max(floor, middle - MAX_MEDIA_TYPE_BYTES), middle)
+        stop = text = middle + len(_BASE64)
+        if start >= 0 and _MEDIA_TYPE.fullmatch(prompt, start, middle):
+            match = _BASE64_TEXT.match(prompt, text)
+            stop = match.end() if match else text
+            if stop - text >= DATA_URI_BYTES:
+                yield start, stop
+                floor = stop
+        middle = prompt.find(_BASE64, stop)
 
 
 def _long_strings(prompt: bytes) -> Iterator[tuple[int, int]]:

@@ -289,8 +289,9 @@ class Exchange:
         else:
             self._fail(GatewayError("shutting_down", text, retry_after_s=1.0), Outcome.SHUTDOWN)
 
-    def finish(self, outcome: Outcome) -> None:
-        """The one way out: releases what is held, tells the log, hands the connection back."""
+    def finish(self, outcome: Outcome, *, terminated: bool = False) -> None:
+        """The one way out: releases what is held, tells the log, hands the connection back. `terminated`: a
+        response that was broken off has its last chunk all the same."""
         if self.state is State.DONE:
             return
         relaying = self.state is State.RELAYING
@@ -303,7 +304,7 @@ class Exchange:
             self._log(outcome)
         gateway.count(outcome, self._status, self._received_at, self._first_byte_at)
         if outcome is not Outcome.CLIENT_GONE:
-            complete = outcome is Outcome.COMPLETED or not relaying
+            complete = terminated or outcome is Outcome.COMPLETED or not relaying
             self._downstream.exchange_done(self._keep_alive and complete)
 
     def _again(self, cause: str, *, free: bool, stale: bool = False) -> None:
@@ -351,7 +352,7 @@ class Exchange:
         self.finish(outcome)
 
     def _break_off(self, code: str, text: str, outcome: Outcome) -> None:
-        """An error after the head went out: a last event for streams, then the connection ends."""
+        """An error after the head went out: a last event for streams, else the connection breaks."""
         self._error = text
         self.upstream_flush()
         response = self._response
@@ -360,11 +361,13 @@ class Exchange:
             and response.event_stream
             and self._stream_clean
             and self._ends_between_events()
+            and not response.encoded
         ):
             event = b"data: " + GatewayError(code, text).body() + b"\n\n"
             if response.length == CHUNKED and self._chunked is None:
                 self._downstream.write(b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK))
-                self.finish(outcome)
+                # To the client the response is whole: it may be writing its next request at this moment.
+                self.finish(outcome, terminated=True)
                 return
             if response.length == UNTIL_CLOSE or self._chunked is not None:
                 self._downstream.write(event)

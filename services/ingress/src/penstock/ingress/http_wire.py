@@ -15,9 +15,14 @@ _RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 _FIELD_LINE = re.compile(TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n")
+# RFC 9110 6.5.1: what frames a message must not come after it.
+_FRAMING_LINE = re.compile(rb"(?:content-length|transfer-encoding):", re.IGNORECASE)
 _SIZE, _DATA, _AFTER, _TRAILER = range(4)
 _MAX_CHUNK_LINE = 256
 _MAX_TRAILER_BYTES = 8192
+# Each chunk costs about a microsecond, whatever it holds: 4 MiB in chunks of one byte would be 4 s.
+_FREE_CHUNKS = 4096
+_MIN_CHUNK_BYTES = 64
 
 _HOP_BY_HOP = frozenset(
     {
@@ -59,6 +64,8 @@ _REQUEST_READ = frozenset(
         b"host",
     }
 )
+# Of two of them, the gateway and the instance could each read another one.
+_ONCE = frozenset({b"host", b"content-type"})
 UNTIL_CLOSE = -1
 CHUNKED = -2
 LAST_CHUNK = b"0\r\n\r\n"
@@ -112,6 +119,11 @@ class ResponseHead:
         self.keep_alive = minor == 1
         self.event_stream = False
 
+    @property
+    def encoded(self) -> bool:
+        """Whether the body is compressed: nothing readable can be added to it."""
+        return any(line[:17].lower() == b"content-encoding:" for line in self.fields)
+
 
 def parse_request(head: bytes) -> RequestHead:
     """`head` ends with the CRLF of its last line, the empty line excluded. Raises BadFraming."""
@@ -120,7 +132,7 @@ def parse_request(head: bytes) -> RequestHead:
         raise BadFraming("the request's head is not valid HTTP/1.1")
     method, target, minor, block = match.groups()
     request = RequestHead(method, target, int(minor))
-    hosts = 0
+    read = request.read
     lengths: list[bytes] = []
     codings: list[bytes] = []
     connection: list[bytes] = []
@@ -128,8 +140,9 @@ def parse_request(head: bytes) -> RequestHead:
         name, _, value = line.partition(b":")
         name = name.lower()
         if name in _REQUEST_READ:
-            request.read[name] = value.strip(b" \t")
-            hosts += name == b"host"
+            if name in read and name in _ONCE:
+                raise BadFraming(f"more than one {name.decode()} header")
+            read[name] = value.strip(b" \t")
         elif name == b"content-length":
             lengths.append(value.strip(b" \t"))
         elif name == b"transfer-encoding":
@@ -138,8 +151,8 @@ def parse_request(head: bytes) -> RequestHead:
             connection.append(value)
         if name not in _REQUEST_DROPPED:
             request.fields.append(line)
-    if hosts != 1 and not (hosts == 0 and minor == b"0"):
-        raise BadFraming("exactly one Host header is required")
+    if b"host" not in read and minor == b"1":
+        raise BadFraming("a Host header is required")
     request.length = _framing(lengths, codings, 0)
     if request.length == CHUNKED and minor == b"0":
         raise BadFraming("Transfer-Encoding does not exist in HTTP/1.0")
@@ -212,12 +225,14 @@ class ChunkedBody:
     `feed` returns the bytes of whole, valid chunk lines and data that may be passed on as they are;
     the last chunk and the trailer are not among them (write LAST_CHUNK instead: nothing downstream
     asked for trailers). Once `done`, `rest` holds what follows the body. With `collect`, `data`
-    gathers the payload.
+    gathers the payload; with `refuse_tiny`, thousands of tiny chunks are BadFraming.
     """
 
     __slots__ = (
+        "_chunks",
         "_collect",
         "_held",
+        "_refuse_tiny",
         "_remaining",
         "_state",
         "_trailer_bytes",
@@ -227,12 +242,12 @@ class ChunkedBody:
         "size",
     )
 
-    def __init__(self, collect: bool = False) -> None:
+    def __init__(self, collect: bool = False, *, refuse_tiny: bool = False) -> None:
         self._state = _SIZE
         self._held = b""
         self._remaining = 0
-        self._trailer_bytes = 0
-        self._collect = collect
+        self._trailer_bytes = self._chunks = 0
+        self._collect, self._refuse_tiny = collect, refuse_tiny
         # One buffer: a list would hold forty bytes for each of a hostile body's one-byte chunks.
         self.data = bytearray()
         self.size = 0
@@ -274,6 +289,15 @@ class ChunkedBody:
                     self._trailer(piece[after:])
                     return piece[:position]
                 position = after
+                stop = after + self._remaining
+                if piece[stop : stop + 2] == b"\r\n":
+                    # A whole chunk at hand, as most are, needs no further turns: 2.0 -> 1.2 us.
+                    if self._collect:
+                        self.data += piece[after:stop]
+                    self.size += self._remaining
+                    self._remaining = 0
+                    self._state = _SIZE
+                    position = stop + 2
             else:
                 self._trailer(piece)
                 return b""
@@ -293,6 +317,9 @@ class ChunkedBody:
         if match is None:
             raise BadFraming("a chunk's size is not a hexadecimal number")
         self._remaining = int(match[1], 16)
+        self._chunks += 1
+        if self._refuse_tiny and self._chunks > max(_FREE_CHUNKS, self.size // _MIN_CHUNK_BYTES):
+            raise BadFraming(f"chunks of less than {_MIN_CHUNK_BYTES} bytes on average")
         self._state = _DATA if self._remaining else _TRAILER
         return newline + 1
 
@@ -304,7 +331,7 @@ class ChunkedBody:
             if line == b"\r\n":
                 self.done, self.rest = True, piece[position:]
                 return
-            if not _FIELD_LINE.fullmatch(line):
+            if not _FIELD_LINE.fullmatch(line) or _FRAMING_LINE.match(line):
                 raise BadFraming("the trailer is not valid")
             self._trailer_bytes += len(line)
             if self._trailer_bytes > _MAX_TRAILER_BYTES:

@@ -84,7 +84,7 @@ class Placer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._breaker = BusBreaker()
         self.replicas = Replicas()
-        self._degraded = False
+        self._degraded = self._avoiding = False
         attempts = metrics.counter(
             "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
         )
@@ -143,6 +143,8 @@ class Placer:
             except BusTimeout as exc:
                 self._timed_out.value += 1
                 self.replicas.silent(replica, time.monotonic())
+                if replica != ANY:
+                    self._avoid(True, str(exc))
                 silences += 1
                 cause = str(exc)
                 if self._breaker.failed(time.monotonic()) or self._breaker.open:
@@ -169,6 +171,8 @@ class Placer:
             self._round_trip.observe(time.monotonic() - started)
             self._breaker.answered()
             self._degrade(False)
+            if self._avoiding and not self.replicas.suspects(time.monotonic()):
+                self._avoid(False)
             self._deliver(askers, reply)
             return
         self._locally(askers, cause, certain=certain)
@@ -259,11 +263,21 @@ class Placer:
         if active == self._degraded:
             return
         self._degraded = active
-        log.warning(
-            "placing locally" if active else "placing through the schedulers again",
-            extra={"fields": {"cause": cause}},
-        )
-        event = DegradedEvent(self._identity.service, self._identity.id, "placing locally", active, cause)
+        text = "placing locally" if active else "placing through the schedulers again"
+        self._say("placing locally", text, active, cause)
+
+    def _avoid(self, active: bool, cause: str = "") -> None:
+        """Say that a replica is left alone for not answering, and that none is any more: it answers, or it
+        has fallen silent and is no replica to ask."""
+        if active == self._avoiding:
+            return
+        self._avoiding = active
+        text = "a scheduler does not answer, it is avoided" if active else "no scheduler is avoided any more"
+        self._say("avoiding a scheduler", text, active, cause)
+
+    def _say(self, what: str, text: str, active: bool, cause: str) -> None:
+        log.warning(text, extra={"fields": {"cause": cause}})
+        event = DegradedEvent(self._identity.service, self._identity.id, what, active, cause)
         self._events.emit(DEGRADED, "", self._identity.service, event)
 
 

@@ -54,6 +54,10 @@ class Replicas:
         if name in self._known:
             self._known[name].suspect_until = now + SUSPECT_S
 
+    def suspects(self, now: float) -> int:
+        """Replicas that are left alone at `now`."""
+        return sum(now < replica.suspect_until for replica in self._known.values())
+
     def gone(self, name: str) -> None:
         """Nobody listens under this name any more."""
         self._known.pop(name, None)

@@ -52,6 +52,7 @@ class Instruments:
             ("ingresses", "Ingresses whose work is counted", lambda: ledger.ingresses),
             ("dirty_ingresses", "Ingresses of which a report is missing", lambda: ledger.dirty),
             ("replicas", "Schedulers alive, this one included", lambda: replica.peers.replicas),
+            ("discoveries", "Replicas of discovery alive", lambda: replica.peers.discoveries),
         ):
             metrics.gauge(f"penstock_scheduler_{name}", text, read)
         metrics.gauge(

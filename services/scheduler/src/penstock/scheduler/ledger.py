@@ -19,6 +19,9 @@ from penstock.common.messages import LoadReport, Placed
 from penstock.common.model import InstanceId
 
 SILENCE_S = 5.0
+# A living ingress numbers a snapshot each second: if its numbers stay below the highest for longer, that
+# one was not its own (forged, or of a counter that fell).
+BEHIND_S = 2.5
 TOMBSTONE_S = 60.0
 MAX_INGRESSES = 1024
 MAX_PER_INGRESS = 65_536
@@ -45,10 +48,12 @@ class _Load(msgspec.Struct, gc=False):
 
 class _Ingress(msgspec.Struct):
     """What one incarnation of an ingress said. `missing` is the last sequence known to be lost (0: none);
-    `floor` the first of the last complete snapshot, `open` that of the one under way."""
+    `floor` the first of the last complete snapshot, `open` that of the one under way; `risen_at` is when
+    `sequence`, the highest, last rose."""
 
     incarnation: str
     heard_at: float
+    risen_at: float
     work: dict[str, _Work]
     sequence: int = 0
     missing: int = 0
@@ -148,6 +153,12 @@ class InFlightLedger:
             source.sequence = max(source.sequence, report.sequence)
             self._end(report.ingress, source)
             return True
+        if report.sequence > source.sequence:
+            source.risen_at = moment
+        elif moment - source.risen_at >= BEHIND_S:
+            self.dropped["numbers fell"] += 1
+            self._release(source)
+            source = self._begin(report.ingress, report.incarnation, moment)
         if report.sequence > source.sequence + 1:
             source.missing = report.sequence - 1
         source.sequence = max(source.sequence, report.sequence)
@@ -258,7 +269,10 @@ class InFlightLedger:
         elif len(self._ingresses) >= MAX_INGRESSES:
             self.dropped["too many ingresses"] += 1
             return None
-        source = self._ingresses[ingress] = _Ingress(incarnation, moment, {})
+        return self._begin(ingress, incarnation, moment)
+
+    def _begin(self, ingress: str, incarnation: str, moment: float) -> _Ingress:
+        source = self._ingresses[ingress] = _Ingress(incarnation, moment, moment, {})
         return source
 
     def _end(self, ingress: str, source: _Ingress) -> None:

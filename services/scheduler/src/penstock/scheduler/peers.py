@@ -1,4 +1,4 @@
-"""Peers: which schedulers and ingresses are alive, by their heartbeats."""
+"""Peers: which other services are alive, by their heartbeats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penstock.common.messages import Heartbeat
 SILENCE_S = 3.5
 MAX_PEERS = 4096
 
-SCHEDULER, INGRESS = "scheduler", "ingress"
+SCHEDULER, INGRESS, DISCOVERY = "scheduler", "ingress", "discovery"
 
 
 class Peers:
@@ -25,7 +25,9 @@ class Peers:
         key = beat.service, beat.id
         if (*key, beat.incarnation) == (self._own.service, self._own.id, self._own.incarnation):
             return
-        if beat.service not in (SCHEDULER, INGRESS) or (beat.service == SCHEDULER and not beat.ready):
+        if beat.service not in (SCHEDULER, INGRESS, DISCOVERY) or (
+            beat.service == SCHEDULER and not beat.ready
+        ):
             self._heard.pop(key, None)
         elif key in self._heard or len(self._heard) < MAX_PEERS:
             self._heard[key] = now
@@ -39,6 +41,11 @@ class Peers:
     def replicas(self) -> int:
         """Schedulers alive, this one included."""
         return 1 + sum(service == SCHEDULER for service, _ in self._heard)
+
+    @property
+    def discoveries(self) -> int:
+        """Replicas of discovery alive, ready or not."""
+        return sum(service == DISCOVERY for service, _ in self._heard)
 
     @property
     def ingresses(self) -> list[str]:

@@ -47,6 +47,7 @@ from penstock.common.subjects import (
 )
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.instruments import Instruments
+from penstock.scheduler.peers import SILENCE_S
 from penstock.scheduler.policies.table import build
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
@@ -89,6 +90,7 @@ class SchedulerService:
         # By the queue group and by this replica's id; empty until they are taken.
         self._requests: tuple[Subscription, ...] = ()
         self._stopping = self._registry_lost = False
+        self._discovery_heard = self._discovery_silent = False
         lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
         lifecycle.require("requests", self._not_taken)
         self._lifecycle = lifecycle
@@ -214,13 +216,30 @@ class SchedulerService:
             "registry lost, its last known state is used" if lost else "registry is back",
             extra={"fields": {"cause": cause, "instances": len(self.replica.table)}},
         )
-        degraded = DegradedEvent(self._own.service, self._own.id, "registry", lost, cause)
-        self._events.emit(DEGRADED, "", self._own.service, degraded)
+        self._degraded("registry", lost, cause)
+
+    def _listen_for_discovery(self) -> None:
+        """Nobody keeps the registry while discovery is silent. Heard through a bus that is there only."""
+        heard = self.replica.peers.discoveries > 0
+        self._discovery_heard |= heard
+        here = self._bus.connected and self._clock() - self._connected_at > SILENCE_S
+        silent = self._discovery_heard and not heard
+        if silent is self._discovery_silent or (silent and not here):
+            return
+        self._discovery_silent = silent
+        log.warning("discovery is silent, instances are not checked" if silent else "discovery is back")
+        self._degraded("discovery", silent, f"no heartbeat for {SILENCE_S:g} s" if silent else "")
+
+    def _degraded(self, what: str, active: bool, cause: str) -> None:
+        event = DegradedEvent(self._own.service, self._own.id, what, active, cause)
+        self._events.emit(DEGRADED, "", self._own.service, event)
 
     async def _keep_house(self) -> None:
         while True:
-            for ingress in self.replica.expire(self._clock()):
-                log.warning("ingress is silent, its work is released", extra={"fields": {"ingress": ingress}})
+            if silent := self.replica.expire(self._clock()):
+                fields = {"ingresses": len(silent), "ids": silent[:LOGGED_IDS]}
+                log.warning("ingresses are silent, their work is released", extra={"fields": fields})
+            self._listen_for_discovery()
             self._instruments.refresh()
             if not self._requests and not self._stopping and not self._awaited():
                 await self._take_requests()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (asyncio.CancelledError, KeyboardInterrupt):
         return INTERRUPTED
-    return _tell(settings, run)
+    return tell(settings, run)
 
 
 async def _until_told(settings: BenchSettings) -> Run:
@@ -48,8 +48,9 @@ async def _until_told(settings: BenchSettings) -> Run:
     return await bench(settings)
 
 
-def _tell(settings: BenchSettings, run: Run) -> int:
-    print("\n".join([*header(settings, run), "", table(run.results, run.measures, run.ways), ""]))
+def tell(settings: BenchSettings, run: Run) -> int:
+    """Print and write what a run found; the exit code."""
+    print("\n".join([*header(settings, run), "", table(settings, run), ""]))
     for note in run.notes:
         print(f"note: {note}")
     for cause, count in run.failures.most_common(SHOWN_FAILURES):

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 from penstock.cli.bench.clients import Address, Tally
-from penstock.cli.bench.loads import LAST_ANSWER_S
+from penstock.cli.bench.window import PATIENCE_S
 from penstock.cli.bench.wire import head
 
 # Between two beginnings: what a body costs the load generator and the engine stays a small share.
@@ -40,7 +40,7 @@ class Attack:
 
     async def _once(self) -> None:
         try:
-            async with asyncio.timeout(LAST_ANSWER_S):
+            async with asyncio.timeout(PATIENCE_S):
                 answer = await self._send()
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError) as exc:
             self._tally.fail(f"no answer to a hostile body: {exc!r}")

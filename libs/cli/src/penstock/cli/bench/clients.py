@@ -17,6 +17,8 @@ CONNECT_BATCH = 100
 SHOWN_BYTES = 200
 # Failures that are kept as text; the others are counted.
 KEPT_FAILURES = 100
+# Of an answer that is not whole; the load generator's own are far smaller.
+MAX_HELD_BYTES = 64 * 1024
 _OK = b"HTTP/1.1 200 "
 
 
@@ -76,6 +78,7 @@ class Client(asyncio.Protocol):
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.busy = False
         if not self.failed:
             self.failed = True
             self._tally.fail(f"connection lost: {exc or 'closed'}")
@@ -109,10 +112,15 @@ class ChatClient(Client):
             tally.strays += self._mark not in data
             tally.times_ns.append(now_ns - self._asked_ns)
             self._finished(self)
-        elif end < 0 or (data.startswith(_OK) and self._expected.startswith(data[end + 4 :])):
+        elif self._may_become_whole(data, end):
             self._held = data
         else:
             self.fail(f"another answer than expected: {data[: end + SHOWN_BYTES]!r}")
+
+    def _may_become_whole(self, data: bytes, end: int) -> bool:
+        if end < 0:
+            return len(data) < MAX_HELD_BYTES
+        return data.startswith(_OK) and self._expected.startswith(data[end + 4 :])
 
 
 class StreamClient(Client):
@@ -157,7 +165,7 @@ class StreamClient(Client):
     def _begin(self, data: bytes) -> bytes:
         """Check the head; what follows it."""
         end = data.find(b"\r\n\r\n")
-        if end < 0:
+        if end < 0 and len(data) < MAX_HELD_BYTES:
             self._held = data
             return b""
         self._held = b""
@@ -187,6 +195,8 @@ class StreamClient(Client):
         tally.done += number - self.received
         self.received = number
         self._payload = payload[at:]
+        if len(self._payload) > EVENT_BYTES:
+            self.fail(f"more than {self._chunks} chunks: {self._payload[:SHOWN_BYTES]!r}")
 
     def _end(self) -> None:
         if self.received != self._chunks or self._payload != DONE:
@@ -207,10 +217,15 @@ async def connect(
 ) -> list[ClientT]:
     """Open this many, evenly over the addresses. Raises OSError, TimeoutError."""
     opened: list[ClientT] = []
-    async with asyncio.timeout(CONNECT_S):
-        while len(opened) < connections:
-            batch = range(len(opened), min(connections, len(opened) + CONNECT_BATCH))
-            opened += await asyncio.gather(*(_open(make, addresses[n % len(addresses)]) for n in batch))
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            while len(opened) < connections:
+                batch = range(len(opened), min(connections, len(opened) + CONNECT_BATCH))
+                opened += await asyncio.gather(*(_open(make, addresses[n % len(addresses)]) for n in batch))
+    except (OSError, TimeoutError):
+        for client in opened:
+            client.close()
+        raise
     return opened
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Far more than any chunk that an event stream is made of.
+MAX_HELD_BYTES = 1024 * 1024
+
 
 class NotChunked(Exception):
     """Bytes that are not the chunks they should be."""
@@ -27,6 +30,8 @@ class Dechunker:
         if len(tokens) % 2:
             self._held = b"%b\r\n%b" % (tokens.pop(), self._held)
         sizes, payloads = tokens[::2], tokens[1::2]
+        if len(self._held) > MAX_HELD_BYTES:
+            raise NotChunked(f"a chunk of more than {MAX_HELD_BYTES} bytes: {self._held[:80]!r}")
         try:
             right = [int(size, 16) for size in sizes] == [len(payload) for payload in payloads]
         except ValueError:

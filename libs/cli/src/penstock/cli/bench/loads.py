@@ -14,8 +14,6 @@ from penstock.cli.bench.clients import Address, ChatClient, Client, StreamClient
 from penstock.cli.bench.window import Slot, Window
 from penstock.cli.bench.wire import Requests
 
-# Answers still under way when a window is over get this long.
-LAST_ANSWER_S = 15.0
 POLL_S = 0.02
 # At 200 requests a second, stalls of a third of a second fit in before requests queue.
 OPEN_LOOP_CONNECTIONS = 64
@@ -56,24 +54,24 @@ async def paced_streams(slot: Slot, body_bytes: int, streams: int, pace_ms: int)
             loop.call_later(slot.rng.random() * pace_s, client.ask, *next(requests))
         await asyncio.sleep(pace_s + slot.warm_s)
         window = await slot.window()
-        await _settled(slot.tally, clients)
+        await _settled(slot, clients)
     return window
 
 
-async def held_streams(slot: Slot, body_bytes: int, streams: int, measure: Callable[[], float]) -> float:
+async def held_streams(
+    slot: Slot, body_bytes: int, streams: int, measure: Callable[[], float], pace_ms: int = HELD_PACE_MS
+) -> float:
     """`measure` while this many streams are open, each of which has had its first chunk."""
-    requests = iter(
-        Requests(slot.rng, body_bytes, slot.way.headers, chunks=HELD_CHUNKS, pace_ms=HELD_PACE_MS)
-    )
+    requests = iter(Requests(slot.rng, body_bytes, slot.way.headers, chunks=HELD_CHUNKS, pace_ms=pace_ms))
     make = partial(StreamClient, slot.tally, _enough, HELD_CHUNKS)
     async with _clients(make, slot.way.for_streams, streams) as clients:
         for client in clients:
             client.ask(*next(requests))
-        await _until(lambda: all(client.received or client.failed for client in clients))
+        await _until(lambda: all(client.received or client.failed for client in clients), slot.patience_s)
         measured = measure()
         if any(not client.busy and not client.failed for client in clients):
             slot.tally.fail(f"some of {streams} streams had ended before the last was open")
-        await _settled(slot.tally, clients)
+        await _settled(slot, clients)
     return measured
 
 
@@ -110,7 +108,7 @@ async def steady_chats(slot: Slot, body_bytes: int, rate_rps: float) -> Window:
             await asyncio.sleep(slot.warm_s)
             window = await slot.window()
         waiting.clear()
-        await _settled(slot.tally, clients)
+        await _settled(slot, clients)
     return window
 
 
@@ -133,7 +131,7 @@ async def _closed_loop(
         await asyncio.sleep(slot.warm_s)
         window = await slot.window()
         running = False
-        await _settled(slot.tally, clients)
+        await _settled(slot, clients)
     return window
 
 
@@ -170,18 +168,18 @@ async def _clients(
             client.close()
 
 
-async def _settled(tally: Tally, clients: Sequence[Client]) -> None:
+async def _settled(slot: Slot, clients: Sequence[Client]) -> None:
     """Wait for the answers that are due; one that does not come has failed."""
-    if not await _until(lambda: not any(client.busy for client in clients)):
-        for client in clients:
-            if client.busy:
-                client.fail(f"no whole answer within {LAST_ANSWER_S:g} s")
+    await _until(lambda: not any(client.busy for client in clients), slot.patience_s)
+    for client in clients:
+        if client.busy:
+            client.fail(f"no whole answer within {slot.patience_s:g} s")
 
 
-async def _until(true: Callable[[], bool]) -> bool:
-    deadline = time.perf_counter() + LAST_ANSWER_S
+async def _until(true: Callable[[], bool], limit_s: float) -> None:
+    """Return when `true` is, or after `limit_s`."""
+    deadline = time.perf_counter() + limit_s
     while not true():
         if time.perf_counter() > deadline:
-            return False
+            return
         await asyncio.sleep(POLL_S)
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,7 +11,7 @@ from penstock.cli.bench.attack import Attack
 from penstock.cli.bench.cores import resident_mb
 from penstock.cli.bench.settings import BenchSettings
 from penstock.cli.bench.shapes import SHAPES
-from penstock.cli.bench.way import DIRECT, GATEWAY, LEAST_REQUEST, LOCAL, NATS, NGINX, REST, SCHEDULER
+from penstock.cli.bench.way import DIRECT, GATEWAY, NATS, PREFIX_CACHE, REST, SCHEDULER, WAYS
 from penstock.cli.bench.window import Slot, Window
 
 SMALL_BYTES, LARGE_BYTES = 1024, 16 * 1024
@@ -46,112 +46,64 @@ class Column:
 
 @dataclass(frozen=True)
 class Measure:
-    """A part of the table. `ways` are those that it is for; empty: all."""
+    """A part of the table; names of settings stand in the title's braces.
+
+    `skips` are ways that would show nothing of their own, `peers` whether other routers take part.
+    """
 
     name: str
     title: str
-    run: Callable[[Slot], Awaitable[Figures]]
+    run: Callable[[Slot, BenchSettings], Awaitable[Figures]]
     columns: Sequence[Column]
-    ways: Sequence[str] = ()
+    skips: Sequence[str] = ()
+    peers: bool = True
     when: When = When.ROUNDS
 
-
-_EACH = (
-    Column("gateway", "gateway_us", 1),
-    Column("scheduler", "scheduler_us", 1),
-    Column("NATS", "nats_us", 1),
-    Column("rest", "rest_us", 1),
-)
-_RATES = (
-    Column("busy %", "busy_percent"),
-    Column("per core-s", "per_core"),
-    Column("x nginx", "per_core", 2, Against.BASE),
-)
+    def ways(self, every: Iterable[str]) -> list[str]:
+        """Those of `every` that are measured."""
+        return [way for way in every if way not in self.skips and (self.peers or way in WAYS)]
 
 
-def measures(settings: BenchSettings) -> list[Measure]:
-    """Everything, in the order of the table."""
-    rate, connections, streams = settings.rate, settings.connections, settings.streams
-    chat_columns = (Column("req/s", "rate"), Column("x nginx", "rate", 2, Against.BASE), *_RATES, *_EACH)
-
-    async def small(slot: Slot) -> Figures:
-        return _figures(await loads.chats(slot, SMALL_BYTES, connections))
-
-    async def large(slot: Slot) -> Figures:
-        return _figures(await loads.chats(slot, LARGE_BYTES, connections))
-
-    async def latency(slot: Slot) -> Figures:
-        return _times(await loads.steady_chats(slot, SMALL_BYTES, rate))
-
-    async def paced(slot: Slot) -> Figures:
-        window = await loads.paced_streams(slot, SMALL_BYTES, streams, settings.pace_ms)
-        return _figures(window) | _times(window)
-
-    async def fast(slot: Slot) -> Figures:
-        return _figures(await loads.fast_streams(slot, SMALL_BYTES, streams))
-
-    async def memory(slot: Slot) -> Figures:
-        return await _memory(slot, settings.open_streams)
-
-    async def hostile(slot: Slot) -> Figures:
-        return await _hostile(slot, rate)
-
-    return [
-        Measure("chat-1k", f"1 KB chats, {connections} connections", small, chat_columns),
-        Measure("chat-16k", f"16 KB chats, {connections} connections", large, chat_columns),
-        Measure("latency", f"1 KB chats at {rate:g} a second", latency, _latency_columns("")),
-        Measure(
-            "paced",
-            f"{streams} streams, chunks {settings.pace_ms} ms apart: CPU and delay of a chunk",
-            paced,
-            (Column("chunks/s", "rate"), *_paced_columns(), *_latency_columns("delay ")),
-        ),
-        Measure(
-            "fast",
-            f"{streams} streams as fast as they go: chunks",
-            fast,
-            (Column("chunks/s", "rate"), Column("x nginx", "rate", 2, Against.BASE), *_RATES, _EACH[0]),
-        ),
-        Measure(
-            "memory",
-            f"memory, idle and with {settings.open_streams} open streams",
-            memory,
-            (
-                Column("idle MB", "idle_mb", 1),
-                Column("open MB", "open_mb", 1),
-                Column("KB/stream", "stream_kb", 1),
-            ),
-            ways=(NGINX, LOCAL, LEAST_REQUEST),
-            when=When.FIRST,
-        ),
-        Measure(
-            "hostile",
-            f"1 KB chats at {rate:g} a second beside one client's bodies of 4 MiB: added p99, us",
-            hostile,
-            (
-                Column("quiet p99", "quiet_us"),
-                *(Column(f"+ {name}", name) for name in SHAPES),
-                Column("worst us", "worst_us"),
-                Column("bodies", "bodies"),
-                Column("refused", "refused"),
-            ),
-            ways=(DIRECT, NGINX, LOCAL, LEAST_REQUEST),
-            when=When.LAST,
-        ),
-    ]
+async def _small_chats(slot: Slot, settings: BenchSettings) -> Figures:
+    return _figures(await loads.chats(slot, SMALL_BYTES, settings.connections))
 
 
-def _latency_columns(what: str) -> tuple[Column, ...]:
-    return (
-        Column(f"{what}p50 us", "p50_us"),
-        Column("added p50", "p50_us", 0, Against.DIRECT),
-        Column(f"{what}p99 us", "p99_us"),
-        Column("added p99", "p99_us", 0, Against.DIRECT),
-    )
+async def _large_chats(slot: Slot, settings: BenchSettings) -> Figures:
+    return _figures(await loads.chats(slot, LARGE_BYTES, settings.connections))
 
 
-def _paced_columns() -> tuple[Column, ...]:
-    return Column("gateway us", "gateway_us", 1), Column("x nginx", "gateway_us", 2, Against.BASE)
+async def _latency(slot: Slot, settings: BenchSettings) -> Figures:
+    return _times(await loads.steady_chats(slot, SMALL_BYTES, settings.rate))
+
+
+async def _paced(slot: Slot, settings: BenchSettings) -> Figures:
+    window = await loads.paced_streams(slot, SMALL_BYTES, settings.streams, settings.pace_ms)
+    return _figures(window) | _times(window)
+
+
+async def _fast(slot: Slot, settings: BenchSettings) -> Figures:
+    return _figures(await loads.fast_streams(slot, SMALL_BYTES, settings.streams))
+
+
+async def _memory(slot: Slot, settings: BenchSettings) -> Figures:
+    gateway, streams = slot.way.parts[GATEWAY], settings.open_streams
+    idle_mb = resident_mb(gateway)
+    open_mb = await loads.held_streams(slot, SMALL_BYTES, streams, lambda: resident_mb(gateway))
+    return {"idle_mb": idle_mb, "open_mb": open_mb, "stream_kb": (open_mb - idle_mb) * 1000 / streams}
+
+
+async def _hostile(slot: Slot, settings: BenchSettings) -> Figures:
+    quiet = _times(await loads.steady_chats(slot, SMALL_BYTES, settings.rate))
+    figures = {"quiet_us": quiet["p99_us"], "worst_us": 0.0, "bodies": 0.0, "refused": 0.0}
+    for name, shape in SHAPES.items():
+        attack = Attack(slot.way.addresses[0], shape(), slot.way.headers, slot.tally)
+        async with loads.beside(attack.run(), f"attack-{name}"):
+            stalled = _times(await loads.steady_chats(slot, SMALL_BYTES, settings.rate))
+        figures[name] = stalled["p99_us"] - quiet["p99_us"]
+        figures["worst_us"] = max(figures["worst_us"], stalled["max_us"])
+        figures["bodies"] += attack.statuses.total()
+        figures["refused"] += sum(n for status, n in attack.statuses.items() if status.startswith("4"))
+    return figures
 
 
 def _figures(window: Window) -> Figures:
@@ -176,22 +128,77 @@ def _times(window: Window) -> Figures:
     }
 
 
-async def _memory(slot: Slot, streams: int) -> Figures:
-    gateway = slot.way.parts[GATEWAY]
-    idle_mb = resident_mb(gateway)
-    open_mb = await loads.held_streams(slot, SMALL_BYTES, streams, lambda: resident_mb(gateway))
-    return {"idle_mb": idle_mb, "open_mb": open_mb, "stream_kb": (open_mb - idle_mb) * 1000 / streams}
+_GATEWAY_US = Column("gateway us", "gateway_us", 1)
+_RATES = (
+    Column("x nginx", "rate", 2, Against.BASE),
+    Column("busy %", "busy_percent"),
+    Column("per core-s", "per_core"),
+    Column("x nginx", "per_core", 2, Against.BASE),
+    _GATEWAY_US,
+)
+_CHAT = (
+    Column("req/s", "rate"),
+    *_RATES,
+    Column("scheduler", "scheduler_us", 1),
+    Column("NATS", "nats_us", 1),
+    Column("rest", "rest_us", 1),
+)
+_TIMES = (
+    Column("p50 us", "p50_us"),
+    Column("added p50", "p50_us", 0, Against.DIRECT),
+    Column("p99 us", "p99_us"),
+    Column("added p99", "p99_us", 0, Against.DIRECT),
+)
+_BYTES = (
+    Column("idle MB", "idle_mb", 1),
+    Column("open MB", "open_mb", 1),
+    Column("KB/stream", "stream_kb", 1),
+)
+_STALLS = (
+    Column("quiet p99", "quiet_us"),
+    *(Column(f"+ {name}", name) for name in SHAPES),
+    Column("worst us", "worst_us"),
+    Column("bodies", "bodies"),
+    Column("refused", "refused"),
+)
 
-
-async def _hostile(slot: Slot, rate: float) -> Figures:
-    quiet = _times(await loads.steady_chats(slot, SMALL_BYTES, rate))
-    figures = {"quiet_us": quiet["p99_us"], "worst_us": 0.0, "bodies": 0.0, "refused": 0.0}
-    for name, shape in SHAPES.items():
-        attack = Attack(slot.way.addresses[0], shape(), slot.way.headers, slot.tally)
-        async with loads.beside(attack.run(), f"attack-{name}"):
-            stalled = _times(await loads.steady_chats(slot, SMALL_BYTES, rate))
-        figures[name] = stalled["p99_us"] - quiet["p99_us"]
-        figures["worst_us"] = max(figures["worst_us"], stalled["max_us"])
-        figures["bodies"] += attack.statuses.total()
-        figures["refused"] += sum(n for status, n in attack.statuses.items() if status.startswith("4"))
-    return figures
+# In the order of the table.
+TABLE = (
+    Measure("chat-1k", "1 KB chats, {connections} connections", _small_chats, _CHAT),
+    Measure("chat-16k", "16 KB chats, {connections} connections", _large_chats, _CHAT),
+    Measure("latency", "1 KB chats at {rate:g} a second", _latency, _TIMES),
+    Measure(
+        "paced",
+        "{streams} streams, chunks {pace_ms} ms apart: CPU and delay of a chunk",
+        _paced,
+        (
+            Column("chunks/s", "rate"),
+            _GATEWAY_US,
+            Column("x nginx", "gateway_us", 2, Against.BASE),
+            *_TIMES,
+        ),
+    ),
+    Measure(
+        "fast",
+        "{streams} streams as fast as they go: chunks",
+        _fast,
+        (Column("chunks/s", "rate"), *_RATES),
+    ),
+    Measure(
+        "memory",
+        "memory, idle and with {open_streams} open streams",
+        _memory,
+        _BYTES,
+        skips=(DIRECT, PREFIX_CACHE),
+        when=When.FIRST,
+    ),
+    Measure(
+        "hostile",
+        "1 KB chats at {rate:g} a second beside one client's bodies of 4 MiB: added p99, us",
+        _hostile,
+        _STALLS,
+        skips=(PREFIX_CACHE,),
+        peers=False,
+        when=When.LAST,
+    ),
+)

@@ -18,15 +18,19 @@ GAP = "  "
 BUSY_PERCENT = 10
 
 
-def table(results: Results, measures: Sequence[Measure], ways: Sequence[str]) -> str:
+def table(settings: BenchSettings, run: Run) -> str:
     """A block for each measure, a line for each way."""
-    base = NGINX if NGINX in ways else DIRECT
-    blocks = [_block(results, measure, ways, base) for measure in measures]
+    base = NGINX if NGINX in run.ways else DIRECT
+    named = settings.model_dump()
+    blocks = (
+        [measure.title.format_map(named), *_block(run.results, measure, run.ways, base)]
+        for measure in run.measures
+    )
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
 def _block(results: Results, measure: Measure, ways: Sequence[str], base: str) -> list[str]:
-    rows = [way for way in ways if way in measure.ways or not measure.ways]
+    rows = measure.ways(ways)
     cells = [
         [column.heading.replace(NGINX, base), *(_cell(results, measure, way, column, base) for way in rows)]
         for column in measure.columns
@@ -34,25 +38,33 @@ def _block(results: Results, measure: Measure, ways: Sequence[str], base: str) -
     names = ["", *rows]
     columns = [names, *cells]
     widths = [max(map(len, column)) for column in columns]
-    lines = [
+    return [
         GAP.join(
             text.ljust(width) if number == 0 else text.rjust(width)
             for number, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in zip(*columns, strict=True)
     ]
-    return [measure.title, *lines]
 
 
 def _cell(results: Results, measure: Measure, way: str, column: Column, base: str) -> str:
-    if column.against is Against.NOTHING:
-        spread = results.spread(measure.name, way, column.metric)
-        return "" if spread is None else f"{spread.median:,.{column.digits}f}"
+    if column.against is not Against.NOTHING:
+        _, spread = _comparison(results, measure, way, column, base)
+        return "" if spread is None else _with_range(spread, column.digits)
+    spread = results.spread(measure.name, way, column.metric)
+    return "" if spread is None else f"{spread.median:,.{column.digits}f}"
+
+
+def _comparison(
+    results: Results, measure: Measure, way: str, column: Column, base: str
+) -> tuple[str, Spread | None]:
+    """What is compared with what, and the outcome; None where a way would be compared with itself."""
+    metric = column.metric
     if column.against is Against.BASE:
-        spread = None if way == base else results.ratio(measure.name, way, column.metric, base)
-    else:
-        spread = None if way == DIRECT else results.added(measure.name, way, column.metric, DIRECT)
-    return "" if spread is None else _with_range(spread, column.digits)
+        ratio = results.ratio(measure.name, way, metric, base) if way != base else None
+        return f"{metric} / {base}", ratio
+    added = results.added(measure.name, way, metric, DIRECT) if way != DIRECT else None
+    return f"{metric} - {DIRECT}", added
 
 
 def _with_range(spread: Spread, digits: int) -> str:
@@ -99,16 +111,6 @@ def as_json(settings: BenchSettings, run: Run) -> dict[str, Any]:
 
 
 def _compared(results: Results, measure: Measure, way: str, base: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for column in measure.columns:
-        if column.against is Against.BASE:
-            spread = results.ratio(measure.name, way, column.metric, base)
-            name = f"{column.metric} / {base}"
-        elif column.against is Against.DIRECT:
-            spread = results.added(measure.name, way, column.metric, DIRECT)
-            name = f"{column.metric} - {DIRECT}"
-        else:
-            continue
-        if spread is not None:
-            found[name] = spread._asdict()
-    return found
+    columns = [column for column in measure.columns if column.against is not Against.NOTHING]
+    found = (_comparison(results, measure, way, column, base) for column in columns)
+    return {name: spread._asdict() for name, spread in found if spread is not None}

@@ -18,7 +18,7 @@ import psutil
 
 from penstock.cli.bench.clients import Tally
 from penstock.cli.bench.cores import Cores, choose_cores, pin
-from penstock.cli.bench.measures import Figures, Measure, When, measures
+from penstock.cli.bench.measures import TABLE, Figures, Measure, When
 from penstock.cli.bench.results import Results
 from penstock.cli.bench.settings import MEASURES, BenchSettings, chosen
 from penstock.cli.bench.stand import Stand
@@ -65,7 +65,8 @@ class Run:
 async def bench(settings: BenchSettings) -> Run:
     """Everything, from nothing to nothing. Raises BenchFailed."""
     seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
-    run = Run(seed, time.monotonic(), measures=_chosen(settings))
+    names = chosen(settings.measures, MEASURES)
+    run = Run(seed, time.monotonic(), measures=[m for m in TABLE if m.name in names])
     cores = choose_cores()
     run.pinned = cores.pinned
     # All that is started from here on inherits it; gateways get their own core later.
@@ -82,11 +83,6 @@ async def bench(settings: BenchSettings) -> Run:
     return run
 
 
-def _chosen(settings: BenchSettings) -> list[Measure]:
-    names = chosen(settings.measures, MEASURES)
-    return [measure for measure in measures(settings) if measure.name in names]
-
-
 async def _rounds(settings: BenchSettings, run: Run, stand: Stand, ways: Sequence[Way], cores: Cores) -> None:
     rng = random.Random(run.seed)
     gc.collect()
@@ -98,18 +94,18 @@ async def _rounds(settings: BenchSettings, run: Run, stand: Stand, ways: Sequenc
         due = [measure for measure in run.measures if measure.when is when]
         for measure in rng.sample(due, len(due)):
             print(f"{measure.name}, round {number}", file=sys.stderr)
-            mine = [way for way in ways if way.name in measure.ways or not measure.ways]
-            for way in rng.sample(mine, len(mine)):
+            names = measure.ways(way.name for way in ways)
+            for way in rng.sample([way for way in ways if way.name in names], len(names)):
                 stand.check()
                 gc.collect()
                 slot = Slot(way, settings.slot_s, Tally(way.mark), rng, cores)
-                run.add(measure, slot, number, await _figures(measure, slot))
+                run.add(measure, slot, number, await _figures(settings, measure, slot))
 
 
-async def _figures(measure: Measure, slot: Slot) -> Figures:
+async def _figures(settings: BenchSettings, measure: Measure, slot: Slot) -> Figures:
     try:
         async with asyncio.timeout(SLOT_MARGIN_S + 10 * slot.seconds):
-            return await measure.run(slot)
+            return await measure.run(slot, settings)
     except (OSError, TimeoutError, psutil.Error) as exc:
         slot.tally.fail(f"cannot be measured: {exc!r}")
         return {}

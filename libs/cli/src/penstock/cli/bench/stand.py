@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from penstock.common.settings import ENV_PREFIX
 
 HOST = "127.0.0.1"
 START_S, STOP_S, ANSWER_S = 60.0, DRAIN_S + 8.0, 5.0
-KEPT_LINES = 30
+KEPT_LINES, SHOWN_CHARACTERS = 12, 300
 _CHAT = msgspec.json.encode({"model": MODEL, "messages": [{"role": "user", "content": "Are you there?"}]})
 
 
@@ -42,8 +43,8 @@ class Stand:
     def __init__(self, settings: BenchSettings, folder: Path, cores: Cores) -> None:
         self._settings, self._folder, self._cores = settings, folder, cores
         self._supervisor = Supervisor(self._on_line, self._on_death)
-        self._lines: list[str] = []
-        self._deaths: list[str] = []
+        self._lines: dict[str, deque[str]] = {}
+        self._deaths: dict[str, str] = {}
         # Flags say what to run; settings that the user's environment holds are for other stacks.
         self._environ = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
         self._ports = FreePorts(HOST)
@@ -73,7 +74,7 @@ class Stand:
     def check(self) -> None:
         """Raises BenchFailed if a process has ended."""
         if self._deaths:
-            raise BenchFailed("\n".join([*self._lines, *self._deaths]))
+            raise BenchFailed(self._told(self._deaths, "; ".join(self._deaths.values())))
 
     def _contestants(self, wanted: Sequence[str], say: Callable[[str], None]) -> Iterator[Contestant]:
         engines, environ, log = self._engines, self._environ, self._settings.access_log
@@ -108,21 +109,25 @@ class Stand:
             try:
                 await until_ready(checks, lambda name: None, self.check, START_S)
             except NotReady as exc:
-                raise BenchFailed(
-                    "\n".join([*self._lines, f"not ready after {START_S:g} s: {exc}"])
-                ) from None
+                text = f"not ready after {START_S:g} s: {exc}"
+                raise BenchFailed(self._told(self._lines, text)) from None
         return [direct, *(way for contestant in contestants for way in self._ways(contestant))]
 
     def _ways(self, contestant: Contestant) -> list[Way]:
         return contestant.ways(Started(self._supervisor.children))
 
     def _on_line(self, child: Child, raw: bytes) -> None:
-        line = f"{child.command.name}: {raw.decode('utf-8', 'replace')}"
-        self._lines = [*self._lines, line][-KEPT_LINES:]
+        lines = self._lines.setdefault(child.command.name, deque(maxlen=KEPT_LINES))
+        lines.append(raw.decode("utf-8", "replace")[:SHOWN_CHARACTERS])
 
     def _on_death(self, child: Child, cause: str, delay_s: float) -> None:
         child.stopping.set()
-        self._deaths.append(f"{child.command.name} {cause}")
+        self._deaths[child.command.name] = f"{child.command.name} {cause}"
+
+    def _told(self, names: Iterable[str], text: str) -> str:
+        """A complaint, after the last lines of those whom it concerns."""
+        lines = [f"{name}: {line}" for name in names for line in self._lines.get(name, ())]
+        return "\n".join([*lines, text])
 
 
 async def _missing(session: aiohttp.ClientSession, find: Callable[[], Sequence[Way]]) -> str:

@@ -13,6 +13,8 @@ from penstock.cli.bench.cores import Cores, busy_s, cpu_by_part
 from penstock.cli.bench.way import GATEWAY, Way
 
 WARM_S = 0.3
+# Answers still under way when a window is over get this long.
+PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Slot:
     tally: Tally
     rng: random.Random
     cores: Cores
+    patience_s: float = PATIENCE_S
 
     @property
     def warm_s(self) -> float:

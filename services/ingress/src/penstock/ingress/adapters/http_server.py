@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 from typing import cast
@@ -28,6 +29,7 @@ FLUSH_CHECK_S = 0.05
 _RESET = struct.pack("ii", 1, 0)
 _GENERATION = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
 _INFO = frozenset({b"/v1/models", b"/health", b"/healthz", b"/readyz"})
+_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -132,8 +134,9 @@ class ClientConnection(asyncio.Protocol):
     def _read_head(self, data: bytes) -> None:
         buffer = self._buffer + data if self._buffer else data
         if buffer.startswith(b"\r\n"):
-            # RFC 9112 2.2: an empty line before a request is to be ignored.
-            buffer = buffer[2:]
+            # RFC 9112 2.2: an empty line before a request is to be ignored; all of them are, so that the
+            # pieces they come in make no difference.
+            buffer = _EMPTY_LINES.sub(b"", buffer, 1)
         if not self._buffer and buffer:
             self.deadline = self._gateway.clock() + self._gateway.settings.header_timeout
         end = buffer.find(b"\r\n\r\n")
@@ -151,7 +154,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if head.length > self._gateway.settings.buffer_limit:
             raise self._too_large()
-        self._chunked = ChunkedBody(collect=True) if head.length == CHUNKED else None
+        self._chunked = ChunkedBody(collect=True, refuse_tiny=True) if head.length == CHUNKED else None
         if not rest and head.minor and head.read.get(b"expect", b"").lower() == b"100-continue":
             self.write(_CONTINUE)
         if rest:
@@ -211,7 +214,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing, self._buffer, self._head = True, b"", None
         self._body.clear()
         self.deadline = self._gateway.clock() + LINGER_S
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             # Closing with bytes unread would reset the connection and take the answer with it.
             self._transport.write_eof()
 
