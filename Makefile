@@ -30,7 +30,7 @@ up: sync ## start the whole stack with simulated engines (ARGS="--sim 4 --port 9
 test: unit integration ## every test: unit, contract, integration with real servers
 
 unit: sync ## tests of the packages
-	$(BIN)/pytest libs services $(ARGS)
+	$(BIN)/pytest libs services tests/fuzz $(ARGS)
 
 integration: sync ## services as processes, real servers
 	$(BIN)/pytest tests/integration $(ARGS)
