@@ -117,6 +117,15 @@ def test_a_wrong_answer_is_printed_and_makes_the_exit_code_1(capsys: pytest.Capt
     assert "FAILED 2 times: local, chat-1k: another answer than expected" in capsys.readouterr().out
 
 
+def test_answers_that_came_another_way_are_noted_as_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    made = run(NGINX, LOCAL)
+    made.heads["local", "chat-1k"], made.strays["local", "chat-1k"] = 200, 3
+    made.heads["nginx", "chat-1k"], made.strays["nginx", "chat-1k"] = 100, 0
+    assert tell(read(), made) == 0
+    assert "note: local, chat-1k: 1.5% of the answers came another way\n" in capsys.readouterr().out
+    assert len(made.stray_notes()) == 1
+
+
 def test_a_busy_machine_is_said_to_be_one() -> None:
     made = run(NGINX, LOCAL)
     made.pinned = True

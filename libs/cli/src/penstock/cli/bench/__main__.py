@@ -51,7 +51,7 @@ async def _until_told(settings: BenchSettings) -> Run:
 def tell(settings: BenchSettings, run: Run) -> int:
     """Print and write what a run found; the exit code."""
     print("\n".join([*header(settings, run), "", table(settings, run), ""]))
-    for note in run.notes:
+    for note in (*run.notes, *run.stray_notes()):
         print(f"note: {note}")
     for cause, count in run.failures.most_common(SHOWN_FAILURES):
         print(f"FAILED {count} times: {cause}")

@@ -101,7 +101,7 @@ def as_json(settings: BenchSettings, run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "failed": run.failed,
         "failures": dict(run.failures),
-        "notes": run.notes,
+        "notes": [*run.notes, *run.stray_notes()],
         "figures": run.results.as_dict(),
         "compared": {
             measure.name: {way: _compared(run.results, measure, way, base) for way in run.ways}

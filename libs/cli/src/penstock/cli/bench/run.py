@@ -40,6 +40,8 @@ class Run:
     measures: list[Measure] = field(default_factory=list)
     failed: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    heads: Counter[tuple[str, str]] = field(default_factory=Counter)
+    strays: Counter[tuple[str, str]] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     pinned: bool = False
     seconds: float = 0.0
@@ -50,11 +52,16 @@ class Run:
         self.results.add(measure.name, slot.way.name, number, figures)
         self.failed += tally.failed
         self.failures.update(f"{slot.way.name}, {measure.name}: {cause}" for cause in tally.failures)
-        if tally.strays:
-            self.say(
-                f"{slot.way.name}, {measure.name}, round {number}: {tally.strays} of {tally.heads} answers "
-                "came another way"
-            )
+        self.heads[slot.way.name, measure.name] += tally.heads
+        self.strays[slot.way.name, measure.name] += tally.strays
+
+    def stray_notes(self) -> list[str]:
+        """Where answers did not come the way that was measured."""
+        return [
+            f"{way}, {measure}: {strays / self.heads[way, measure]:.1%} of the answers came another way"
+            for (way, measure), strays in sorted(self.strays.items())
+            if strays
+        ]
 
     def say(self, text: str) -> None:
         """For whoever waits, and for the end of the report."""
