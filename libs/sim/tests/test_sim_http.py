@@ -1,6 +1,7 @@
 """The HTTP interface, over real connections and with the official client."""
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -322,15 +323,19 @@ async def test_a_client_that_leaves_the_queue_ends_the_request_at_once(start: St
 
 
 async def test_a_slow_reader_gets_the_whole_stream(client: Client) -> None:
-    body = b'{"prompt": "a", "max_tokens": 20000, "stream": true}'
-    reader, writer = await asyncio.open_connection(client.instance.host, client.instance.port, limit=1024)
+    # More than the kernel holds for both ends: 4 MiB to send, what SO_RCVBUF says to receive.
+    tokens = 32_000
+    body = b'{"prompt": "a", "max_tokens": %d, "stream": true}' % tokens
+    sock = socket.create_connection((client.instance.host, client.instance.port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
+    reader, writer = await asyncio.open_connection(sock=sock)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
     writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     # The engine is done long before the reader; the rest waits for the reader, not in the engine.
     await client.eventually(running=0, open=1)
     data = await reader.read()
     writer.close()
-    assert data.count(b'"text":"') == 20_000
+    assert data.count(b'"text":"') == tokens
     assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     await client.eventually(open=0, aborted=0)
 
