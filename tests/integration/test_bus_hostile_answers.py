@@ -43,11 +43,11 @@ def answers(decision: str, engine: str) -> dict[str, tuple[bytes, set[int]]]:
     nan: list[Any] = ["r", [["rejection", decision, "saturated", "", float("nan")]]]
     return {
         "a policy of control characters": (reply(good), {200}),
-        "a refusal of control characters": (reply(no), {429}),
+        "a refusal of control characters": (reply(no), {429, 503}),
         "no outcome": (reply(), {200}),
         "an instance that nobody knows": (reply(Placement(decision, EVIL_TEXT)), {200}),
         "somebody else's decision": (reply(Placement("other", engine)), {200}),
-        "the same decision often": (reply(*[good] * 31, no), {429}),
+        "the same decision often": (reply(*[good] * 31, no), {429, 503}),
         "more outcomes than a batch": (reply(*[good] * 33), {200}),
         "NaN seconds": (msgspec.msgpack.encode(nan), {200, 429}),
         "no message": (b"\xff" * 100, {200}),

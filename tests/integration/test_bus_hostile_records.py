@@ -50,7 +50,7 @@ HEADER_BLOCKS = [
 def stack() -> Iterator[StackOfUsers]:
     with stack_of_users() as stack:
         stack.start_sims(1)
-        stack.start_discovery("--source", SOURCE)
+        stack.start_discovery()
         stack.start_scheduler()
         stack.start_ingress()
         yield stack

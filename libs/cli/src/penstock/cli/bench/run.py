@@ -25,7 +25,7 @@ from penstock.cli.bench.stand import Stand
 from penstock.cli.bench.way import Way
 from penstock.cli.bench.window import Slot
 
-# What one measurement may take beside its windows (ten at most): connecting, warming up, last answers.
+# What one measurement may take beside its windows (eight at most): connecting, warming up, last answers.
 SLOT_MARGIN_S = 60.0
 
 
