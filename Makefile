@@ -52,7 +52,7 @@ contracts: sync ## the arrows between packages
 
 check: lint types contracts unit ## what a change must pass before review
 
-bench: sync ## the gateway against direct calls, CPU per request (ARGS="--seconds 5")
+bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
 	$(BIN)/python -m penstock.cli.bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
