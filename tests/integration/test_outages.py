@@ -99,19 +99,17 @@ async def test_two_schedulers_and_two_ingresses_share_the_work_and_agree(stack: 
     stack.start_scheduler()
     stack.start_ingress("--workers", "2")
     await stack.ready()
-    async with Load([i.url for i in stack.ingresses], clients=24) as load:
+    async with Load([i.url for i in stack.ingresses], clients=24) as load, aiohttp.ClientSession() as session:
         await load.answers(400)
-        async with aiohttp.ClientSession() as session:
-            decided = [
-                await metric(session, port, "penstock_scheduler_decisions_total")
-                for port in stack.scheduler_ports
-            ]
-            asked = [
-                await metric(session, i.admin_port, "penstock_ingress_placements_total")
-                for i in stack.ingresses
-            ]
-        assert all(decided)
-        assert all(asked)
+
+        async def everybody_works() -> bool:
+            # A replica is asked once its heartbeat is heard, up to a second after it is ready.
+            names = [(port, "scheduler_decisions") for port in stack.scheduler_ports]
+            names += [(ingress.admin_port, "ingress_placements") for ingress in stack.ingresses]
+            counts = [await metric(session, port, f"penstock_{name}_total") for port, name in names]
+            return all(counts)
+
+        await eventually(everybody_works)
         await load.stop()
         assert load.failures == []
     await nothing_in_flight(stack)

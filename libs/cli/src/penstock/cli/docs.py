@@ -14,7 +14,7 @@ from pydantic import Field
 from penstock.cli import event_lines
 from penstock.cli.tap import TapSettings
 from penstock.cli.up_settings import SERVICES, UpSettings
-from penstock.common import event_log, instances, messages, model, routing_events, subjects
+from penstock.common import event_log, instances, messages, model, permissions, routing_events, subjects
 from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
 from penstock.sim.settings import SimSettings
 
@@ -140,6 +140,7 @@ def _bus() -> Iterator[str]:
     yield from _table(heads, rows)
     yield "Messages are MessagePack. More waiting ones than that are dropped and counted.\n"
     yield from _stores(structs)
+    yield from _users()
     yield "## Messages and records\n"
     yield "What is an array takes further fields at its end only; what is none takes them anywhere.\n"
     yield from _struct_sections(structs)
@@ -169,6 +170,20 @@ def _stores(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
     yield from _table(
         ("stream", "subjects", "bytes of a message at most", "bytes at most", "age at most"), streams
     )
+
+
+def _users() -> Iterator[str]:
+    grants = permissions.GRANTS
+    granted = sorted({s for grant in grants.values() for s in (*grant.publish, *grant.subscribe)})
+
+    def who(kind: str, subject: str) -> str:
+        return ", ".join(_code(user) for user, grant in grants.items() if subject in getattr(grant, kind))
+
+    yield "## Users\n"
+    yield "What the users of `penstock up` may do, and nothing else ([guide](../guide/bus-security.md))."
+    yield "A subject followed by a name is subscribed to as a member of that queue group only.\n"
+    rows = ((_code(s), who("publish", s), who("subscribe", s)) for s in granted)
+    yield from _table(("subject", "may publish", "may subscribe"), rows)
 
 
 def _events() -> Iterator[str]:
