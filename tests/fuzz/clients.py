@@ -15,7 +15,8 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
-from penstock.ingress.adapters.http_server import ClientConnection, HttpServer
+from penstock.ingress.adapters.client_connection import ClientConnection
+from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
@@ -81,10 +82,10 @@ class Recorded(ClientConnection):
         super().__init__(server, gateway)
         self.requests: list[Request] = []
 
-    def _whole(self, body: bytes, rest: bytes) -> None:
+    def _whole(self, body: bytes | bytearray, rest: bytes) -> None:
         head = self._head
         assert isinstance(head, RequestHead)
-        self.requests.append(Request(head.method, head.target, body))
+        self.requests.append(Request(head.method, head.target, bytes(body)))
         super()._whole(body, rest)
 
 

@@ -9,7 +9,8 @@ import h11
 
 from fuzz.clients import Wire
 from penstock.common.telemetry import Metrics
-from penstock.ingress.adapters.engine_client import EngineClient, EngineConnection, Pool
+from penstock.ingress.adapters.engine_client import EngineClient, Pool
+from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.http_wire import CHUNKED, ResponseHead
 from penstock.ingress.ports import Upstream
 from penstock.ingress.settings import IngressSettings

@@ -13,6 +13,7 @@ from nats.aio.msg import Msg
 from integration.bus_users import StackOfUsers, stack_of_users
 from integration.hostile import EVIL_TEXT, attacker
 from integration.servers import eventually
+from integration.stack import metric
 from integration.under_attack import nothing_in_flight, response_head
 from penstock.common.codec import decode, encode
 from penstock.common.messages import Heartbeat, Placement, Reason, Rejection, ScheduleBatch, ScheduleReply
@@ -91,11 +92,16 @@ async def test_a_forged_heartbeat_does_not_make_anybody_wait_for_a_scheduler_tha
     unscheduled: StackOfUsers,
 ) -> None:
     await unscheduled.ready()
-    async with attacker(unscheduled.users, JOIN) as hostile:
+    (ingress,) = unscheduled.ingresses
+    asked = "penstock_ingress_schedule_attempts_total"
+    async with attacker(unscheduled.users, JOIN) as hostile, aiohttp.ClientSession() as session:
         for number in range(1000):
             beat = Heartbeat("scheduler", f"forged-{number}", "run", True)
             hostile.publish(HEARTBEAT.name("scheduler"), encode(beat))
         await hostile.settle()
+        await eventually(lambda: metric(session, ingress.admin_port, "penstock_ingress_schedulers"))
+        before = await metric(session, ingress.admin_port, asked)
         head = await response_head(unscheduled.url)
+        assert await metric(session, ingress.admin_port, asked) <= before + 2
         assert head.startswith(b"HTTP/1.1 200 ")
         assert b"routing-strategy: local" in head

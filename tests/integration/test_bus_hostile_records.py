@@ -9,14 +9,16 @@ from collections.abc import Iterator
 import aiohttp
 import msgspec
 import pytest
+from nats.js.errors import APIError
 
 from integration.bus_labs import collecting
-from integration.bus_users import StackOfUsers, stack_of_users
+from integration.bus_users import ALL, StackOfUsers, stack_of_users
 from integration.hostile import EVIL_TEXT, HOSTILE_VALUES, garbage, paths, replaced
 from integration.servers import eventually
 from integration.stack import MODEL, metric
 from integration.under_attack import admin_ports, attack, response_head
 from penstock.common.adapters.nats_bus import NatsBus
+from penstock.common.bus import Listing
 from penstock.common.codec import encode_record
 from penstock.common.instances import complete_key, instance_key
 from penstock.common.messages import (
@@ -44,6 +46,9 @@ HEADER_BLOCKS = [
     b"NATS/1.0\r\n" + b"a:b\r\n" * 100 + b"\r\n",
     b"NATS/1.0 \xff\xff\xff\r\n\xff:\xff\r\n\r\n",
 ]
+
+# What the server may not do to the other records of the bucket because of one.
+REFUSED_BLOCKS = [b"NATS/1.0\r\nNats-Rollup: all\r\n\r\n", b"NATS/1.0\r\nNats-TTL: 1s\r\n\r\n"]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ async def test_records_that_are_none_are_counted_and_cost_nobody_anything(stack:
         stack.ingresses.remove(ingress)
 
 
-@pytest.mark.parametrize("block", HEADER_BLOCKS, ids=range(len(HEADER_BLOCKS)))
+@pytest.mark.parametrize("block", HEADER_BLOCKS + REFUSED_BLOCKS, ids=repr)
 async def test_headers_of_a_record_do_not_blind_the_watch(stack: StackOfUsers, block: bytes) -> None:
     probe = record("probe", Endpoint("127.0.0.1", 9), "probe-model")
     async with attack(stack) as hostile, aiohttp.ClientSession() as session:
@@ -120,6 +125,27 @@ async def test_headers_of_a_record_do_not_blind_the_watch(stack: StackOfUsers, b
         await eventually(gone)
         for port in admin_ports(stack):
             assert await metric(session, port, "penstock_registry_lost") == 0
+        # Whoever lists the bucket from here on finds the fleet in it.
+        assert {instance_key(stack.engines[0]), complete_key(SOURCE)} <= await keys_of_a_new_listing(stack)
+
+
+async def test_a_purge_takes_nothing_out_of_the_registry(stack: StackOfUsers) -> None:
+    await stack.ready()
+    async with stack.users.client(ALL) as everything:
+        for subject in (None, subject_of("*")):
+            with pytest.raises(APIError, match="purge"):
+                await everything.client.jetstream().purge_stream(INSTANCES.stream, subject=subject)
+    assert {instance_key(stack.engines[0]), complete_key(SOURCE)} <= await keys_of_a_new_listing(stack)
+
+
+async def keys_of_a_new_listing(stack: StackOfUsers) -> set[str]:
+    bus = NatsBus(BusSettings(nats_url=stack.users.url("ingress")), "ingress/test", Metrics())
+    await bus.start()
+    async with collecting(bus.watch(INSTANCES)) as events:
+        await eventually(lambda: events)
+    await bus.close()
+    assert isinstance(events[0], Listing)
+    return set(events[0].entries)
 
 
 async def test_the_name_of_an_instance_adds_no_header_to_a_response(stack: StackOfUsers) -> None:
@@ -193,6 +219,8 @@ async def test_hostile_events_do_not_stop_whoever_follows_the_log(stack: StackOf
         subject = event_subject("outcome", "evil")
         for number, block in enumerate(HEADER_BLOCKS):
             hostile.publish(subject, b"%d" % number, block=block)
+        for block in REFUSED_BLOCKS:
+            hostile.publish(subject, b"refused", block=block)
         hostile.publish(subject, b"end")
         await hostile.settle()
         await eventually(lambda: stored and stored[-1].payload == b"end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -14,7 +15,8 @@ from integration.bus_labs import collecting
 from integration.bus_users import ALL, UserServer, server_with_users
 from integration.servers import eventually
 from penstock.common.adapters.nats_bus import NatsBus
-from penstock.common.permissions import AUDITOR, GRANTS, JOIN
+from penstock.common.bus import Listing
+from penstock.common.permissions import AUDITOR, GRANTS, JOIN, REGISTER
 from penstock.common.routing_events import DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import (
@@ -23,6 +25,7 @@ from penstock.common.subjects import (
     INSTANCES,
     LOAD,
     PLACED,
+    REGISTRATIONS,
     SCHEDULE,
     SCHEDULE_BY,
     STATUS,
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.integration
 
 SERVICES = frozenset({"ingress", "scheduler", "discovery", "mirror"})
 TRUSTED = SERVICES | {JOIN}
+REGISTERED = REGISTRATIONS.stream
 NOBODY: frozenset[str] = frozenset()
 LOG, REGISTRY = EVENTS.name, INSTANCES.stream
 READ_LOG = f"$JS.API.DIRECT.GET.{LOG}"
@@ -61,6 +65,7 @@ PUBLISHING: dict[str, frozenset[str]] = {
     event_subject(DEGRADED, ""): TRUSTED,
     event_subject("forged", "m"): NOBODY,
     INSTANCES.subject("instance.i"): who("discovery"),
+    REGISTRATIONS.subject("pod"): who("discovery", REGISTER),
     "_INBOX.ingress.id.run.answers.1": who("scheduler"),
     "_INBOX.ingress.id.run.consumer.1": NOBODY,
     "_INBOX.scheduler.id.run.answers.1": NOBODY,
@@ -77,10 +82,14 @@ PUBLISHING: dict[str, frozenset[str]] = {
     f"$JS.API.STREAM.CREATE.{REGISTRY}": who("discovery"),
     f"$JS.API.STREAM.UPDATE.{REGISTRY}": who("discovery"),
     f"$JS.API.STREAM.MSG.GET.{REGISTRY}": who("discovery"),
+    **{
+        f"$JS.API.{call}.{REGISTERED}": who("discovery")
+        for call in ("STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.MSG.GET", "CONSUMER.CREATE")
+    },
     f"$JS.API.CONSUMER.CREATE.{LOG}": NOBODY,
     **{
         f"$JS.API.STREAM.{call}.{stream}": NOBODY
-        for stream in (LOG, REGISTRY)
+        for stream in (LOG, REGISTRY, REGISTERED)
         for call in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE")
     },
     "$JS.API.STREAM.CREATE.ANOTHER": NOBODY,
@@ -103,7 +112,8 @@ SUBSCRIBING: dict[str, frozenset[str]] = {
     EVENTS.subjects[0]: frozenset({JOIN, AUDITOR}),
     event_filter(OUTCOME, "m"): frozenset({JOIN, AUDITOR}),
     INSTANCES.subject(">"): NOBODY,
-    **{f"_INBOX.{service}.>": who(service) | {AUDITOR} for service in SERVICES},
+    REGISTRATIONS.subject(">"): NOBODY,
+    **{f"_INBOX.{service}.>": who(service) | {AUDITOR} for service in (*SERVICES, REGISTER)},
     "_INBOX.>": frozenset({JOIN, AUDITOR}),
     "$SRV.PING": TRUSTED,
     "$JS.API.>": NOBODY,
@@ -148,11 +158,10 @@ async def test_nobody_gets_in_without_a_password(users: UserServer) -> None:
         bus = NatsBus(
             BusSettings(nats_url=f"nats://{address}127.0.0.1:{users.server.port}"), "x/y", Metrics()
         )
-        seen: list[str] = []
         users.server.process.lines.clear()
         await bus.start()
         await eventually(lambda: users.server.process.find("authentication error"))
-        assert not bus.connected, (address, seen)
+        assert not bus.connected, address
         await bus.close()
 
 
@@ -278,3 +287,25 @@ async def test_every_inbox_of_a_process_lies_below_the_name_of_its_service(users
         await bus.close()
     assert [inbox for inbox in inboxes if not inbox.startswith("_INBOX.ingress.test.")] == []
     assert users.server.process.find("Violation.*user:ingress.*_INBOX") is None
+
+
+@pytest.mark.parametrize("user", ["ingress", "scheduler", "discovery"])
+async def test_a_registry_too_large_to_be_sent_at_once_is_listed_all_the_same(
+    users: UserServer, user: str
+) -> None:
+    """Past a few megabytes the server waits to be told that they were taken."""
+    await make_streams(users)
+    writer = await connected(users, "discovery")
+    keys = [f"large.{number}" for number in range(200)]
+    await asyncio.gather(*(writer.put(INSTANCES, key, bytes(60_000)) for key in keys))
+    reader = await connected(users, user)
+    async with users.client(ALL) as everything, collecting(reader.watch(INSTANCES)) as events:
+        told = await everything.client.subscribe("$JS.FC.>")
+        await eventually(lambda: events)
+        assert isinstance(events[0], Listing)
+        assert set(keys) <= events[0].entries.keys()
+        await eventually(lambda: told.pending_msgs)
+    await asyncio.gather(*(writer.delete(INSTANCES, key) for key in keys))
+    for bus in (writer, reader):
+        await bus.close()
+    assert users.server.process.find(f'Violation.*user:{user}".*FC') is None

@@ -1,18 +1,20 @@
-"""Parts of the suite and engines freeze, die and come back under load, each for OUTAGE_S.
+"""Parts of the suite freeze and engines freeze, die and come back under load, each for OUTAGE_S.
 
-What is killed and restarted (scheduler, NATS with and without its store, discovery) is in test_outages.py.
+Parts that are killed and started again are in test_outages.py.
 The stack is shared: it has to heal by itself, so a drill that leaves something behind fails the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import aiohttp
 import pytest
 
 from integration.drills import CLIENTS, OUTAGE_S, drill, frozen, workers
+from integration.servers import eventually
 from integration.stack import Stack, chat, running_stack, stream_chat
 
 pytestmark = pytest.mark.integration
@@ -35,11 +37,11 @@ async def test_no_request_fails_while_the_only_scheduler_is_frozen(stack: Stack)
     async with drill(stack, "scheduler frozen") as d:
         with frozen(stack.schedulers[0]):
             await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
+            await d.said(stack.ingresses[0].process, "placing locally")
             await d.logged("degraded", what="placing locally", active=True)
             await d.runs(OUTAGE_S)
         await d.healed()
         await d.logged("degraded", what="placing locally", active=False)
-        stack.ingresses[0].process.wait_for_line("placing locally")
 
 
 async def test_no_request_fails_while_one_of_three_schedulers_is_frozen(stack: Stack) -> None:
@@ -50,7 +52,10 @@ async def test_no_request_fails_while_one_of_three_schedulers_is_frozen(stack: S
             with frozen(stack.schedulers[1]):
                 before = await d.timed_out()
                 await d.shows("penstock_ingress_schedulers", lambda v: v == 2)
-                await d.logged("degraded", what="avoiding a scheduler", active=True)
+                await d.said(stack.ingresses[0].process, "a scheduler does not answer")
+                await d.said(stack.schedulers[0], "a scheduler is silent")
+                for what in ("avoiding a scheduler", "a scheduler"):
+                    await d.logged("degraded", what=what, active=True)
                 first = await d.timed_out() - before
                 d.phase("avoided")
                 await d.runs(OUTAGE_S)
@@ -58,8 +63,8 @@ async def test_no_request_fails_while_one_of_three_schedulers_is_frozen(stack: S
             d.notes.append(f"attempts without an answer: {first:g} at first, {later:g} once it is avoided")
             # A third of them without the avoiding; what is left allows for a machine that stalls.
             assert later < 0.05 * len(d.load.phases[-1].seconds)
-            await d.logged("degraded", what="avoiding a scheduler", active=False)
-            stack.ingresses[0].process.wait_for_line("a scheduler does not answer")
+            for what in ("avoiding a scheduler", "a scheduler"):
+                await d.logged("degraded", what=what, active=False)
             await d.shows("penstock_ingress_schedulers", lambda v: v == 3)
             await d.healed()
     finally:
@@ -73,6 +78,7 @@ async def test_no_request_fails_while_all_schedulers_are_gone(stack: Stack) -> N
         stack.scheduler_ports.clear()
         await asyncio.to_thread(stack.schedulers.pop().kill)
         await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
+        await d.said(stack.ingresses[0].process, "placing locally")
         await d.logged("degraded", what="placing locally", active=True)
         await d.runs(OUTAGE_S)
         await asyncio.to_thread(stack.start_scheduler)
@@ -85,6 +91,8 @@ async def test_no_request_fails_while_nats_is_frozen(stack: Stack) -> None:
         with frozen(stack.nats):
             await d.shows("penstock_ingress_placing_locally", lambda v: v == 1)
             await d.shows("penstock_registry_lost", lambda v: v == 1)
+            await d.said(stack.ingresses[0].process, "placing locally")
+            await d.said(stack.ingresses[0].process, "connection to the bus lost")
             await d.runs(OUTAGE_S)
         await d.healed()
         await d.shows("penstock_registry_lost", lambda v: v == 0)
@@ -100,12 +108,12 @@ async def test_no_request_fails_while_discovery_is_frozen(stack: Stack) -> None:
         port = stack.scheduler_ports[0]
         with frozen(stack.discovery):
             await d.shows("penstock_scheduler_discoveries", lambda v: v == 0, port)
+            await d.said(stack.schedulers[0], "discovery is silent")
             await d.logged("degraded", what="discovery", active=True)
             await d.runs(OUTAGE_S)
         await d.logged("degraded", what="discovery", active=False)
         await d.shows("penstock_scheduler_discoveries", lambda v: v == 1, port)
         await d.healed()
-        stack.schedulers[0].wait_for_line("discovery is silent")
 
 
 async def test_a_killed_worker_takes_only_its_own_connections_along(stack: Stack) -> None:
@@ -119,6 +127,8 @@ async def test_a_killed_worker_takes_only_its_own_connections_along(stack: Stack
             lost.append(sum(c.laddr.port == ingress.port for c in victim.net_connections()))
             victim.kill()
             await d.shows("penstock_ingress_worker_restarts_total", lambda v: v == 1)
+            await d.said(ingress.process, "worker ended, restarting it")
+            await d.logged("degraded", what="worker")
             await d.runs(OUTAGE_S)
             await d.healed()
         assert 0 < lost[0] < 16
@@ -129,11 +139,13 @@ async def test_a_killed_worker_takes_only_its_own_connections_along(stack: Stack
 
 
 async def test_a_killed_engine_fails_only_what_ran_on_it(stack: Stack) -> None:
-    victim = stack.engines[0]
+    victim, discovery = stack.engines[0], stack.discovery
+    assert discovery is not None
     async with drill(stack, "engine killed", may_fail=lambda _: True) as d:
         await asyncio.to_thread(stack.sims[0].kill)
         await d.shows("penstock_registry_taking_work", lambda v: v == 2)
         await d.logged("instance", instance=victim, change="unhealthy")
+        await d.said(discovery, "instance unhealthy")
         await d.runs(OUTAGE_S)
         await asyncio.to_thread(stack.restart_sim, 0)
         await d.used(victim)
@@ -144,7 +156,8 @@ async def test_a_killed_engine_fails_only_what_ran_on_it(stack: Stack) -> None:
 
 
 async def test_requests_stuck_on_a_frozen_engine_end_at_their_timeout_and_no_others(stack: Stack) -> None:
-    victim = stack.engines[1]
+    victim, discovery = stack.engines[1], stack.discovery
+    assert discovery is not None
 
     def stuck(failure: str) -> bool:
         return "upstream_timeout" in failure
@@ -153,6 +166,7 @@ async def test_requests_stuck_on_a_frozen_engine_end_at_their_timeout_and_no_oth
         with frozen(stack.sims[1]):
             await d.shows("penstock_registry_taking_work", lambda v: v == 2)
             await d.logged("instance", instance=victim, change="unhealthy")
+            await d.said(discovery, "instance unhealthy")
             d.phase("out")
             await d.runs(max(OUTAGE_S, REQUEST_TIMEOUT_S))
             d.phase("later")
@@ -182,17 +196,25 @@ async def test_no_request_fails_while_an_engine_refuses_connections(stack: Stack
         async with d.session.post(f"http://{stack.engines[2]}/sim/fault", json=fault) as response:
             assert response.status < 300, await response.text()
         await d.shows("penstock_registry_taking_work", lambda v: v == 2)
+        await d.logged("instance", instance=stack.engines[2], change="unhealthy")
+        await d.runs(OUTAGE_S)
         await d.shows("penstock_registry_taking_work", lambda v: v == 3)
         await d.used(stack.engines[2])
         await d.logged("instance", instance=stack.engines[2], change="recovered")
 
 
-async def test_a_slow_engine_fails_nothing(stack: Stack) -> None:
+async def test_a_slow_engine_fails_nothing_and_shows_in_the_outcomes(stack: Stack) -> None:
+    def slow(line: str) -> bool:
+        """The line of a request, which is its outcome event, names the engine and the time it took."""
+        said = json.loads(line)
+        return bool(said.get("instance") == stack.engines[2] and said.get("ttft_ms", 0) >= 500)
+
     async with drill(stack, "engine slow") as d:
         async with d.session.post(
             f"http://{stack.engines[2]}/sim/fault", json={"kind": "slow-start", "ms": 500}
         ) as response:
             assert response.status < 300, await response.text()
+        await eventually(lambda: any(slow(line) for line in stack.ingresses[0].process.lines))
         await d.runs(OUTAGE_S)
         async with d.session.delete(f"http://{stack.engines[2]}/sim/fault") as response:
             assert response.status < 300, await response.text()

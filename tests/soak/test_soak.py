@@ -40,7 +40,7 @@ async def test_the_suite_survives_outages_in_any_order(stack: Stack) -> None:
     async with drill(stack, f"soak, seed {SEED}", may_fail=of_an_engine) as d:
         while time.monotonic() < until:
             outage = rng.choice(OUTAGES)
-            d.phase(outage.__name__[:8])
+            d.phase(outage.__name__)
             await outage(d, rng.uniform(0.5, LONGEST_OUTAGE_S))
             d.phase("between")
             await d.healed()

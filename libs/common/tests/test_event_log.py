@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -14,14 +15,21 @@ from integration.servers import eventually
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.bus import Stored
 from penstock.common.errors import BusTimeout
-from penstock.common.event_log import MAX_KEPT_BYTES, PREVIOUS, SEQUENCE, WINDOW_MESSAGES, EventWriter
+from penstock.common.event_log import PREVIOUS, SEQUENCE, WINDOW_BYTES, WINDOW_MESSAGES, EventWriter
 from penstock.common.routing_events import OUTCOME, PLACEMENT, OutcomeEvent
 from penstock.common.subjects import EVENTS, event_subject
 from penstock.common.telemetry import Metrics
 
+KEPT_BYTES = 1024 * 1024
+
 
 def outcome(request: str, error: str = "") -> OutcomeEvent:
     return OutcomeEvent(request, "m", "ok", 200, "/v1/chat/completions", "ingress1", error=error)
+
+
+def unpackable(size: int) -> str:
+    """Random digits, two of which fit in a byte however they are packed."""
+    return random.Random(1).randbytes(size // 2).hex()
 
 
 class Desk:
@@ -31,7 +39,14 @@ class Desk:
         self.broker = broker or MemoryBroker()
         self.bus = bus or MemoryBus(self.broker)
         self.metrics = Metrics()
-        self.writer = EventWriter(self.bus, "ingress/1", "run1", self.metrics, wall_clock=lambda: 1e9 + 0.25)
+        self.writer = EventWriter(
+            self.bus,
+            "ingress/1",
+            "run1",
+            self.metrics,
+            wall_clock=lambda: 1e9 + 0.25,
+            max_kept_bytes=KEPT_BYTES,
+        )
 
     def emit(self, count: int, model: str = "m", error: str = "") -> None:
         for number in range(count):
@@ -39,6 +54,11 @@ class Desk:
 
     def count(self, result: str) -> int:
         return int(self.metrics.counter("penstock_events_total", "", "result").labels(result).value)
+
+    @property
+    def kept_bytes(self) -> float:
+        (family,) = [f for f in self.metrics.snapshot() if f.name == "penstock_events_unacknowledged_bytes"]
+        return family.samples[0].value
 
     @property
     def stored(self) -> list[Stored]:
@@ -116,6 +136,21 @@ async def test_an_event_that_no_stream_would_take_is_dropped_and_leaves_a_visibl
     assert (desk.count("acknowledged"), desk.count("dropped")) == (5, 2)
 
 
+async def test_what_waits_for_the_bus_is_packed_and_stored_as_it_was_written() -> None:
+    desk = Desk()
+    desk.emit(1)
+    desk.broker.set_up(False)
+    desk.emit(3_000)
+    desk.writer.close_batches()
+    assert 3_000 * 10 < desk.kept_bytes < 3_000 * 60
+    desk.broker.set_up(True)
+    async with desk.running():
+        assert await desk.writer.flush(5)
+    events = [event for message in desk.stored for event in msgspec.json.decode(message.payload)]
+    assert [event["subject"] for event in events] == ["r0", *(f"r{n}" for n in range(3_000))]
+    assert (desk.count("dropped"), desk.kept_bytes) == (0, 0)
+
+
 async def test_nothing_to_flush_is_flushed() -> None:
     desk = Desk()
     async with desk.running():
@@ -136,14 +171,22 @@ async def test_events_are_counted_as_written_then_acknowledged() -> None:
 async def test_over_the_bound_of_memory_the_oldest_go_are_counted_and_leave_a_visible_gap() -> None:
     desk = Desk()
     desk.broker.set_up(False)
-    desk.emit(500, error="x" * 100_000)
+    desk.emit(50, error=unpackable(100_000))
     desk.writer.close_batches()
     dropped = desk.count("dropped")
-    assert 500 - MAX_KEPT_BYTES / 100_000 <= dropped < 500
+    assert 50 - KEPT_BYTES / 50_000 <= dropped < 50
     desk.broker.set_up(True)
     async with desk.running():
         assert await desk.writer.flush(5)
-    assert desk.count("acknowledged") == 500 - dropped
+    assert desk.count("acknowledged") == 50 - dropped + 2
+    began, ended = (
+        event["data"]
+        for message in desk.stored
+        for event in msgspec.json.decode(message.payload)
+        if event["type"] == "penstock.degraded.v1"
+    )
+    assert (began["what"], began["active"], ended["active"]) == ("losing events", True, False)
+    assert ended["cause"] == f"of incarnation run1, events 1 to {dropped} were dropped"
     first, *rest = desk.stored
     assert first.headers[SEQUENCE].startswith(f"{dropped + 1}-")
     previous = first.headers[PREVIOUS]
@@ -191,16 +234,29 @@ async def test_only_a_window_of_messages_is_under_way_and_the_rest_follows_in_or
     desk, bus = slow_desk()
     messages = WINDOW_MESSAGES + 50
     async with desk.running():
-        desk.emit(64 * messages)
+        for number in range(messages):
+            desk.emit(1, model=f"m{number}")
         await eventually(lambda: len(bus.under_way) == WINDOW_MESSAGES)
         await bus.store(50)
         await eventually(lambda: len(bus.under_way) == WINDOW_MESSAGES)
         await bus.store(WINDOW_MESSAGES)
         assert await desk.writer.flush(5)
     assert bus.most == WINDOW_MESSAGES
-    assert [m.headers[SEQUENCE] for m in desk.stored] == [
-        f"{64 * n + 1}-{64 * n + 64}" for n in range(messages)
-    ]
+    assert [m.headers[SEQUENCE] for m in desk.stored] == [f"{n}-{n}" for n in range(1, messages + 1)]
+
+
+async def test_only_a_window_of_bytes_is_under_way() -> None:
+    desk, bus = slow_desk()
+    async with desk.running():
+        # Each is a message of its own, that packs well.
+        desk.emit(40, error="x" * 200_000)
+        for _ in range(40):
+            await eventually(lambda: bus.under_way)
+            assert sum(len(payload) for _, _, payload, _ in bus.under_way) < WINDOW_BYTES + 300_000
+            await bus.store(1)
+        assert await desk.writer.flush(5)
+    assert desk.count("dropped") == 0
+    assert 1 < bus.most < 10
 
 
 async def test_what_is_not_acknowledged_is_sent_again_as_the_same_message() -> None:
@@ -219,13 +275,15 @@ async def test_what_is_not_acknowledged_is_sent_again_as_the_same_message() -> N
 
 async def test_an_acknowledgement_of_what_was_dropped_meanwhile_makes_no_difference() -> None:
     desk, bus = slow_desk()
+    text = unpackable(200_000)
     async with desk.running():
-        desk.emit(400, error="x" * 200_000)
+        desk.emit(40, error=text)
         desk.writer.close_batches()
         await eventually(lambda: bus.under_way)
-        desk.emit(400, error="x" * 200_000)
+        desk.emit(40, error=text)
         desk.writer.close_batches()
-        while desk.count("acknowledged") + desk.count("dropped") < 800:
+        # One event more says that some are dropped, and one which.
+        while desk.count("acknowledged") + desk.count("dropped") < 82:
             await eventually(lambda: bus.under_way)
             await bus.store(len(bus.under_way))
             await asyncio.sleep(0)
@@ -234,5 +292,5 @@ async def test_an_acknowledgement_of_what_was_dropped_meanwhile_makes_no_differe
         await eventually(lambda: bus.under_way)
         await bus.store(1)
         assert await desk.writer.flush(5)
-    assert desk.count("acknowledged") + desk.count("dropped") == 801
-    assert desk.count("dropped") > 400
+    assert desk.count("acknowledged") + desk.count("dropped") == 83
+    assert desk.count("dropped") > 40

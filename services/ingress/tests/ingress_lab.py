@@ -36,10 +36,12 @@ from penstock.common.model import Endpoint, Instance
 from penstock.common.subjects import DEFAULT_SHARD, EVENTS, LOAD, SCHEDULE
 from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
+from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.large_bodies import Setup
 from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
@@ -237,17 +239,25 @@ class Scheduler:
 
 
 class SlowBus(MemoryBus):
-    """A bus whose answers arrive only while `open` is set."""
+    """A bus whose answers arrive only while `open` is set; asking raises `fault` if there is one."""
 
     def __init__(self, broker: MemoryBroker, metrics: Metrics) -> None:
         super().__init__(broker, metrics)
+        self.fault: Exception | None = None
         self.open = asyncio.Event()
         self.open.set()
 
     async def request(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fault is not None:
+            raise self.fault
         reply = await super().request(*args, **kwargs)
         await self.open.wait()
         return reply
+
+    def call(self, *args: Any, **kwargs: Any) -> None:
+        if self.fault is not None:
+            raise self.fault
+        super().call(*args, **kwargs)
 
 
 class Lab:
@@ -273,6 +283,8 @@ class Lab:
             time.monotonic,
         )
         self.gateway.upstreams = self.upstreams = EngineClient(self.settings, self.metrics)
+        setup = Setup(self.settings.block_hash_secret.get_secret_value(), self.settings.block_bytes)
+        self.gateway.large_bodies = self.large_bodies = BodyHelper(setup, self.metrics, self.gateway.degraded)
         self.gateway.placer = self.placer = Placer(
             self.bus,
             self.table,
@@ -303,6 +315,7 @@ class Lab:
         await self.server.listen(sock)
         self._loops = [
             asyncio.create_task(self.writer.run(), name="events"),
+            asyncio.create_task(self.large_bodies.run(), name="large-bodies"),
             asyncio.create_task(
                 self.service.sweep((self.server, self.upstreams), time.monotonic), name="sweep"
             ),
@@ -402,7 +415,6 @@ class Lab:
         self.gateway.draining = True
         self.server.stop_accepting()
         await self.service.drain(timeout_s)
-        await self.placer.close()
         await self.upstreams.close()
         await self.server.close(1.0)
 
@@ -419,7 +431,6 @@ class Lab:
                 await eventually(lambda: not self.metric("penstock_ingress_upstream_connections", gauge))  # noqa: B023
             await eventually(lambda: not self.metric("penstock_ingress_connections"))
         finally:
-            await self.placer.close()
             await self.upstreams.close()
             await self.server.close(0.0)
             self.server.stop_accepting()

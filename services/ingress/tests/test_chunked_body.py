@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.ingress.http_wire import LAST_CHUNK, BadFraming, ChunkedBody
+from penstock.ingress.chunked_body import ChunkedBody
+from penstock.ingress.http_wire import LAST_CHUNK, BadFraming
 
 _extension = st.sampled_from([b"", b" ", b"\t ", b";a", b";a=b", b' ; a="b"', b";" + b"x" * 200])
 _digits = st.sampled_from([b"%x", b"%X", b"0%x", b"000000000%x"])

@@ -5,7 +5,7 @@ from typing import cast
 from integration.servers import eventually
 
 from penstock.common.model import Instance
-from penstock.ingress.adapters.engine_client import EngineConnection
+from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.ports import Upstream
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from integration.servers import eventually
 
-from penstock.ingress.adapters.http_server import ClientConnection
+from penstock.ingress.adapters.client_connection import ClientConnection
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, STREAM_BODY, Engine, Lab, Peer

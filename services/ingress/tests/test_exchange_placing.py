@@ -1,5 +1,6 @@
 """Requests are placed by a scheduler over the bus, and by the ingress itself while there is none."""
 
+import asyncio
 import struct
 import tracemalloc
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 from integration.servers import eventually
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
-from penstock.common.model import InstanceState, Role
+from penstock.common.model import Instance, InstanceState, Role
 from penstock.ingress.block_hash import chain, root_seed
+from penstock.ingress.ports import UpstreamListener, Upstreams
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, MODEL, Engine, Lab, Peer, Response
@@ -328,3 +330,85 @@ async def test_equal_prompts_have_equal_hashes_and_another_secret_none_of_them(l
         hashes.append(set(struct.unpack(f"<{len(packed) // 8}Q", packed)))
     assert hashes[0] == hashes[1]
     assert not hashes[0] & hashes[2]
+
+
+# -- faults of our own ---------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    """What a fault of this program would raise."""
+
+
+class FaultyUpstreams:
+    """Connections of which every second one meets a fault of ours."""
+
+    def __init__(self, sound: Upstreams) -> None:
+        self._sound, self._asked = sound, 0
+
+    def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
+        self._asked += 1
+        if self._asked % 2:
+            raise Broken
+        self._sound.acquire(instance, listener)
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["by a scheduler", "locally"])
+async def test_a_fault_with_one_request_does_not_cost_those_placed_with_it(
+    lab: Lab, engine: Engine, local: bool
+) -> None:
+    if local:
+        await lab.stop_scheduler()
+    lab.gateway.upstreams = FaultyUpstreams(lab.upstreams)
+    clients = [await lab.client() for _ in range(4)]
+    for client in clients:
+        client.post()
+    for _ in range(2):
+        peer = await engine.accept()
+        await peer.request()
+        peer.answer()
+    responses = [await client.response() for client in clients]
+    assert sorted(response.status for response in responses) == [200, 200, 503, 503]
+    codes = [response.error["code"] for response in responses if response.status == 503]
+    assert codes == ["internal_error"] * 2
+    outcomes = [outcome["outcome"] for outcome in await lab.settled()]
+    assert sorted(outcomes) == ["completed", "completed", "failed", "failed"]
+
+
+class HopelessAsker:
+    """An asker of whom everything fails."""
+
+    waiting = True
+
+    def __init__(self, request: ScheduleRequest) -> None:
+        self.request = request
+        self.ended = asyncio.Event()
+
+    def placed(self, placement: Placement, instance: Instance) -> None:
+        raise Broken
+
+    def rejected(self, rejection: Rejection) -> None:
+        raise Broken
+
+    def broken(self) -> None:
+        self.ended.set()
+        raise Broken
+
+
+async def test_a_request_that_cannot_even_be_ended_costs_only_itself(lab: Lab, engine: Engine) -> None:
+    asker = HopelessAsker(ScheduleRequest("d", "r", MODEL))
+    lab.placer.submit(asker)
+    client, peer, response = await first_served(lab, engine)
+    await asker.ended.wait()
+    assert response.status == 200
+    # The account of a request that nobody holds any more.
+    lab.account.finish("d")
+    assert (await served(client, peer)).status == 200
+
+
+async def test_requests_that_cannot_be_asked_for_are_ended_and_not_left_waiting(lab: Lab) -> None:
+    lab.bus.fault = Broken()
+    lab.instance("e1", 1)
+    client = await lab.client()
+    client.post()
+    response = await client.response()
+    assert (response.status, response.error["code"]) == (503, "internal_error")

@@ -1,9 +1,14 @@
 """The public listener: what it answers by itself, what it refuses, and for how long it waits."""
 
+import asyncio
 import json
 
 import pytest
 from integration.servers import eventually
+
+from penstock.common.model import InstanceState
+from penstock.common.telemetry import Metrics
+from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCounts, counts_file
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, Engine, Lab, Peer, Response
@@ -47,6 +52,8 @@ async def test_readyz_says_no_before_the_instances_are_known_and_while_draining(
 async def test_models_are_those_of_the_instances(lab: Lab) -> None:
     lab.instance("a", 1, models=("m1", "m2"), lora_adapters=("lora",), owner="team")
     lab.instance("b", 2, models=("m1",))
+    lab.instance("c", 3, models=("m3",), state=InstanceState.UNHEALTHY)
+    lab.instance("d", 4, models=("m1",), state=InstanceState.STALE)
     response = await ask(lab, "GET", "/v1/models")
     listed = json.loads(response.body)
     assert listed["object"] == "list"
@@ -56,6 +63,7 @@ async def test_models_are_those_of_the_instances(lab: Lab) -> None:
         ("m1", "team", "model"),
         ("m2", "team", "model"),
     ]
+    assert [m.get("parent") for m in listed["data"]] == ["m1", None, None, None]
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/no/such/path", CHAT])
@@ -97,6 +105,8 @@ async def test_unknown_paths_and_wrong_methods_are_refused_and_the_connection_ke
         client.send(f"{method} {path} HTTP/1.1\r\nhost: g\r\ncontent-length: 3\r\n\r\nabc".encode())
         response = await client.response()
         assert (response.status, response.error["code"]) == (status, code)
+        allowed = None if status == 404 else "POST" if path == CHAT else "GET, HEAD"
+        assert response.headers.get("allow") == allowed
 
 
 async def test_an_absolute_target_is_served_by_its_path(lab: Lab, engine: Engine) -> None:
@@ -293,6 +303,60 @@ async def test_a_request_that_does_not_arrive_in_time_is_a_408(lab_of: LabOf, se
     client.send(sent)
     response = await refused(client)
     assert (response.status, response.error["code"]) == (408, "request_timeout")
+
+
+async def test_a_body_that_comes_in_time_piece_by_piece_is_too_slow_as_a_whole(lab_of: LabOf) -> None:
+    lab = await lab_of(body_timeout=0.5)
+    client = await lab.client()
+    client.send(f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 100000\r\n\r\n".encode())
+    response = asyncio.ensure_future(refused(client))
+
+    def answered() -> bool:
+        client.send(b"x")
+        return response.done()
+
+    await eventually(answered)
+    assert ((await response).status, (await response).error["code"]) == (408, "request_timeout")
+
+
+async def test_the_time_of_a_body_ends_with_it(lab_of: LabOf) -> None:
+    lab = await lab_of(body_timeout=0.2)
+    client, peer = await lab.exchange(await lab.engine())
+    slow = await lab.client()
+    slow.send(b"POST /health HTTP/1.1\r\nhost: g\r\ncontent-length: 9\r\n\r\nha")
+    # By then the first one's time would be over too.
+    assert (await refused(slow)).status == 408
+    peer.answer(b"late")
+    assert (await client.response()).body == b"late"
+
+
+async def test_clients_beyond_the_limit_are_closed_without_an_answer_until_one_leaves(lab_of: LabOf) -> None:
+    lab = await lab_of(connection_limit=2)
+    clients = [await lab.client() for _ in range(2)]
+    for client in clients:
+        client.send(b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n")
+        assert (await client.response()).status == 200
+    assert await (await lab.client()).rest() == b""
+    assert lab.metric("penstock_ingress_connections_refused_total") == 1
+    clients.pop().close()
+    await eventually(lambda: lab.metric("penstock_ingress_connections") == 1)
+    assert (await ask(lab, "GET", "/health")).status == 200
+
+
+def test_the_connections_of_all_workers_count_against_the_limit() -> None:
+    with counts_file(3) as file:
+        parent, *workers = (SharedCounts(file.fileno(), 3, index) for index in (0, 0, 1, 2))
+        for worker in workers:
+            worker.own(2)
+        metrics = Metrics()
+        last = ConnectionLimit(workers[2], 6, metrics, lambda: 0.0)
+        assert not last.allows_one_more()
+        last.holds(1)
+        assert last.allows_one_more()
+        last.holds(2)
+        parent.clear(0)
+        assert last.allows_one_more()
+        assert parent.total() == 4
 
 
 async def test_a_client_that_says_nothing_is_closed_without_an_answer(lab_of: LabOf) -> None:

@@ -32,6 +32,7 @@ def test_every_code_has_a_status_with_a_phrase_and_a_body_in_openai_form(code: s
         ("request_too_large", 413),
         ("overloaded", 503),
         ("no_available_instance", 503),
+        ("internal_error", 503),
         ("upstream_unreachable", 502),
         ("upstream_timeout", 504),
     ],

@@ -10,14 +10,15 @@ import asyncio
 import hashlib
 import logging
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import msgspec
 
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError
+from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.subjects import EVENTS, event_subject
 from penstock.common.telemetry import Metrics
 
@@ -27,10 +28,14 @@ BATCH_TYPE = "application/cloudevents-batch+json"
 LINGER_S = 0.01
 MAX_BATCH_EVENTS = 64
 MAX_BATCH_BYTES = 256 * 1024
-# Memory bound of what is not acknowledged: at 300 bytes an event, about 100,000 events.
-MAX_KEPT_BYTES = 32 * 1024 * 1024
+# Memory bound of what is not acknowledged: packed, as what has to wait is, about 90,000 events.
+MAX_KEPT_BYTES = 8 * 1024 * 1024
+# What a kept message takes beside its payload: headers, subject, its place in the table.
+MESSAGE_BYTES = 1024
 # Messages sent and not acknowledged at one time; the rest waits its turn in order.
 WINDOW_MESSAGES = 256
+# And bytes of them: a backlog that left at once would hold up the loop, and every stream on it, for 0.1 s.
+WINDOW_BYTES = 1024 * 1024
 RESEND_AFTER_S = 1.0
 
 WRITER, INCARNATION, SEQUENCE, PREVIOUS = (
@@ -59,8 +64,19 @@ class _Message(msgspec.Struct):
     subject: str
     headers: dict[str, str]
     payload: bytes
-    events: int
-    sent: bool = False
+    first: int
+    last: int
+    packed: bool = False
+    # Bytes of it under way; 0 while it is not.
+    sent: int = 0
+
+    @property
+    def events(self) -> int:
+        return self.last - self.first + 1
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self.payload) + MESSAGE_BYTES
 
 
 class EventWriter:
@@ -73,8 +89,12 @@ class EventWriter:
         incarnation: str,
         metrics: Metrics,
         wall_clock: Callable[[], float] = time.time,
+        max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         """`writer` is service and id, as in `scheduler/7f3a`; `wall_clock` gives Unix seconds."""
+        self._max_kept_bytes = max_kept_bytes
+        # First and last sequence of what was dropped since everything was stored; (0, 0) for nothing.
+        self._lost = 0, 0
         self._bus, self._writer, self._incarnation, self._wall_clock = bus, writer, incarnation, wall_clock
         self._sequence = 0
         self._previous = ""
@@ -82,7 +102,7 @@ class EventWriter:
         self._open: dict[tuple[str, str], list[tuple[str, float, msgspec.Struct]]] = {}
         self._kept: OrderedDict[int, _Message] = OrderedDict()
         self._kept_bytes = 0
-        self._in_window = 0
+        self._in_window = self._window_bytes = 0
         self._stream_known = False
         self._wake, self._empty = asyncio.Event(), asyncio.Event()
         self._encode = msgspec.json.Encoder().encode
@@ -159,42 +179,77 @@ class EventWriter:
         self._wake.set()
 
     def _encoded(self, event_type: str, batch: list[tuple[str, float, msgspec.Struct]]) -> Iterator[bytes]:
-        identity, source = f"{self._writer}/{self._incarnation}/", f"/penstock/{self._writer}"
+        """`Event`s as JSON, the part that all of a batch share encoded once: 0.9 us an event, not 2.1."""
+        encode = self._encode
+        identity = encode(f"{self._writer}/{self._incarnation}/")[:-1]
+        constants = b'","source":%b,"type":%b,"subject":' % (
+            encode(f"/penstock/{self._writer}"),
+            encode(f"penstock.{event_type}.v1"),
+        )
+        last_ms, stamp = 0, b""
         for subject, moment, data in batch:
             self._sequence += 1
-            event = Event(
-                "1.0",
-                f"{identity}{self._sequence}",
-                source,
-                f"penstock.{event_type}.v1",
-                subject,
-                _rfc3339(moment),
-                data,
+            if (ms := int(moment * 1000)) != last_ms:
+                last_ms, stamp = ms, _rfc3339(ms)
+            yield b'{"specversion":"1.0","id":%b%d%b%b,"time":"%b","data":%b}' % (
+                identity,
+                self._sequence,
+                constants,
+                encode(subject),
+                stamp,
+                encode(data),
             )
-            yield self._encode(event)
 
     def _enclose(self, key: tuple[str, str], first: int, parts: list[bytes]) -> None:
         payload = b"[" + b",".join(parts) + b"]"
         self._message_number += 1
+        last = first + len(parts) - 1
         headers = {
             "Nats-Msg-Id": f"{self._writer}/{self._incarnation}/{self._message_number}",
             "content-type": BATCH_TYPE,
             WRITER: self._writer,
             INCARNATION: self._incarnation,
-            SEQUENCE: f"{first}-{first + len(parts) - 1}",
+            SEQUENCE: f"{first}-{last}",
             PREVIOUS: self._previous,
         }
         self._previous = hashlib.sha256(self._previous.encode() + payload).hexdigest()
-        self._keep(_Message(self._message_number, event_subject(*key), headers, payload, len(parts)))
+        # Also behind a bus that hangs and is not known to be away yet.
+        packed = not self._bus.connected or self._kept_bytes > self._max_kept_bytes // 4
+        if packed:
+            # An eighth of the size for 4 to 8 us an event.
+            payload = zlib.compress(payload, 1)
+        self._keep(_Message(self._message_number, event_subject(*key), headers, payload, first, last, packed))
 
     def _keep(self, message: _Message) -> None:
         self._kept[message.number] = message
-        self._kept_bytes += len(message.payload)
-        while self._kept_bytes > MAX_KEPT_BYTES:
+        self._kept_bytes += message.held_bytes
+        while self._kept_bytes > self._max_kept_bytes:
             _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= len(oldest.payload)
-            self._in_window -= oldest.sent
+            self._kept_bytes -= oldest.held_bytes
+            self._leave_window(oldest)
             self._dropped.value += oldest.events
+            self._lose(oldest)
+
+    def _lose(self, message: _Message) -> None:
+        first, _ = self._lost
+        self._lost = first or message.first, message.last
+        if not first:
+            self._say_lost(True, f"{self._max_kept_bytes} bytes of events wait for the bus: the oldest go")
+
+    def _found_again(self) -> None:
+        """Everything kept is stored: say what never will be."""
+        first, last = self._lost
+        self._lost = 0, 0
+        if first:
+            self._say_lost(
+                False, f"of incarnation {self._incarnation}, events {first} to {last} were dropped"
+            )
+            self.close_batches()
+
+    def _say_lost(self, active: bool, cause: str) -> None:
+        log.warning("routing events %s lost: %s", "are" if active else "were", cause)
+        service, _, identity = self._writer.partition("/")
+        self.emit(DEGRADED, "", service, DegradedEvent(service, identity, "losing events", active, cause))
 
     async def _ensure_stream(self) -> bool:
         try:
@@ -209,41 +264,44 @@ class EventWriter:
         if not self._bus.connected:
             return False
         for message in list(self._kept.values()):
-            if self._in_window >= WINDOW_MESSAGES:
+            if self._in_window >= WINDOW_MESSAGES or self._window_bytes >= WINDOW_BYTES:
                 break
             if not message.sent:
                 self._send(message)
         return True
 
     def _send(self, message: _Message) -> None:
-        message.sent = True
+        payload = zlib.decompress(message.payload) if message.packed else message.payload
+        message.sent = len(payload)
         self._in_window += 1
-        future = self._bus.append(message.subject, message.payload, message.headers)
+        self._window_bytes += message.sent
+        future = self._bus.append(message.subject, payload, message.headers)
 
         def settle(done: asyncio.Future[int]) -> None:
             if self._kept.get(message.number) is not message:
                 return
-            self._in_window -= 1
+            self._leave_window(message)
             if done.cancelled() or done.exception() is not None:
                 # It may or may not be stored: the same Nats-Msg-Id makes sending it again harmless.
-                message.sent = False
                 # One reason why it is not: the server has come back without its store.
                 self._stream_known = False
                 asyncio.get_running_loop().call_later(RESEND_AFTER_S, self._wake.set)
                 return
             del self._kept[message.number]
-            self._kept_bytes -= len(message.payload)
+            self._kept_bytes -= message.held_bytes
             self._acknowledged.value += message.events
+            if not self._kept:
+                self._found_again()
             (self._wake if self._kept else self._empty).set()
 
         future.add_done_callback(settle)
 
+    def _leave_window(self, message: _Message) -> None:
+        self._in_window -= message.sent > 0
+        self._window_bytes -= message.sent
+        message.sent = 0
 
-@lru_cache(maxsize=8)
-def _second(whole: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
-
-def _rfc3339(moment: float) -> str:
-    whole = int(moment)
-    return f"{_second(whole)}.{int((moment - whole) * 1000):03d}Z"
+def _rfc3339(unix_ms: int) -> bytes:
+    seconds, ms = divmod(unix_ms, 1000)
+    return b"%b.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode(), ms)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import logging
 from enum import Enum, StrEnum
 
-from penstock.common.messages import Placement, Rejection
+from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.common.routing_events import OUTCOME, OutcomeEvent
-from penstock.ingress.failures import PHRASES, REJECTIONS, GatewayError
+from penstock.ingress.chunked_body import ChunkedBody
+from penstock.ingress.failures import REJECTIONS, GatewayError
 from penstock.ingress.gateway import Gateway
-from penstock.ingress.http_wire import (
-    CHUNKED,
-    LAST_CHUNK,
-    UNTIL_CLOSE,
-    ChunkedBody,
-    RequestHead,
-    ResponseHead,
-)
+from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
 from penstock.ingress.in_flight import Work
+from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
 from penstock.ingress.openai import parse, usage_in
 from penstock.ingress.ports import Downstream, Upstream
+from penstock.ingress.responses import client_head, error_response, last_event
 
 log = logging.getLogger(__name__)
 
@@ -54,72 +50,45 @@ class Outcome(StrEnum):
 class Exchange:
     """From a whole request to the last byte of its response; knows ports only."""
 
-    __slots__ = (
-        "_account_id",
-        "_body",
-        "_bytes_out",
-        "_chunked",
-        "_chunks",
-        "_decisions",
-        "_downstream",
-        "_error",
-        "_first_byte_at",
-        "_free_moves",
-        "_gateway",
-        "_head",
-        "_held",
-        "_instance",
-        "_keep_alive",
-        "_last",
-        "_path",
-        "_paused",
-        "_placed_at",
-        "_policy",
-        "_previous",
-        "_received_at",
-        "_response",
-        "_retries",
-        "_stale",
-        "_status",
-        "_stream",
-        "_stream_clean",
-        "_upstream",
-        "_work",
-        "deadline",
-        "request",
-        "request_id",
-        "state",
-    )
+    # What most requests never change stands here once, and costs none of them an assignment.
+    request: ScheduleRequest
+    state = State.PLACING
+    _upstream: Upstream | None = None
+    _instance: Instance | None = None
+    _response: ResponseHead | None = None
+    _chunked: ChunkedBody | None = None
+    _work: Work | None = None
+    _policy = _account_id = _error = ""
+    _placed_at = _first_byte_at = 0.0
+    _paused = _stale = _stream = False
+    _stream_clean = True
+    _retries = _free_moves = 0
+    _status = _bytes_out = _chunks = 0
+    _last = _previous = _held = b""
 
-    def __init__(self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes) -> None:
+    _body: bytes | bytearray
+
+    def __init__(
+        self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes | bytearray
+    ) -> None:
         self._gateway, self._downstream, self._head, self._body = gateway, downstream, head, body
-        self._path = head.path
-        self.state = State.PLACING
-        self.request_id = gateway.request_id(head.header(b"x-request-id"))
+        self.request_id = gateway.request_id(head.read.get(b"x-request-id"))
         self._received_at = gateway.clock()
-        self._placed_at = self._first_byte_at = 0.0
         self.deadline = self._received_at + gateway.settings.request_timeout
-        self._upstream: Upstream | None = None
-        self._instance: Instance | None = None
-        self._response: ResponseHead | None = None
-        self._chunked: ChunkedBody | None = None
-        self._policy = self._account_id = self._error = ""
-        self._work: Work | None = None
-        self._paused = self._stale = self._stream = False
         self._decisions: list[str] = []
-        self._retries = self._free_moves = 0
-        self._status = self._bytes_out = self._chunks = 0
-        self._last = self._previous = self._held = b""
-        self._stream_clean = True
         self._keep_alive = head.keep_alive
 
-    def start(self) -> None:
-        """Parse the body and ask for a placement."""
+    def start(self, facts: Facts | None = None) -> None:
+        """Parse the body and ask for a placement; a large body comes back from its reading as `facts`."""
         gateway = self._gateway
         gateway.exchanges.add(self)
         try:
             gateway.admit()
-            inference = parse(self._path, self._head.header(b"content-type"), self._body)
+            if facts is None and len(self._body) > LARGE_BODY_BYTES:
+                kind = self._head.header(b"content-type")
+                gateway.large_bodies.read(self, self._downstream.peer, self._head.path, kind, self._body)
+                return
+            inference = facts or parse(self._head.path, self._head.header(b"content-type"), self._body)
             gateway.require_model(inference.model)
             self._stream = inference.stream
             self.request = gateway.schedule_request(self._head, inference, self.request_id)
@@ -128,6 +97,10 @@ class Exchange:
             return
         self._decisions.append(self.request.decision_id)
         gateway.placer.submit(self)
+
+    def body_refused(self, error: GatewayError) -> None:
+        """The body, a large one, is not valid or could not be read."""
+        self._fail(error, Outcome.REJECTED)
 
     # -- placement ---------------------------------------------------------------------------------
 
@@ -161,6 +134,12 @@ class Exchange:
         param = {"model_not_found": "model", "invalid_strategy": "routing-strategy"}.get(code)
         error = GatewayError(code, rejection.message, param=param, retry_after_s=rejection.retry_after_s)
         self._fail(error, Outcome.REJECTED)
+
+    def broken(self) -> None:
+        """A fault of this program met it on the way to an instance."""
+        if self.state is not State.DONE:
+            error = GatewayError("internal_error", "the gateway could not handle the request")
+            self._fail(error, Outcome.FAILED)
 
     # -- upstream ----------------------------------------------------------------------------------
 
@@ -212,7 +191,16 @@ class Exchange:
         if head.length == UNTIL_CLOSE or self._chunked or self._gateway.draining:
             self._keep_alive = False
         self._touch()
-        self._held = self._client_head(head)
+        gateway, routing = self._gateway, b""
+        if gateway.settings.expose_routing_headers and self._instance is not None:
+            routing = gateway.routing_headers(self._policy, self._instance)
+        self._held = client_head(
+            head,
+            self.request_id,
+            routing,
+            dechunked=self._chunked is not None,
+            keep_alive=self._keep_alive,
+        )
 
     def upstream_flush(self) -> None:
         """Send a head that came without any of its body."""
@@ -235,10 +223,11 @@ class Exchange:
             self._chunks += 1
             self._previous, self._last = self._last, data
         self._stream_clean = boundary
-        self._touch()
         if self._held:
             # A write of its own for the head costs another system call, 8 us of the 80 of a request.
             data, self._held = self._held + data, b""
+        else:
+            self._touch()
         self._downstream.write(data)
 
     def upstream_done(self) -> None:
@@ -253,6 +242,8 @@ class Exchange:
 
     def client_gone(self) -> None:
         """The client left: cancel the work."""
+        if not self._decisions:
+            self._gateway.large_bodies.forget(self)
         self.finish(Outcome.CLIENT_GONE)
 
     def pause(self) -> None:
@@ -300,9 +291,10 @@ class Exchange:
         self._release()
         gateway = self._gateway
         gateway.exchanges.discard(self)
+        now = gateway.clock()
         if self._decisions:
-            self._log(outcome)
-        gateway.count(outcome, self._status, self._received_at, self._first_byte_at)
+            self._log(outcome, now)
+        gateway.count(outcome, self._status, self._received_at, self._first_byte_at, now)
         if outcome is not Outcome.CLIENT_GONE:
             complete = terminated or outcome is Outcome.COMPLETED or not relaying
             self._downstream.exchange_done(self._keep_alive and complete)
@@ -355,95 +347,55 @@ class Exchange:
         """An error after the head went out: a last event for streams, else the connection breaks."""
         self._error = text
         self.upstream_flush()
-        response = self._response
-        if (
-            response is not None
-            and response.event_stream
-            and self._stream_clean
-            and self._ends_between_events()
-            and not response.encoded
-        ):
-            event = b"data: " + GatewayError(code, text).body() + b"\n\n"
-            if response.length == CHUNKED and self._chunked is None:
-                self._downstream.write(b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK))
-                # To the client the response is whole: it may be writing its next request at this moment.
-                self.finish(outcome, terminated=True)
-                return
-            if response.length == UNTIL_CLOSE or self._chunked is not None:
-                self._downstream.write(event)
-                self.finish(outcome)
-                return
-        self._downstream.abort()
-        self.finish(outcome)
-
-    def _ends_between_events(self) -> bool:
-        tail = (self._previous[-8:] + self._last)[-8:]
-        if self._response is not None and self._response.length == CHUNKED and self._chunked is None:
-            tail = tail.removesuffix(b"\r\n")
-        return not tail or tail.endswith((b"\n\n", b"\r\n\r\n"))
+        event = None
+        if self._response is not None and self._stream_clean:
+            tail = (self._previous[-8:] + self._last)[-8:]
+            error = GatewayError(code, text)
+            event = last_event(self._response, tail, error, dechunked=self._chunked is not None)
+        if event is None:
+            self._downstream.abort()
+            self.finish(outcome)
+            return
+        self._downstream.write(event)
+        # Of a chunked one nothing is missing to its client, who may be writing its next request by now.
+        self.finish(outcome, terminated=event.endswith(LAST_CHUNK))
 
     def _touch(self) -> None:
         self.deadline = self._gateway.clock() + self._gateway.settings.stream_idle_timeout
         if self._work is not None:
             self._work.output_tokens = self._chunks
 
-    def _client_head(self, head: ResponseHead) -> bytes:
-        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason or PHRASES.get(head.status, "").encode())]
-        lines += head.fields
-        if head.length == CHUNKED:
-            if self._chunked is None:
-                lines.append(b"transfer-encoding: chunked")
-        elif head.length >= 0 and head.status not in (204, 304):
-            lines.append(b"content-length: %d" % head.length)
-        lines.append(b"x-request-id: " + self.request_id.encode())
-        if self._gateway.settings.expose_routing_headers and self._instance is not None:
-            lines.append(self._gateway.routing_headers(self._policy, self._instance))
-        if not self._keep_alive:
-            lines.append(b"connection: close")
-        lines.append(b"\r\n")
-        return b"\r\n".join(lines)
-
-    def _log(self, outcome: Outcome) -> None:
-        gateway, model = self._gateway, self.request.model
-        tail = (self._previous[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
-        prompt, completion, cached = usage_in(tail) if self._status == 200 else (0, 0, 0)
+    def _log(self, outcome: Outcome, now: float) -> None:
+        gateway, request = self._gateway, self.request
+        prompt = completion = cached = 0
+        if self._status == 200:
+            last = self._last
+            tail = last if len(last) >= TAIL_BYTES else self._previous[-TAIL_BYTES:] + last
+            prompt, completion, cached = usage_in(tail[-TAIL_BYTES:])
+        # In the order of its fields: by name, the 19 of them cost 0.8 us more.
         event = OutcomeEvent(
-            request_id=self.request_id,
-            model=model,
-            outcome=outcome.value,
-            status=self._status,
-            path=self._path.decode("ascii", "replace"),
-            ingress=gateway.identity.id,
-            decisions=self._decisions,
-            instance=self._instance.id if self._instance else "",
-            attempts=1 + self._retries + self._free_moves,
-            stream=self._stream,
-            scheduling_ms=_ms(self._received_at, self._placed_at),
-            ttft_ms=_ms(self._received_at, self._first_byte_at),
-            e2e_ms=_ms(self._received_at, gateway.clock()),
-            bytes_out=self._bytes_out,
-            chunks=self._chunks,
-            prompt_tokens=prompt or self.request.prompt_tokens,
-            completion_tokens=completion,
-            cached_tokens=cached,
-            error=self._error,
+            self.request_id,
+            request.model,
+            outcome.value,
+            self._status,
+            self._head.path.decode("ascii", "replace"),
+            gateway.identity.id,
+            self._decisions,
+            self._instance.id if self._instance else "",
+            1 + self._retries + self._free_moves,
+            self._stream,
+            _ms(self._received_at, self._placed_at),
+            _ms(self._received_at, self._first_byte_at),
+            _ms(self._received_at, now),
+            self._bytes_out,
+            self._chunks,
+            prompt or request.prompt_tokens,
+            completion,
+            cached,
+            self._error,
         )
-        gateway.events.emit(OUTCOME, model, self.request_id, event)
+        gateway.events.emit(OUTCOME, request.model, self.request_id, event)
         gateway.access_log.add(event)
-
-
-def error_response(
-    error: GatewayError, request_id: str, *, keep_alive: bool, head_only: bool = False
-) -> bytes:
-    """An error of ours on the wire."""
-    body = error.body()
-    retry = f"retry-after: {max(1, round(error.retry_after_s))}\r\n" if error.retry_after_s else ""
-    close = "" if keep_alive else "connection: close\r\n"
-    head = (
-        f"HTTP/1.1 {error.status} {PHRASES[error.status]}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{retry}{close}\r\n"
-    )
-    return head.encode() if head_only else head.encode() + body
 
 
 def _ms(start: float, end: float) -> float:

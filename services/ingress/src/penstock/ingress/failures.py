@@ -20,6 +20,7 @@ CODES: dict[str, tuple[int, str]] = {
     "no_available_instance": (503, "overloaded_error"),
     "overloaded": (503, "overloaded_error"),
     "shutting_down": (503, "overloaded_error"),
+    "internal_error": (503, "api_error"),
     "upstream_unreachable": (502, "api_error"),
     "upstream_timeout": (504, "api_error"),
 }
@@ -51,9 +52,17 @@ class GatewayError(Exception):
     """A request that gets an error of ours; `code` is a key of CODES."""
 
     def __init__(
-        self, code: str, message: str, *, param: str | None = None, retry_after_s: float = 0.0
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float = 0.0,
+        allow: str = "",
     ) -> None:
+        """`allow`: the methods that the path takes, for a 405."""
         self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
+        self.allow = allow
         super().__init__(f"{code}: {message}")
 
     @property

@@ -35,9 +35,7 @@ _FIELD_NAME = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
-_USAGE = re.compile(
-    rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)"\s*:\s*(\d{1,12})'
-)
+_USAGE = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,12})')
 # Without a tokenizer: English text and code run at about four bytes a token.
 BYTES_PER_TOKEN = 4
 
@@ -75,7 +73,7 @@ class _Body(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Body).decode
 
 
-def parse(path: bytes, content_type: str, body: bytes) -> InferenceRequest:
+def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceRequest:
     """Raises GatewayError (invalid_request) that names the field."""
     if path in MULTIPART_PATHS:
         return _parse_form(content_type, body)
@@ -106,7 +104,7 @@ def _prompt(path: bytes, parsed: _Body) -> bytes:
     if field is None:
         return b""
     prompt = bytes(getattr(parsed, field))
-    if required and prompt in (b"", b"null", b"[]", b'""'):
+    if required and len(prompt) <= 4 and prompt in (b"", b"null", b"[]", b'""'):
         raise GatewayError("invalid_request", f"'{field}' is required and must not be empty", param=field)
     if field == "messages" and not prompt.startswith(b"["):
         raise GatewayError("invalid_request", "'messages' must be an array", param="messages")
@@ -116,7 +114,7 @@ def _prompt(path: bytes, parsed: _Body) -> bytes:
     )
 
 
-def _parse_form(content_type: str, body: bytes) -> InferenceRequest:
+def _parse_form(content_type: str, body: bytes | bytearray) -> InferenceRequest:
     if not content_type.lower().startswith("multipart/form-data"):
         raise GatewayError("invalid_request", "this path takes multipart/form-data", param="content-type")
     boundary = _BOUNDARY.search(content_type)
@@ -131,7 +129,7 @@ def _parse_form(content_type: str, body: bytes) -> InferenceRequest:
     return InferenceRequest(model, stream, b"", 0)
 
 
-def _form_fields(delimiter: bytes, body: bytes) -> dict[bytes, bytes]:
+def _form_fields(delimiter: bytes, body: bytes | bytearray) -> dict[bytes, bytes]:
     """The form's fields that are no files; of equal names the last counts, as in JSON."""
     fields: dict[bytes, bytes] = {}
     # The first delimiter's CRLF may be missing, because nothing precedes it.
@@ -143,7 +141,9 @@ def _form_fields(delimiter: bytes, body: bytes) -> dict[bytes, bytes]:
         start = body.find(delimiter, head)
         head_end = body.find(b"\r\n\r\n", head, head + MAX_PART_HEAD_BYTES)
         if 0 <= head_end < start and (name := _FIELD_NAME.search(body, head, head_end)):
-            fields[name[1]] = body[head_end + 4 : min(start, head_end + 4 + MAX_PART_VALUE_BYTES)]
+            fields[bytes(name[1])] = bytes(
+                body[head_end + 4 : min(start, head_end + 4 + MAX_PART_VALUE_BYTES)]
+            )
     return fields
 
 
@@ -153,11 +153,11 @@ def usage_in(tail: bytes) -> tuple[int, int, int]:
     if start < 0:
         return 0, 0, 0
     prompt = completion = cached = 0
-    for name, digits in _USAGE.findall(tail, start):
-        if name in (b"prompt_tokens", b"input_tokens"):
+    for of_prompt, of_completion, digits in _USAGE.findall(tail, start):
+        if of_prompt:
             prompt = prompt or int(digits)
-        elif name == b"cached_tokens":
-            cached = cached or int(digits)
-        else:
+        elif of_completion:
             completion = completion or int(digits)
+        else:
+            cached = cached or int(digits)
     return prompt, completion, cached

@@ -13,6 +13,7 @@ from penstock.common.lifecycle import Lifecycle
 from penstock.common.settings import reveal
 from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
 from penstock.ingress.adapters.channel import Channel
+from penstock.ingress.adapters.connection_limit import SharedCounts, counts_file
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.worker import Report, Start
 
@@ -36,6 +37,7 @@ class Worker:
         self.channel: Channel | None = None
         self.report: Report | None = None
         self.asked = False
+        self.ended = ""
         self.heard = asyncio.Event()
 
 
@@ -46,6 +48,8 @@ class Parent:
         self._settings, self._port, self._lifecycle = settings, port, lifecycle
         self.id = settings.ingress_id or secrets.token_hex(4)
         self._workers = [Worker(index) for index in range(settings.workers)]
+        self._counts_file = counts_file(settings.workers)
+        self._counts = SharedCounts(self._counts_file.fileno(), settings.workers)
         self._past: Snapshot = []
         self._metrics = Metrics()
         self._restarts = self._metrics.counter(
@@ -101,6 +105,7 @@ class Parent:
             if self._lifecycle.stopping.is_set():
                 break
             self._restarts.inc()
+            worker.ended = f"worker {worker.index} had ended with exit code {code}"
             pause = (
                 RESTART_FIRST_S if time.monotonic() - started > STEADY_S else min(pause * 2, RESTART_MOST_S)
             )
@@ -112,18 +117,22 @@ class Parent:
 
     async def _start(self, worker: Worker) -> tuple[asyncio.subprocess.Process, Channel]:
         ours, theirs = socket.socketpair()
+        counts = self._counts_file.fileno()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "penstock.ingress.worker",
                 str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
+                str(counts),
+                pass_fds=(theirs.fileno(), counts),
                 stdin=asyncio.subprocess.DEVNULL,
             )
         channel = Channel(ours)
         await channel.open()
-        start = Start(reveal(self._settings), f"{self.id}-{worker.index}", self._port)
+        start = Start(
+            reveal(self._settings), f"{self.id}-{worker.index}", self._port, worker.index, worker.ended
+        )
         try:
             await channel.send(start)
         except OSError as exc:
@@ -163,6 +172,7 @@ class Parent:
             self._past = merge(
                 [self._past, [_counted(f) for f in worker.report.snapshot if f.kind != "gauge"]]
             )
+        self._counts.clear(worker.index)
         worker.channel = worker.report = worker.process = None
 
 

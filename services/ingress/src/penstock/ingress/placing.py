@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from penstock.common.bus import Bus
@@ -64,6 +65,19 @@ class Asker(Protocol):
     def rejected(self, rejection: Rejection) -> None:
         """Go nowhere."""
 
+    def broken(self) -> None:
+        """End after a fault of this program, in whatever state."""
+
+
+class _Batch:
+    """Requests of one schedule message and its attempts so far; `left`: the replica asked was not there."""
+
+    __slots__ = ("asked_at", "askers", "left", "replica", "silences")
+
+    def __init__(self, askers: list[Asker]) -> None:
+        self.askers = askers
+        self.asked_at, self.replica, self.silences, self.left = 0.0, ANY, 0, False
+
 
 class Placer:
     """Gathers the askers of a tick and finds each an instance."""
@@ -81,7 +95,6 @@ class Placer:
         self._bus, self._table, self._account, self._events = bus, table, account, events
         self._identity, self._attempt_s = identity, attempt_s
         self._pending: list[Asker] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._breaker = BusBreaker()
         self.replicas = Replicas()
         self._degraded = self._avoiding = False
@@ -111,99 +124,119 @@ class Placer:
         if len(self._pending) == 1:
             asyncio.get_running_loop().call_soon(self._flush)
 
-    async def close(self) -> None:
-        """End the attempts under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), MAX_BATCH):
-            batch = [asker for asker in pending[start : start + MAX_BATCH] if asker.waiting]
-            if not batch:
+            askers = [asker for asker in pending[start : start + MAX_BATCH] if asker.waiting]
+            if not askers:
                 continue
-            if self._bus.connected and self._breaker.may_ask(time.monotonic()):
-                task = asyncio.create_task(self._place(batch), name="schedule")
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+            connected = self._bus.connected
+            if connected and self._breaker.may_ask(time.monotonic()):
+                self._guarded(_Batch(askers), self._ask)
             else:
-                connected = self._bus.connected
-                self._locally(
-                    batch, "schedulers do not answer" if connected else "no bus", certain=not connected
-                )
+                cause = "schedulers do not answer" if connected else "no bus"
+                self._locally(askers, cause, certain=not connected)
 
-    async def _place(self, askers: list[Asker]) -> None:
-        cause, certain, silences = "", False, 0
-        while silences < MAX_ATTEMPTS:
-            started = time.monotonic()
-            replica = self.replicas.pick(started)
-            try:
-                reply = await self._ask(askers, replica)
-            except BusTimeout as exc:
-                self._timed_out.value += 1
-                self.replicas.silent(replica, time.monotonic())
-                if replica != ANY:
-                    self._avoid(True, str(exc))
-                silences += 1
-                cause = str(exc)
-                if self._breaker.failed(time.monotonic()) or self._breaker.open:
-                    break
-                continue
-            except MessageTooLarge as exc:
-                if len(askers) == 1:
-                    cause = str(exc)
-                    break
-                # Many clients with long headers in one tick; one request alone is far below the bound.
-                half = len(askers) // 2
-                await asyncio.gather(self._place(askers[:half]), self._place(askers[half:]))
-                return
-            except BusError as exc:
-                self._unavailable.value += 1
-                if replica != ANY:
-                    # It left between two heartbeats; the next turn is another's.
-                    self.replicas.gone(replica)
-                    continue
-                self._breaker.failed(time.monotonic())
-                cause, certain = str(exc), True
-                break
-            self._answered.value += 1
-            self._round_trip.observe(time.monotonic() - started)
-            self._breaker.answered()
-            self._degrade(False)
-            if self._avoiding and not self.replicas.suspects(time.monotonic()):
-                self._avoid(False)
-            self._deliver(askers, reply)
-            return
-        self._locally(askers, cause, certain=certain)
+    def _guarded(self, batch: _Batch, step: Callable[[_Batch], None]) -> None:
+        """A fault of ours ends the requests of the batch instead of leaving them waiting."""
+        try:
+            step(batch)
+        except Exception:
+            log.exception("placing requests failed")
+            for asker in batch.askers:
+                if asker.waiting:
+                    self._break(asker)
 
-    async def _ask(self, askers: list[Asker], replica: str) -> ScheduleReply:
-        batch = ScheduleBatch(
+    def _break(self, asker: Asker) -> None:
+        """A fault of ours costs the request that met it, none of those that came with it."""
+        try:
+            asker.broken()
+        except Exception:
+            log.exception("ending a request failed")
+
+    def _ask(self, batch: _Batch) -> None:
+        """One attempt. No task: at a dozen requests in a batch, one costs each of them 2 us."""
+        batch.asked_at = time.monotonic()
+        batch.replica = ANY if batch.left else self.replicas.pick(batch.asked_at)
+        service, tokens = (SCHEDULE, ()) if batch.replica == ANY else (SCHEDULE_BY, (batch.replica,))
+        message = ScheduleBatch(
             self._identity.id,
             self._identity.incarnation,
             self._attempt_s * 1000,
-            tuple(asker.request for asker in askers),
+            tuple(asker.request for asker in batch.askers),
         )
-        if replica == ANY:
-            return await self._bus.request(SCHEDULE, batch, DEFAULT_SHARD, deadline_s=self._attempt_s)
-        return await self._bus.request(SCHEDULE_BY, batch, DEFAULT_SHARD, replica, deadline_s=self._attempt_s)
+
+        def settled(result: ScheduleReply | BusError) -> None:
+            self._guarded(batch, lambda batch: self._settle(batch, result))
+
+        try:
+            self._bus.call(
+                service, message, DEFAULT_SHARD, *tokens, deadline_s=self._attempt_s, settled=settled
+            )
+        except MessageTooLarge as exc:
+            self._split(batch, exc)
+
+    def _split(self, batch: _Batch, cause: MessageTooLarge) -> None:
+        """Many clients with long headers in one tick; one request alone is far below the bound."""
+        half = len(batch.askers) // 2
+        if not half:
+            self._locally(batch.askers, str(cause), certain=False)
+            return
+        for askers in (batch.askers[:half], batch.askers[half:]):
+            self._guarded(_Batch(askers), self._ask)
+
+    def _settle(self, batch: _Batch, result: ScheduleReply | BusError) -> None:
+        """What became of an attempt: delivered, tried again, or placed here."""
+        now = time.monotonic()
+        if isinstance(result, ScheduleReply):
+            self._answered.value += 1
+            self._round_trip.observe(now - batch.asked_at)
+            self._breaker.answered()
+            self._degrade(False)
+            if self._avoiding and not self.replicas.suspects(now):
+                self._avoid(False)
+            self._deliver(batch.askers, result)
+        elif isinstance(result, BusTimeout):
+            self._timed_out.value += 1
+            self.replicas.silent(batch.replica, now)
+            if batch.replica != ANY:
+                self._avoid(True, str(result))
+            batch.silences += 1
+            if self._breaker.failed(now) or self._breaker.open or batch.silences >= MAX_ATTEMPTS:
+                self._locally(batch.askers, str(result), certain=False)
+            else:
+                self._ask(batch)
+        else:
+            self._unavailable.value += 1
+            if batch.replica != ANY:
+                # It left between two heartbeats, or never was: whoever is in the queue group is there.
+                self.replicas.gone(batch.replica)
+                batch.left = True
+                self._ask(batch)
+                return
+            self._breaker.failed(now)
+            self._locally(batch.askers, str(result), certain=True)
 
     def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
         outcomes = {outcome.decision_id: outcome for outcome in reply.outcomes}
         unserved: list[Asker] = []
         for asker in askers:
             outcome = outcomes.get(asker.request.decision_id)
-            if not asker.waiting:
-                # Its client left in the meantime: what the scheduler reserved is given back.
-                self._account.finish(asker.request.decision_id)
-            elif isinstance(outcome, Rejection):
-                asker.rejected(outcome)
-            elif outcome is None or (instance := self._table.get(outcome.instance)) is None:
-                # No outcome, or an instance this ingress never heard of: its own table decides.
-                unserved.append(asker)
-            else:
-                self._by_scheduler.value += 1
-                asker.placed(outcome, instance)
+            try:
+                if not asker.waiting:
+                    # Its client left in the meantime: what the scheduler reserved is given back.
+                    self._account.finish(asker.request.decision_id)
+                elif isinstance(outcome, Rejection):
+                    asker.rejected(outcome)
+                elif outcome is None or (instance := self._table.get(outcome.instance)) is None:
+                    # No outcome, or an instance this ingress never heard of: its own table decides.
+                    unserved.append(asker)
+                else:
+                    self._by_scheduler.value += 1
+                    asker.placed(outcome, instance)
+            except Exception:
+                log.exception("placing a request failed")
+                self._break(asker)
         if unserved:
             self._locally(unserved, "", certain=False)
 
@@ -212,24 +245,29 @@ class Placer:
         if certain or self._breaker.open:
             self._degrade(True, cause)
         for asker in askers:
-            if not asker.waiting:
-                self._account.finish(asker.request.decision_id)
-                continue
-            request = asker.request
-            pool = self._table.serving(request.model)
-            candidates = [i for i in pool if eligible(i, request.owner) and i.id not in request.excluded]
-            affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
-            instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
-            if instance is None:
-                # A scheduler may have reserved something in an answer that came too late, or was of no use.
-                self._account.finish(request.decision_id)
-                asker.rejected(self._reject(request, bool(pool)))
-            else:
-                self._by_self.value += 1
-                self._events.emit(
-                    PLACEMENT, request.model, request.request_id, self._event(request, instance)
-                )
-                asker.placed(Placement(request.decision_id, instance.id, policy=LOCAL), instance)
+            try:
+                self._locally_one(asker)
+            except Exception:
+                log.exception("placing a request failed")
+                self._break(asker)
+
+    def _locally_one(self, asker: Asker) -> None:
+        request = asker.request
+        if not asker.waiting:
+            self._account.finish(request.decision_id)
+            return
+        pool = self._table.serving(request.model)
+        candidates = [i for i in pool if eligible(i, request.owner) and i.id not in request.excluded]
+        affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
+        instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
+        if instance is None:
+            # A scheduler may have reserved something in an answer that came too late, or was of no use.
+            self._account.finish(request.decision_id)
+            asker.rejected(self._reject(request, bool(pool)))
+        else:
+            self._by_self.value += 1
+            self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, instance))
+            asker.placed(Placement(request.decision_id, instance.id, policy=LOCAL), instance)
 
     def _event(self, request: ScheduleRequest, instance: Instance) -> PlacementEvent:
         return PlacementEvent(

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 from penstock.common.model import Instance
+from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import ResponseHead
+from penstock.ingress.large_bodies import Facts
 
 
 class Downstream(Protocol):
     """The client's connection, for the length of one exchange."""
+
+    @property
+    def peer(self) -> str:
+        """Whom the connection comes from, for fairness among clients."""
 
     def write(self, data: bytes) -> None:
         """Send; while the client reads slowly `UpstreamExchange.pause` is called."""
@@ -26,7 +32,7 @@ class Upstream(Protocol):
 
     reused: bool
 
-    def send(self, head: bytes, body: bytes) -> None:
+    def send(self, head: bytes, body: bytes | bytearray) -> None:
         """Send the request."""
 
     def pause(self) -> None:
@@ -72,3 +78,31 @@ class Upstreams(Protocol):
 
     def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
         """Call `upstream_connected` or `upstream_refused`, at once or later; never twice."""
+
+
+class BodyListener(Protocol):
+    """Who waits for a large body to be read; the exchange."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it still does."""
+
+    def start(self, facts: Facts) -> None:
+        """This is what stands in it."""
+
+    def body_refused(self, error: GatewayError) -> None:
+        """It is not valid, or could not be read."""
+
+
+class LargeBodies(Protocol):
+    """Reads bodies of more than LARGE_BODY_BYTES away from the event loop."""
+
+    def read(
+        self, listener: BodyListener, client: str, path: bytes, content_type: str, body: bytes | bytearray
+    ) -> None:
+        """Call `start` later, or `body_refused` at once or later, unless it stops waiting.
+
+        `body` must not change meanwhile; `client` says whose turn it takes."""
+
+    def forget(self, listener: BodyListener) -> None:
+        """The listener has left: give up what waits for it."""

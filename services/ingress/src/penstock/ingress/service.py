@@ -14,6 +14,7 @@ from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import LoadReport
 from penstock.common.subjects import HEARTBEAT, INSTANCES, LOAD
 from penstock.common.telemetry import Metrics
+from penstock.ingress.exchange import Exchange
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 
@@ -106,7 +107,7 @@ class IngressService:
             await asyncio.sleep(SWEEP_EVERY_S)
             now = clock()
             for exchange in [e for e in self._gateway.exchanges if e.deadline < now]:
-                exchange.expire()
+                _expire(exchange)
             for owner in held:
                 owner.sweep(now)
             self._gateway.access_log.flush()
@@ -122,6 +123,15 @@ class IngressService:
             exchange.shut_down()
         self.publish(final_reports(gateway.account))
         gateway.access_log.flush()
+
+
+def _expire(exchange: Exchange) -> None:
+    """A fault of ours costs the request that met it, not the worker."""
+    try:
+        exchange.expire()
+    except Exception:
+        log.exception("ending a request failed")
+        exchange.broken()
 
 
 def final_reports(account: InFlightAccount) -> list[LoadReport]:

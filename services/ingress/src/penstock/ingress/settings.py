@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field, SecretStr
 
-from penstock.common.settings import ServiceSettings
+from penstock.common.settings import EngineTlsSettings, ServiceSettings
 
 KIB, MIB = 1024, 1024 * 1024
 
 
-class IngressSettings(ServiceSettings):
+class IngressSettings(EngineTlsSettings, ServiceSettings):
     """HTTP in, placements from the bus, tokens out."""
 
     host: str = Field("0.0.0.0", description="address of the public listener")
@@ -38,6 +38,9 @@ class IngressSettings(ServiceSettings):
         le=3600,
         description="seconds for a request's headers, and for each further piece of its body",
     )
+    body_timeout: float = Field(
+        60.0, gt=0, le=86400, description="seconds for a request's body from its first piece to its last"
+    )
     idle_timeout: float = Field(
         75.0, gt=0, le=3600, description="seconds a client's connection may stand idle"
     )
@@ -49,6 +52,12 @@ class IngressSettings(ServiceSettings):
         64 * KIB, ge=1024, le=MIB, description="bytes of a request's or response's head"
     )
     buffer_limit: int = Field(4 * MIB, ge=1024, le=1024 * MIB, description="bytes of a request's body")
+    connection_limit: int = Field(
+        1024,
+        ge=1,
+        le=1_000_000,
+        description="client connections at one time, of all workers together; further ones are closed",
+    )
     upstream_max_connections: int = Field(
         1024, ge=1, le=65536, description="connections to one instance, per worker"
     )

@@ -1,4 +1,4 @@
-"""One ingress process behind the shared port: `python -m penstock.ingress.worker CHANNEL_FD`.
+"""One ingress process behind the shared port: `python -m penstock.ingress.worker CHANNEL_FD COUNTS_FD`.
 
 The parent sends settings, address and identity over the channel, then asks for snapshots; when the
 channel ends, the worker drains.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import sys
 import time
@@ -20,26 +21,34 @@ from penstock.common.instances import InstanceTable
 from penstock.common.lifecycle import run_service
 from penstock.common.telemetry import FamilySnapshot
 from penstock.ingress.access_log import AccessLog
+from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.channel import Channel
+from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.large_bodies import Setup
 from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
 
 # What clients get to take their last bytes, however little the drain has left.
 FLUSH_S = 1.0
+# File descriptors beside those of clients and of the instances that serve them: kept connections, bus, log.
+SPARE_FILES = 4096
 
 
 class Start(msgspec.Struct):
-    """What a worker is told first; `settings` holds the secrets too."""
+    """What a worker is told first; `settings` holds the secrets too, `index` counts the workers."""
 
     settings: dict[str, str | int | float | bool | None]
     id: str
     port: int
+    index: int
+    # How the worker before it ended, if that was not asked for.
+    ended: str = ""
 
 
 class Report(msgspec.Struct):
@@ -52,16 +61,17 @@ class Report(msgspec.Struct):
 def main() -> int:
     """Run until the channel or a signal says stop."""
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    return run_service(lambda: serve(channel))
+    return run_service(lambda: serve(channel, int(sys.argv[2])))
 
 
-async def serve(channel: Channel) -> None:
+async def serve(channel: Channel, counts_fd: int) -> None:
     """Assemble one worker and run it."""
     await channel.open()
     start = await channel.receive(Start)
     if start is None:
         return
     settings = IngressSettings.model_validate(start.settings)
+    allow_files(2 * settings.connection_limit + SPARE_FILES)
     host = Host(new_identity("ingress", start.id), settings)
     table = InstanceTable()
     account = InFlightAccount(host.identity.id, host.identity.incarnation)
@@ -76,11 +86,15 @@ async def serve(channel: Channel) -> None:
         time.monotonic,
     )
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics)
-    gateway.placer = placer = Placer(
+    setup = Setup(settings.block_hash_secret.get_secret_value(), settings.block_bytes)
+    gateway.large_bodies = large_bodies = BodyHelper(setup, host.metrics, gateway.degraded)
+    gateway.placer = Placer(
         host.bus, table, account, host.events, host.identity, host.metrics, settings.schedule_timeout
     )
+    if start.ended:
+        gateway.degraded("worker", False, start.ended)
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
-    server = HttpServer(gateway, host.metrics)
+    server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
     async def answer_parent() -> None:
         while await channel.receive(str) is not None:
@@ -93,7 +107,6 @@ async def serve(channel: Channel) -> None:
         server.stop_accepting()
         deadline = time.monotonic() + settings.drain_timeout
         await service.drain(settings.drain_timeout)
-        await placer.close()
         await upstreams.close()
         await server.close(max(FLUSH_S, deadline - time.monotonic()))
 
@@ -105,10 +118,20 @@ async def serve(channel: Channel) -> None:
         ("registry-watch", service.watch()),
         ("load-report", service.report()),
         ("sweep", service.sweep((server, upstreams), time.monotonic)),
+        ("large-bodies", large_bodies.run()),
         ("parent", answer_parent()),
     ):
         host.lifecycle.add_loop(name, loop)
     await host.run(drain, None)
+
+
+def allow_files(wanted: int) -> None:
+    """Raise the soft limit of open files towards `wanted`: the usual 1,024 is less than --connection-limit
+    needs, and a connection that finds no descriptor is closed without being counted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _write_stderr(lines: bytes) -> None:

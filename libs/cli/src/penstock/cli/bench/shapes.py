@@ -42,6 +42,23 @@ def _string() -> bytes:
     return _filled(_BEGIN + b'"messages":[{"role":"user","content":"', [b"\\u00e9"], b'"}]}')
 
 
+def _text() -> bytes:
+    """A prompt of one string, as people write."""
+    return _filled(
+        _BEGIN + b'"messages":[{"role":"user","content":"', [b"lorem ipsum dolor sit amet "], b'"}]}'
+    )
+
+
+def _twice() -> bytes:
+    """The same prompt under the same key, over and over; the last one counts."""
+    return _filled(_BEGIN + _MESSAGES, [_MESSAGES], b'"stream":false}')
+
+
+def _utf8() -> bytes:
+    """A prompt that is not UTF-8 in many places."""
+    return _filled(_BEGIN + b'"messages":[{"role":"user","content":"', [b"\xc3\xa9 \xff"], b'"}]}')
+
+
 def _filled(begin: bytes, pieces: Sequence[bytes], end: bytes) -> bytes:
     """As many pieces, which are of one length, as there is room for."""
     count = (BODY_BYTES - len(begin) - len(end)) // len(pieces[0])
@@ -54,4 +71,7 @@ SHAPES: dict[str, Callable[[], bytes]] = {
     "keys": _keys,
     "numbers": _numbers,
     "string": _string,
+    "text": _text,
+    "twice": _twice,
+    "utf8": _utf8,
 }

@@ -34,7 +34,13 @@ class Host:
         self.metrics = Metrics()
         self.lifecycle = Lifecycle()
         self.bus = NatsBus(settings, identity.writer, self.metrics)
-        self.events = EventWriter(self.bus, identity.writer, identity.incarnation, self.metrics)
+        self.events = EventWriter(
+            self.bus,
+            identity.writer,
+            identity.incarnation,
+            self.metrics,
+            max_kept_bytes=settings.event_buffer_mib * 1024 * 1024,
+        )
         self.metrics.gauge(
             "penstock_loop_lag_seconds",
             "Delay of the event loop, last probe",

@@ -16,7 +16,7 @@ import msgspec
 
 from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
-from penstock.common.errors import BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
+from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.subjects import Bucket, Service, Stream, Subject
 from penstock.common.telemetry import Metrics
 
@@ -151,6 +151,7 @@ class MemoryBus:
         )
         self._listeners: list[Callable[[bool], None]] = []
         self._answers: dict[asyncio.Future[bytes], str] = {}
+        self._calls: set[asyncio.Task[None]] = set()
         broker.buses.append(self)
 
     @property
@@ -199,6 +200,27 @@ class MemoryBus:
         except DecodeError as exc:
             self._dropped.inc(service.request.pattern, "undecodable reply")
             raise BusTimeout(subject, deadline_s) from exc
+
+    def call(
+        self,
+        service: Service[M, R],
+        message: M,
+        *tokens: str,
+        deadline_s: float,
+        settled: Callable[[R | BusError], None],
+    ) -> None:
+        _checked(service.request, message)
+
+        async def ask() -> None:
+            try:
+                reply: R | BusError = await self.request(service, message, *tokens, deadline_s=deadline_s)
+            except BusError as exc:
+                reply = exc
+            settled(reply)
+
+        task = asyncio.get_running_loop().create_task(ask(), name="call")
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
 
     async def subscribe(
         self, subject: Subject[M], handler: Callable[[M], None], *tokens: str

@@ -70,6 +70,30 @@ class NatsBus:
             self._dropped.inc(service.request.pattern, "undecodable reply")
             raise BusTimeout(subject, deadline_s) from exc
 
+    def call(
+        self,
+        service: Service[M, R],
+        message: M,
+        *tokens: str,
+        deadline_s: float,
+        settled: Callable[[R | BusError], None],
+    ) -> None:
+        subject = service.request.name(*tokens)
+
+        def settle(answer: Message | BusError) -> None:
+            if isinstance(answer, BusError):
+                settled(answer)
+                return
+            try:
+                reply = decode(service.reply, answer.data)
+            except DecodeError:
+                self._dropped.inc(service.request.pattern, "undecodable reply")
+                settled(BusTimeout(subject, deadline_s))
+                return
+            settled(reply)
+
+        self._connection.call(subject, _checked(service.request, message), deadline_s, settle)
+
     async def subscribe(
         self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
     ) -> RawSubscription:
@@ -141,11 +165,15 @@ class NatsBus:
             "storage": "file",
             "discard": "new",
             "max_bytes": bucket.max_bytes,
+            "max_age": int(bucket.max_age_s * 1e9),
             "max_msg_size": bucket.max_value_bytes + 1024,
             "max_msgs_per_subject": 1,
             "num_replicas": self._replicas,
-            "allow_rollup_hdrs": True,
+            # Records leave one by one, with a mark that watches see. What a purge, or the header of one
+            # message, takes away leaves none; who wants an empty bucket deletes it, which is noticed.
+            "allow_rollup_hdrs": False,
             "deny_delete": True,
+            "deny_purge": True,
             "allow_direct": True,
         }
         return await self._ensure(bucket.stream, config)

@@ -61,7 +61,9 @@ async def follow(
                     for stored in page:
                         yield stored
             except BusError as exc:
-                log.debug("following %s: %s", stream.name, exc)
+                # A server that is there and silent does not permit it, or is older than pages are.
+                level = logging.WARNING if isinstance(exc, BusTimeout) else logging.DEBUG
+                log.log(level, "the stream %s cannot be read: %s", stream.name, exc)
                 await asyncio.sleep(RETRY_S)
                 continue
             nudged = await _within(nudge, wait_s)
