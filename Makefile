@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check bench fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,7 +36,7 @@ integration: sync ## services as processes, real servers
 	$(BIN)/pytest tests/integration $(ARGS)
 
 soak: sync ## outages for a minute each, then at random for a minute (PENSTOCK_SOAK_SECONDS=600 PENSTOCK_SEED=1)
-	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/integration/test_failures.py tests/integration/test_leaks.py $(ARGS)
+	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/integration/test_failures.py tests/integration/test_outages.py tests/integration/test_etcd_failover.py tests/integration/test_leaks.py $(ARGS)
 
 lint: sync ## style, the one place for subjects, no stray __init__.py, generated docs in step
 	$(BIN)/ruff check .
@@ -54,6 +54,9 @@ check: lint types contracts unit ## what a change must pass before review
 
 bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
 	$(BIN)/python -m penstock.cli.bench $(ARGS)
+
+bench-discovery: sync ## what discovery costs with 2,000 engines, and how soon a change in each store counts (ARGS="--source etcd")
+	PYTHONPATH=tests $(BIN)/python -m discovery_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
 	$(BIN)/python -m penstock.cli.docs

@@ -76,6 +76,12 @@ class Stack:
             "discovery", "--llm-backend-endpoints", ",".join(self.engines), "--probe-interval", "0.5", *flags
         )
 
+    def start_discovery_of(self, sources: str, *flags: str) -> None:
+        """Discovery by sources other than the list of the engines started."""
+        self.discovery = self._service(
+            "discovery", "--llm-backend-discovery", sources, "--probe-interval", "0.5", *flags
+        )
+
     def start_scheduler(self, *flags: str) -> None:
         """One more replica."""
         port = free_port()

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from integration.stack import MODEL, Stack, messages, running_stack
+from penstock.scheduler.policies.table import STRATEGIES
 from penstock.sim.text import expected_text
 
 pytestmark = pytest.mark.integration
@@ -30,7 +31,7 @@ async def test_the_openai_client_gets_plain_and_streamed_answers_placed_by_a_sch
         raw = await client.chat.completions.with_raw_response.create(
             model=MODEL, messages=[{"role": "user", "content": "hello"}], max_tokens=12
         )
-        assert raw.headers["routing-strategy"] == "least-request"
+        assert raw.headers["routing-strategy"] == "cache-aware"
         assert raw.headers["target-pod"] in stack.engines
         assert raw.headers["x-request-id"]
         plain = raw.parse()
@@ -84,9 +85,7 @@ async def test_errors_reach_the_openai_client_as_its_own_types(stack: Stack) -> 
         assert "least-request" in strategy.value.message
 
 
-@pytest.mark.parametrize(
-    "strategy", ["random", "round-robin", "least-request", "power-of-two", "prefix-cache"]
-)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "prefix-cache:6,least-request:1"])
 async def test_a_request_chooses_its_strategy_by_header(stack: Stack, strategy: str) -> None:
     async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0) as client:
         raw = await client.chat.completions.with_raw_response.create(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import nats
 import pytest
+from nats.js.errors import APIError
 
 from integration.bus_labs import Member, NatsLab, collecting
 from integration.servers import eventually
@@ -219,3 +220,17 @@ async def test_records_that_are_no_instances_harm_nobody(lab: NatsLab) -> None:
         await eventually(lambda: "c" in follower.names)
         assert follower.names == set("abc")
         assert follower.table.undecodable == 4
+
+
+async def test_a_bucket_that_could_be_purged_is_closed_to_it(lab: NatsLab) -> None:
+    async with fleet(lab, "ab") as (bus, follower):
+        await delete_stream(lab)
+        client = await nats.connect(lab.server.url)
+        streams = client.jetstream()
+        await streams.add_stream(name=INSTANCES.stream, subjects=[INSTANCES.subject(">")])
+        assert not await bus.ensure_bucket(INSTANCES)
+        await write(bus, "c")
+        with pytest.raises(APIError, match="purge"):
+            await streams.purge_stream(INSTANCES.stream)
+        await client.close()
+        await eventually(lambda: follower.names == set("abc"), timeout_s=5)

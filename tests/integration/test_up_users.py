@@ -17,7 +17,6 @@ from nats.aio.msg import Msg
 from integration.servers import Process, eventually
 from integration.stack import chat, stream_chat
 from integration.test_up import START_TIMEOUT_S, penstock, ready
-from penstock.common.permissions import GRANTS
 
 pytestmark = pytest.mark.integration
 
@@ -98,7 +97,3 @@ def assert_nobody_was_refused_anything(process: Process) -> None:
     """Neither the server's log nor any service's knows of a violation."""
     lines = [*process.out, *process.lines]
     assert [line for line in lines if "iolation" in line or "refuses" in line] == []
-
-
-def test_the_users_are_those_of_the_grants() -> None:
-    assert set(GRANTS) == {"ingress", "scheduler", "discovery", "mirror", "join", "auditor"}

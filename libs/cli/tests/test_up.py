@@ -138,6 +138,28 @@ def test_discovery_is_told_where_the_simulated_engines_will_be() -> None:
     assert made.engine_urls[0].endswith(f":{sim['port']}")
 
 
+@pytest.mark.parametrize(
+    ("argv", "sources", "simulated"),
+    [
+        ((), "endpoints,nats", DEFAULT_SIM),
+        (("--sim", "3"), "endpoints,nats", 3),
+        (("--sim", "0"), "nats", 0),
+        (("--llm-backend-discovery", "nats"), "nats", 0),
+        (("--llm-backend-discovery", "redis,endpoints"), "redis,endpoints", DEFAULT_SIM),
+        (("--llm-backend-endpoints", "10.0.0.1:8000"), "endpoints", 0),
+    ],
+)
+def test_engines_may_register_unless_other_sources_are_named(
+    argv: tuple[str, ...], sources: str, simulated: int
+) -> None:
+    made = plan(*argv)
+    told = flags(commands(made)["discovery"])
+    assert (told["llm-backend-discovery"], len(made.engine_urls)) == (sources, simulated)
+    assert ("llm-backend-endpoints" in told) == ("endpoints" in sources)
+    assert bool(made.register_url) == ("nats" in sources)
+    assert ("penstock register" in welcome(made, "", 1.0)) == ("nats" in sources)
+
+
 def test_real_engines_mean_no_simulated_ones() -> None:
     made = plan("--llm-backend-endpoints", "10.0.0.1:8000,10.0.0.2:8000")
     assert "sim" not in commands(made)
@@ -163,7 +185,7 @@ def test_a_name_given_to_several_schedulers_is_numbered() -> None:
 def test_a_bus_of_ones_own_is_used_instead_of_a_started_one() -> None:
     made = plan("--nats-url", "nats://bus.example:4222", "--nats-user", "u", "--nats-password", "p")
     assert made.nats is None
-    assert made.nats_url == made.auditor_url == "nats://bus.example:4222"
+    assert made.nats_url == made.auditor_url == made.register_url == "nats://bus.example:4222"
     assert "nats" not in commands(made)
     environ = commands(made)["scheduler"].environ
     assert environ["PENSTOCK_NATS_URL"] == "nats://bus.example:4222"
@@ -174,7 +196,7 @@ def test_a_bus_of_ones_own_is_used_instead_of_a_started_one() -> None:
     ("argv", "parts"),
     [
         (
-            ("--wrokers", "2", "--workers", "0", "--probe-fall", "x", "--sim", "0", "--sim-kv-blocks", "0"),
+            ("--wrokers", "2", "--workers", "0", "--probe-fall", "x", "--sim", "-1", "--sim-kv-blocks", "0"),
             ("--wrokers: unknown flag", "--workers:", "--probe-fall:", "--sim:", "--sim-kv-blocks:"),
         ),
         (("--sim-port", "1"), ("--sim-port: unknown flag",)),

@@ -13,12 +13,20 @@ from penstock.common.permissions import (
     AUDITORS_ACCOUNT,
     GRANTS,
     JOIN,
+    REGISTER,
     SERVICES,
     SERVICES_ACCOUNT,
     Grant,
     accounts,
 )
-from penstock.common.subjects import BUCKETS, EVENTS, INSTANCES, SUBJECTS, Subject, event_subject
+from penstock.common.subjects import (
+    BUCKETS,
+    EVENTS,
+    REGISTRATIONS,
+    SUBJECTS,
+    Subject,
+    event_subject,
+)
 
 PASSWORDS = {user: f"secret of {user}" for user in GRANTS}
 
@@ -52,8 +60,9 @@ def test_every_subject_has_a_service_that_publishes_and_one_that_subscribes(
 
 
 @pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: bucket.name)
-def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it(bucket: Any) -> None:
-    assert may_publish(bucket.subject("any.key")) == {"discovery", JOIN}
+def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_one_by_sidecars(bucket: Any) -> None:
+    sidecar = {REGISTER} if bucket is REGISTRATIONS else set()
+    assert may_publish(bucket.subject("any.key")) == {"discovery", JOIN} | sidecar
     assert may_subscribe(bucket.subject("any.key")) == set()
 
 
@@ -76,7 +85,7 @@ def test_an_event_is_written_by_the_services_that_have_it(event_type: str, write
 
 @pytest.mark.parametrize("call", ["DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE", "LEADER.STEPDOWN"])
 def test_nobody_may_destroy_what_is_stored(call: str) -> None:
-    for stream in (EVENTS.name, INSTANCES.stream):
+    for stream in (EVENTS.name, *(bucket.stream for bucket in BUCKETS)):
         assert may_publish(f"$JS.API.STREAM.{call}.{stream}") == set()
 
 
@@ -84,8 +93,12 @@ def test_an_auditor_publishes_nothing_but_the_call_that_reads_the_log() -> None:
     assert GRANTS[AUDITOR].publish == (f"$JS.API.DIRECT.GET.{EVENTS.name}",)
 
 
+def test_a_sidecar_writes_registrations_and_nothing_else() -> None:
+    assert GRANTS[REGISTER] == Grant((REGISTRATIONS.subject(">"),), ("_INBOX.register.>",))
+
+
 def test_whoever_joins_may_do_what_any_service_may() -> None:
-    for grant in SERVICES.values():
+    for grant in (*SERVICES.values(), GRANTS[REGISTER]):
         assert set(grant.publish) <= set(GRANTS[JOIN].publish)
         assert set(grant.subscribe) <= set(GRANTS[JOIN].subscribe)
 
@@ -116,7 +129,7 @@ def test_auditors_have_an_account_apart_into_which_the_log_alone_crosses() -> No
         for account, content in made.items()
     }
     assert users[AUDITORS_ACCOUNT] == {AUDITOR: PASSWORDS[AUDITOR]}
-    assert users[SERVICES_ACCOUNT] == {user: PASSWORDS[user] for user in (*SERVICES, JOIN)}
+    assert users[SERVICES_ACCOUNT] == {user: PASSWORDS[user] for user in (*SERVICES, REGISTER, JOIN)}
     assert "jetstream" not in made[AUDITORS_ACCOUNT]
     crossing = {"stream": EVENTS.subjects[0], "service": GRANTS[AUDITOR].publish[0]}
     exported = {

@@ -17,6 +17,7 @@ from penstock.discovery.endpoints import parse_endpoints
         ("Decode@http://engine:9", "engine:9", Endpoint("engine", 9), Role.DECODE),
         ("neutral@[::1]:65535", "[::1]:65535", Endpoint("::1", 65535), Role.NEUTRAL),
         ("http://[0:0::1]:1", "[::1]:1", Endpoint("::1", 1), Role.NEUTRAL),
+        ("prefill@https://Engine:9", "engine:9", Endpoint("engine", 9, "https"), Role.PREFILL),
         ("pod_1.svc:8000", "pod_1.svc:8000", Endpoint("pod_1.svc", 8000), Role.NEUTRAL),
     ],
 )
@@ -50,7 +51,7 @@ def test_an_empty_list_is_empty() -> None:
         ("engine:٨", "port '٨'"),
         ("boss@engine:1", "role 'boss' is none of neutral, prefill, decode"),
         ("@engine:1", "role ''"),
-        ("https://engine:1", "scheme 'https' is not http"),
+        ("ftp://engine:1", "scheme 'ftp' is neither http nor https"),
         ("http://engine:1/v1", "a path is not part of an endpoint"),
         ("::1:8000", "an IPv6 address goes in brackets"),
         ("[fe80::1%eth0]:1", "an IPv6 zone cannot"),

@@ -1,13 +1,16 @@
 """The fleet: verdicts and lists in, records and events out."""
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.codec import decode_record
 from penstock.common.model import Endpoint, Instance, InstanceState, Role
+from penstock.discovery.flaps import Flaps
 from penstock.discovery.reconcile import Fleet, Verdict
 
 READY, UNHEALTHY = InstanceState.READY, InstanceState.UNHEALTHY
@@ -126,7 +129,7 @@ def test_an_instance_that_is_not_listed_any_more_is_removed() -> None:
     assert fleet.judge("a", GOOD) is None
 
 
-def test_a_listed_change_is_an_update_and_a_moved_endpoint_another_instance() -> None:
+def test_a_listed_change_is_an_update() -> None:
     fleet = fleet_of()
     fleet.judge("a", GOOD)
     (event,) = fleet.desire([instance(role=Role.DECODE)])
@@ -135,8 +138,152 @@ def test_a_listed_change_is_an_update_and_a_moved_endpoint_another_instance() ->
         Role.DECODE,
         READY,
     )
-    (event,) = fleet.desire([instance(port=2, role=Role.DECODE)])
-    assert (event.change, fleet.records(), fleet.unjudged) == ("removed", [], 1)
+
+
+@pytest.mark.parametrize(("verdict", "change"), [(GOOD, "updated"), (BAD, "unhealthy")])
+def test_another_address_under_the_same_id_counts_once_it_was_probed(verdict: Verdict, change: str) -> None:
+    fleet, old, new = fleet_of(), Endpoint("a", 1), Endpoint("a", 2)
+    fleet.judge("a", GOOD)
+    assert fleet.desire([instance(port=2)]) == []
+    assert (fleet.records()[0].endpoint, fleet.endpoints(), fleet.unjudged) == (old, {"a": new}, 1)
+    assert fleet.judge("a", BAD, endpoint=old) is None
+    event = fleet.judge("a", verdict, endpoint=new)
+    assert event is not None
+    assert (event.change, event.endpoint) == (change, "a:2")
+    assert (fleet.records()[0].endpoint, fleet.unjudged) == (new, 0)
+
+
+@pytest.mark.parametrize(
+    "marked", [{"state": InstanceState.DRAINING}, {"labels": {"penstock.io/drain": "True"}}]
+)
+def test_an_instance_marked_as_draining_stays_until_its_source_lets_go(marked: dict[str, Any]) -> None:
+    fleet, drained = fleet_of(), msgspec.structs.replace(instance(), **marked)
+    fleet.judge("a", GOOD)
+    (event,) = fleet.desire([drained])
+    assert (event.change, event.reason) == ("draining", "its source marks it so")
+    assert [fleet.judge("a", verdict) for verdict in (BAD, BAD, GOOD)] == [None] * 3
+    (record,) = fleet.records()
+    assert (record.state, record.takes_work) == (InstanceState.DRAINING, False)
+    assert [event.change for event in fleet.desire([instance()])] == ["recovered"]
+    assert [event.change for event in fleet.desire([])] == ["removed"]
+
+
+def test_a_source_that_calls_an_instance_unhealthy_is_believed() -> None:
+    fleet = fleet_of()
+    fleet.judge("a", GOOD)
+    said = msgspec.structs.replace(instance(), state=UNHEALTHY, reason="not ready")
+    assert [(event.change, event.reason) for event in fleet.desire([said])] == [("unhealthy", "not ready")]
+    assert [event.change for event in fleet.desire([instance()])] == ["recovered"]
+
+
+def test_a_silent_source_makes_ready_instances_stale_and_they_take_work_while_probes_are_good() -> None:
+    fleet = fleet_of(instance("a"), instance("b"))
+    fleet.judge("a", GOOD)
+    fleet.judge("b", BAD)
+    both = [instance("a"), instance("b")]
+    (event,) = fleet.desire(both, stale="redis: refused")
+    assert (event.instance, event.change, event.reason) == ("a", "stale", "redis: refused")
+    assert [(record.state, record.takes_work) for record in fleet.records()] == [
+        (InstanceState.STALE, True),
+        (UNHEALTHY, False),
+    ]
+    event_of_b = fleet.judge("b", GOOD)
+    assert event_of_b is not None
+    assert event_of_b.change == "stale"
+    fleet.judge("a", BAD)
+    fell = fleet.judge("a", BAD)
+    assert fell is not None
+    assert fell.change == "unhealthy"
+    assert [event.change for event in fleet.desire(both)] == ["recovered"]
+
+
+@pytest.mark.parametrize(
+    ("named", "adapters", "found", "models", "loras", "state"),
+    [
+        ((), (), GOOD, ("m",), (), READY),
+        (("m",), ("mine",), Verdict(models=("m", "n"), lora_adapters=("l",)), ("m",), ("l", "mine"), READY),
+        (("l",), (), Verdict(models=("m",), lora_adapters=("l",)), ("l",), (), READY),
+        (("m",), (), Verdict(), ("m",), (), READY),
+        (("x",), (), GOOD, ("x",), (), UNHEALTHY),
+        ((), (), Verdict(), (), (), UNHEALTHY),
+    ],
+)
+def test_a_record_that_names_models_restricts_what_the_engine_lists(
+    named: tuple[str, ...],
+    adapters: tuple[str, ...],
+    found: Verdict,
+    models: tuple[str, ...],
+    loras: tuple[str, ...],
+    state: InstanceState,
+) -> None:
+    fleet = fleet_of(msgspec.structs.replace(instance(), models=named, lora_adapters=adapters))
+    fleet.judge("a", found)
+    (record,) = fleet.records()
+    assert (record.models, record.lora_adapters, record.state) == (models, loras, state)
+
+
+def test_the_engine_is_named_by_the_record_then_by_its_models_then_by_its_metrics() -> None:
+    fleet, address = fleet_of(), Endpoint("a", 1)
+    fleet.judge("a", Verdict(models=("m",)))
+    event = fleet.recognise("a", "sglang", address)
+    assert event is not None
+    assert (event.change, fleet.records()[0].engine) == ("updated", "sglang")
+    fleet.judge("a", Verdict(models=("m",), engine="vllm"))
+    assert fleet.records()[0].engine == "vllm"
+    fleet.desire([msgspec.structs.replace(instance(), engine="trt")])
+    assert fleet.records()[0].engine == "trt"
+    assert fleet.recognise("a", "", address) is None
+    assert fleet.recognise("gone", "vllm", address) is None
+
+
+def test_each_failure_of_late_doubles_the_good_probes_that_are_asked_for() -> None:
+    fleet = Fleet("endpoints", 1, 1, Flaps(600))
+    fleet.desire([instance()])
+    fleet.judge("a", GOOD, 0.0)
+    needed = []
+    for round_s in range(10):
+        fleet.judge("a", BAD, float(round_s))
+        count = 0
+        while fleet.records()[0].state is UNHEALTHY:
+            fleet.judge("a", GOOD, float(round_s))
+            count += 1
+        needed.append(count)
+    assert needed == [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]
+    fleet.judge("a", BAD, 1000.0)
+    fleet.judge("a", GOOD, 1000.0)
+    assert fleet.records()[0].state is READY
+
+
+def test_an_instance_that_comes_and_goes_proves_itself_like_one_that_fails() -> None:
+    fleet = Fleet("endpoints", 1, 1, Flaps(600))
+    for _ in range(3):
+        fleet.desire([instance()], 1.0)
+        for _ in range(9):
+            fleet.judge("a", GOOD, 1.0)
+        fleet.desire([], 1.0)
+    fleet.desire([instance()], 2.0)
+    fleet.judge("a", GOOD, 2.0)
+    (record,) = fleet.records()
+    assert (record.state, record.reason) == (UNHEALTHY, "1 of 4 good probes, having failed 3 times of late")
+
+
+def test_what_leaves_for_another_source_goes_without_a_word_and_goes_on_there() -> None:
+    first, second = fleet_of(), Fleet("redis", 1, 2)
+    first.judge("a", GOOD)
+    second.adopt(first.records())
+    assert first.desire([], elsewhere={"a"}) == []
+    (event,) = second.desire([instance()])
+    assert (event.change, event.source, event.state) == ("updated", "redis", "ready")
+
+
+def test_a_record_that_would_not_fit_into_the_registry_is_unhealthy_and_says_so() -> None:
+    names = tuple(f"{n:0500}" for n in range(100))
+    fleet = fleet_of(msgspec.structs.replace(instance(), lora_adapters=names))
+    fleet.judge("a", Verdict(models=("m",), lora_adapters=tuple(f"x{n:0500}" for n in range(100))))
+    (record,) = fleet.records()
+    assert record.state is UNHEALTHY
+    assert record.reason.startswith("its record would be ")
+    assert len(fleet.encoded()["instance.a"]) < 65536
 
 
 def test_listing_the_same_again_changes_nothing() -> None:
@@ -231,3 +378,51 @@ def test_any_interleaving_of_the_same_verdicts_ends_in_the_same_records(
         alone += fleet.records()
     assert mixed.records() == alone
     assert mixed.unjudged == sum(not history for history in histories.values())
+
+
+LISTINGS = st.dictionaries(st.sampled_from("abc"), st.tuples(st.integers(1, 2), st.sampled_from(Role)))
+MOMENTS = st.floats(-1e9, 1e9)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("list"), LISTINGS, st.sampled_from(["", "silent"]), MOMENTS),
+            st.tuples(st.just("judge"), st.sampled_from("abcx"), st.sampled_from("gb"), MOMENTS),
+            st.tuples(st.just("restart"), st.none(), st.none(), MOMENTS),
+        ),
+        max_size=30,
+    ),
+    LISTINGS,
+)
+def test_any_order_of_repeated_stale_and_missing_updates_ends_in_the_same_records(
+    steps: list[tuple[str, Any, Any, float]], last: dict[str, tuple[int, Role]]
+) -> None:
+    """Clocks may jump: the moments come in any order."""
+
+    def made(listing: dict[str, tuple[int, Role]]) -> list[Instance]:
+        return [instance(name, port, role) for name, (port, role) in listing.items()]
+
+    def finish(fleet: Fleet) -> dict[str, Instance]:
+        fleet.desire(made(last))
+        for name in last:
+            for _ in range(70):
+                fleet.judge(name, GOOD, 2e9, fleet.endpoints()[name])
+        assert {key: decode_record(Instance, value) for key, value in fleet.encoded().items()} == {
+            f"instance.{record.id}": record for record in fleet.records()
+        }
+        return {record.id: record for record in fleet.records()}
+
+    fleet = Fleet("endpoints", 1, 2, Flaps(600))
+    for kind, what, how, now in steps:
+        if kind == "list":
+            fleet.desire(made(what), now, stale=how)
+            fleet.desire(made(what), now, stale=how)
+        elif kind == "judge":
+            fleet.judge(what, VERDICTS[how], now)
+        else:
+            held = fleet.records()
+            fleet = Fleet("endpoints", 1, 2, Flaps(600))
+            fleet.adopt(held)
+    assert finish(fleet) == finish(Fleet("endpoints", 1, 2))
+    assert fleet.unjudged == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from penstock.common.telemetry import Metrics
 from penstock.discovery.adapters.prober import http_prober
 from penstock.discovery.adapters.static_source import StaticSource
 from penstock.discovery.leases import LeaseRecord, lease_key
-from penstock.discovery.ports import Source
+from penstock.discovery.ports import Source, SourceState
 from penstock.discovery.service import Discovery
-from penstock.discovery.source_keeper import ProbePolicy, Timing
+from penstock.discovery.surroundings import ProbePolicy, Timing
 
 if TYPE_CHECKING:
     from services.discovery.tests.conftest import Engine
@@ -41,15 +41,32 @@ BRISK = replace(STEADY, lease_takeover_s=0.3)
 
 
 class ChangingSource:
-    """A source that lists what a test tells it to."""
+    """A source that lists what a test tells it to; several replicas may read it."""
 
-    def __init__(self) -> None:
-        self.name = "changing"
-        self.lists: asyncio.Queue[tuple[Instance, ...]] = asyncio.Queue(16)
+    def __init__(self, name: str = "changing") -> None:
+        self.name = name
+        self.asked = 0
+        self._state: SourceState | None = None
+        self._readers: list[asyncio.Event] = []
 
-    async def states(self) -> AsyncGenerator[tuple[Instance, ...], None]:
+    def list(self, *instances: Instance, **said: Any) -> None:
+        self._state = SourceState(instances, **said)
+        for reader in self._readers:
+            reader.set()
+
+    async def states(self) -> AsyncGenerator[SourceState, None]:
+        news = asyncio.Event()
+        self._readers.append(news)
         while True:
-            yield await self.lists.get()
+            if self._state is not None:
+                yield self._state
+            await news.wait()
+            news.clear()
+
+    async def refresh(self) -> None:
+        self.asked += 1
+
+    async def close(self) -> None: ...
 
 
 class Replica:
@@ -58,7 +75,7 @@ class Replica:
     def __init__(
         self,
         broker: MemoryBroker,
-        source: Source,
+        sources: Iterable[Source],
         *,
         name: str,
         timing: Timing,
@@ -67,7 +84,7 @@ class Replica:
     ) -> None:
         self.bus, self.metrics = MemoryBus(broker), Metrics()
         self.identity = Identity("discovery", name, f"{name}-run")
-        self._source, self._timing, self._timeout_s = source, timing, timeout_s
+        self._sources, self._timing, self._timeout_s = sources, timing, timeout_s
         self._policy = policy
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -75,7 +92,7 @@ class Replica:
     async def start(self) -> None:
         events = EventWriter(self.bus, self.identity.writer, self.identity.incarnation, self.metrics)
         self.discovery = Discovery(
-            [self._source],
+            self._sources,
             await self._stack.enter_async_context(http_prober(self._timeout_s)),
             bus=self.bus,
             events=events,
@@ -99,6 +116,7 @@ class Replica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        await self.discovery.close()
         await self._stack.aclose()
         assert not ended
 
@@ -140,13 +158,13 @@ class Stage:
 
     async def replica_of(
         self,
-        source: Source,
+        *sources: Source,
         name: str = "a",
         timing: Timing = STEADY,
         timeout_s: float = 5.0,
         policy: ProbePolicy = POLICY,
     ) -> Replica:
-        replica = Replica(self.broker, source, name=name, timing=timing, timeout_s=timeout_s, policy=policy)
+        replica = Replica(self.broker, sources, name=name, timing=timing, timeout_s=timeout_s, policy=policy)
         await replica.start()
         self._replicas.append(replica)
         return replica
@@ -170,14 +188,16 @@ class Stage:
         """(instance, change, reason) of every event in the routing log."""
         messages = [m for stream in self.broker.streams.values() for m in stream.messages]
         events = [event for m in messages for event in msgspec.json.decode(m.payload)]
-        assert all(event["type"] == "penstock.instance.v1" for event in events)
         return [
-            (event["subject"], event["data"]["change"], event["data"].get("reason", "")) for event in events
+            (event["subject"], event["data"]["change"], event["data"].get("reason", ""))
+            for event in events
+            if event["type"] == "penstock.instance.v1"
         ]
 
 
 @pytest.fixture
-async def stage(eventually: Eventually) -> AsyncIterator[Stage]:
+async def stage(eventually: Eventually, new_engine: NewEngine) -> AsyncIterator[Stage]:
+    # `new_engine` is named to end after it: an engine waits for the probes that are under way.
     stage = Stage(eventually)
     watch = asyncio.create_task(stage.watch(), name="consumer")
     yield stage
@@ -202,6 +222,7 @@ async def test_a_healthy_engine_becomes_a_ready_record_and_then_the_source_is_co
         models=("m",),
         lora_adapters=("l",),
         owner="vllm",
+        engine="vllm",
         role=Role.DECODE,
         source="endpoints",
     )
@@ -399,9 +420,9 @@ async def test_a_source_that_changes_its_list_adds_and_removes_instances(
     source = ChangingSource()
     replica = await stage.replica_of(source)
     await stage.until(lambda: replica.discovery.missing() == "source changing: it has listed nothing yet")
-    source.lists.put_nowait((listed(stays), listed(goes)))
+    source.list(listed(stays), listed(goes))
     await stage.until(lambda: stage.states() == {listed(e).id: "ready" for e in (stays, goes)})
-    source.lists.put_nowait((listed(stays), listed(comes)))
+    source.list(listed(stays), listed(comes))
     await stage.until(lambda: stage.states() == {listed(e).id: "ready" for e in (stays, comes)})
     probes_of_removed, probes_of_kept = goes.hits["/health"], stays.hits["/health"]
     await stage.until(lambda: stays.hits["/health"] > probes_of_kept + 5)
@@ -491,3 +512,175 @@ async def test_a_source_that_lists_nothing_is_complete_at_once(stage: Stage) -> 
     replica = await stage.replica()
     await stage.until(lambda: stage.table.synced and not replica.discovery.missing())
     assert stage.states() == {}
+
+
+def sources_of(stage: Stage) -> dict[str, str]:
+    return {instance.id: instance.source for instance in stage.table.instances()}
+
+
+async def test_the_first_source_speaks_for_an_instance_and_the_next_one_when_it_lets_go(
+    stage: Stage, engine: Engine
+) -> None:
+    first, second = ChangingSource("first"), ChangingSource("second")
+    replica = await stage.replica_of(first, second)
+    one = listed(engine)
+    second.list(msgspec.structs.replace(one, role=Role.DECODE))
+    first.list()
+    await stage.until(lambda: sources_of(stage) == {one.id: "second"} and stage.table.synced)
+    stage.sizes.clear()
+    first.list(one)
+    await stage.until(lambda: sources_of(stage) == {one.id: "first"})
+    assert replica.gauge("penstock_discovery_source_overruled") == {("first",): 0.0, ("second",): 1.0}
+    first.list()
+    await stage.until(lambda: sources_of(stage) == {one.id: "second"})
+    second.list()
+    await stage.until(lambda: not sources_of(stage))
+    assert stage.sizes == {1, 0}
+    await stage.until(lambda: [change for _, change, _ in stage.told()][-1:] == ["removed"])
+    assert [change for _, change, _ in stage.told()] == ["added", "updated", "updated", "removed"]
+
+
+async def test_the_static_list_wins_wherever_it_stands(stage: Stage, engine: Engine) -> None:
+    found = ChangingSource("redis")
+    found.list(msgspec.structs.replace(listed(engine), role=Role.PREFILL))
+    await stage.replica_of(found, StaticSource("endpoints", (listed(engine),)))
+    await stage.until(lambda: stage.table.synced)
+    assert (sources_of(stage), stage.record(listed(engine)).role) == (
+        {listed(engine).id: "endpoints"},
+        Role.NEUTRAL,
+    )
+
+
+async def test_replicas_that_disagree_on_the_order_of_sources_stop_fighting(
+    stage: Stage, engine: Engine
+) -> None:
+    first, second = ChangingSource("first"), ChangingSource("second")
+    first.list(listed(engine))
+    second.list(listed(engine))
+    one = await stage.replica_of(first, second, name="a")
+    await stage.until(lambda: not one.discovery.missing())
+    # Another process took one of the leases; its settings name the sources the other way round.
+    await stage.bus.put(INSTANCES, lease_key("second"), encode_record(LeaseRecord("b", "b-run", 1)))
+    await stage.until(lambda: one.gauge("penstock_discovery_lease_held")[("second",)] == 0)
+    right = encode_instance(stage.record(listed(engine)))
+    theirs = encode_instance(msgspec.structs.replace(stage.record(listed(engine)), source="second"))
+    held, key = stage.broker.buckets[INSTANCES.name].entries, instance_key(listed(engine).id)
+    for _ in range(3):
+        await stage.bus.put(INSTANCES, key, theirs)
+        await stage.until(lambda: held[key].value == right)
+    await stage.bus.put(INSTANCES, key, theirs)
+    written, renewed = one.writes("written"), held[lease_key("first")].revision
+    await stage.until(lambda: held[lease_key("first")].revision > renewed + 2)
+    assert (held[key].value, one.writes("written")) == (theirs, written)
+
+
+async def test_a_source_that_cannot_be_read_is_told_and_its_instances_serve_on_as_stale(
+    stage: Stage, engine: Engine
+) -> None:
+    source, one = ChangingSource(), listed(engine)
+    replica = await stage.replica_of(source)
+    source.list(one)
+    await stage.until(lambda: stage.states() == {one.id: "ready"})
+    source.list(one, stale="connection refused\nby the store")
+    await stage.until(lambda: stage.states() == {one.id: "stale"})
+    assert stage.record(one).takes_work
+    assert replica.gauge("penstock_discovery_source_stale") == {("changing",): 1.0}
+    assert replica.count("penstock_discovery_source_outages_total", "changing") == 1
+    assert not replica.discovery.missing()
+    source.list(one)
+    await stage.until(lambda: stage.states() == {one.id: "ready"})
+    changes = ["added", "stale", "recovered"]
+    await stage.until(lambda: [change for _, change, _ in stage.told()] == changes)
+
+
+async def test_a_restart_while_the_store_is_away_keeps_what_stands_and_calls_it_stale(
+    stage: Stage, engine: Engine
+) -> None:
+    source, one = ChangingSource(), listed(engine)
+    source.list(one)
+    before = await stage.replica_of(source)
+    await stage.until(lambda: stage.table.synced)
+    await before.stop()
+    silent = ChangingSource()
+    timing = replace(STEADY, silent_start_s=0.1)
+    after = await stage.replica_of(silent, name="b", timing=timing)
+    await stage.until(lambda: stage.states() == {one.id: "stale"})
+    assert after.discovery.missing() == "source changing: it has listed nothing yet"
+    silent.list(one)
+    await stage.until(lambda: not after.discovery.missing())
+    assert stage.states() == {one.id: "ready"}
+
+
+async def test_bad_records_are_told_once_counted_and_harm_no_other(stage: Stage, engine: Engine) -> None:
+    source, one = ChangingSource(), listed(engine)
+    replica = await stage.replica_of(source)
+    forbidden = Instance(id="meta", endpoint=Endpoint("169.254.169.254", 80))
+    for _ in range(3):
+        source.list(one, forbidden, skipped={"key\n1": "not JSON"})
+        await stage.until(lambda: stage.states() == {one.id: "ready"})
+        source.list(one, forbidden, skipped={"key\n1": "not JSON"}, stale="away")
+        await stage.until(lambda: stage.states() == {one.id: "stale"})
+    skipped = [(key, reason) for key, change, reason in stage.told() if change == "skipped"]
+    assert skipped == [
+        ("key\ufffd1", "not JSON"),
+        ("meta", "169.254.169.254 is a link-local or metadata address; --discovery-allow-cidr may allow it"),
+    ]
+    assert replica.count("penstock_discovery_skipped_records_total", "changing") == 2
+    assert replica.gauge("penstock_discovery_source_skipped") == {("changing",): 2.0}
+
+
+async def test_a_source_that_ends_or_raises_is_asked_anew(stage: Stage, engine: Engine) -> None:
+    class Broken(ChangingSource):
+        async def states(self) -> AsyncGenerator[SourceState, None]:
+            self.asked += 1
+            if self.asked == 1:
+                raise RuntimeError("a fault of the source")
+            yield SourceState((listed(engine),))
+            if self.asked == 2:
+                await broken.wait()
+                raise RuntimeError("a fault of the source")
+            await asyncio.Event().wait()
+
+    broken = asyncio.Event()
+    await stage.replica_of(Broken())
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+    broken.set()
+    await stage.until(lambda: stage.states() == {listed(engine).id: "stale"})
+    await stage.until(lambda: stage.states() == {listed(engine).id: "ready"})
+
+
+async def test_a_refresh_asks_every_source(stage: Stage) -> None:
+    sources = ChangingSource("one"), ChangingSource("two")
+    replica = await stage.replica_of(*sources)
+    await replica.discovery.refresh()
+    assert [source.asked for source in sources] == [1, 1]
+
+
+async def test_records_of_a_source_that_no_replica_runs_any_more_are_removed_after_a_while(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    stays, goes = listed(await new_engine()), listed(await new_engine())
+    both = await stage.replica_of(StaticSource("endpoints", (stays,)), StaticSource("old", (goes,)))
+    await stage.until(lambda: stage.table.synced and len(stage.table) == 2)
+    await both.stop()
+    timing = replace(STEADY, forget_source_s=0.3, orphan_check_s=0.02)
+    await stage.replica(stays, name="b", timing=timing)
+    await stage.until(lambda: stage.states() == {stays.id: "ready"})
+    reason = "no replica of discovery ran source old for 0.3 s"
+    await stage.until(lambda: (goes.id, "removed", reason) in stage.told())
+    assert "complete.old" not in stage.broker.buckets[INSTANCES.name].entries
+
+
+async def test_another_address_under_the_same_id_is_one_update_without_a_gap(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    old, new = await new_engine(), await new_engine()
+    source = ChangingSource()
+    await stage.replica_of(source)
+    for engine in (old, new):
+        moved = Instance(id="a", endpoint=engine.endpoint)
+        source.list(moved)
+        await stage.until(lambda: [i.endpoint for i in stage.table.instances()] == [moved.endpoint])  # noqa: B023  # awaited in its round
+    await stage.until(lambda: [change for _, change, _ in stage.told()] == ["added", "updated"])
+    assert stage.sizes <= {0, 1}
+    assert stage.keys.count(instance_key("a")) == 2

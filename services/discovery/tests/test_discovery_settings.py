@@ -13,18 +13,30 @@ def read(*argv: str) -> DiscoverySettings:
 @pytest.mark.parametrize("argv", [(), ("--llm-backend-discovery=endpoints",)])
 def test_a_list_of_endpoints_alone_says_where_instances_are_found(argv: tuple[str, ...]) -> None:
     settings = read("--llm-backend-endpoints", "a:1", *argv)
-    assert (settings.source, settings.admin_port) == ("endpoints", 8083)
+    assert (settings.sources, settings.admin_port) == (("endpoints",), 8083)
+
+
+def test_redis_is_the_default_and_several_sources_keep_their_order() -> None:
+    assert read().sources == ("redis",)
+    argv = ("--llm-backend-discovery", "etcd, Endpoints", "--llm-backend-endpoints", "a:1")
+    assert read(*argv).sources == ("etcd", "endpoints")
 
 
 @pytest.mark.parametrize(
     ("argv", "fault"),
     [
-        ((), "--llm-backend-discovery redis, the default, is not available in this release"),
-        (("--llm-backend-discovery", "etcd"), "in this release; available: endpoints"),
-        (("--llm-backend-discovery", "etcd"), "--llm-backend-discovery etcd is not available"),
+        (("--llm-backend-discovery", "consul"), "'consul' is none of redis, etcd, endpoints"),
+        (("--llm-backend-discovery", "redis,redis"), "redis is named twice"),
+        (("--llm-backend-discovery", ","), "name at least one of redis"),
         (
             ("--llm-backend-discovery", "redis", "--llm-backend-endpoints", "a:1"),
-            "--llm-backend-discovery redis is not available",
+            "--llm-backend-discovery redis does not name endpoints",
+        ),
+        (("--discovery-allow-cidr", "10.0.0.1/8"), "'10.0.0.1/8' is not a network such as 10.0.0.0/8"),
+        (("--llm-backend-endpoints", "169.254.169.254:80"), "is a link-local or metadata address"),
+        (
+            ("--llm-backend-endpoints", "10.1.1.1:1", "--discovery-allow-cidr", "10.2.0.0/16"),
+            "10.1.1.1 is in no network of --discovery-allow-cidr",
         ),
         (("--llm-backend-discovery", "endpoints"), "endpoints needs --llm-backend-endpoints"),
         (("--llm-backend-endpoints", " , "), "endpoints needs --llm-backend-endpoints"),

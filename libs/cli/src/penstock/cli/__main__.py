@@ -13,8 +13,10 @@ COMMANDS = {
     "scheduler": ("penstock.scheduler.__main__", "which instance serves each request"),
     "discovery": ("penstock.discovery.__main__", "engine instances become registry records"),
     "mirror": ("penstock.mirror.__main__", "sampled copies of requests, replayed to a shadow"),
+    "register": ("penstock.discovery.register.__main__", "beside engines: keeps them registered"),
     "sim": ("penstock.sim.__main__", "simulated engines with an OpenAI-compatible API"),
     "tap": ("penstock.cli.tap", "follow the routing events"),
+    "replay": ("penstock.cli.replay.__main__", "a trace under several policies, on simulated engines"),
 }
 
 

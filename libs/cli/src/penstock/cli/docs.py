@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,22 @@ from msgspec import inspect as types
 from pydantic import Field
 
 from penstock.cli import event_lines
+from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.tap import TapSettings
 from penstock.cli.up_settings import SERVICES, UpSettings
-from penstock.common import event_log, instances, messages, model, permissions, routing_events, subjects
+from penstock.common import (
+    event_log,
+    instances,
+    messages,
+    model,
+    permissions,
+    records,
+    routing_events,
+    subjects,
+)
 from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
+from penstock.discovery.register.settings import RegisterSettings
+from penstock.discovery.settings import DiscoverySettings
 from penstock.sim.settings import SimSettings
 
 GENERATED = "<!-- written by `make docs`; change the code that it describes -->\n"
@@ -23,7 +36,8 @@ RECORDS: dict[str, dict[str, type[msgspec.Struct]]] = {
     subjects.INSTANCES.name: {
         f"{instances.INSTANCE_PREFIX}<instance>": model.Instance,
         f"{instances.COMPLETE_PREFIX}<source>": messages.CompleteMarker,
-    }
+    },
+    subjects.REGISTRATIONS.name: {"<name>": records.PenstockRecord},
 }
 EVENTS: dict[str, type[msgspec.Struct]] = {
     routing_events.PLACEMENT: routing_events.PlacementEvent,
@@ -56,10 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pages() -> dict[str, str]:
     """File name to content."""
-    return {
+    tables = {
         name: "\n".join([GENERATED, *lines, ""])
         for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
     }
+    return tables | {"record.schema.json": _record_schema()}
+
+
+def _record_schema() -> str:
+    """What a record in a key-value store may say: of an instance, all but what discovery finds out."""
+    schema = msgspec.json.schema(records.PenstockRecord)
+    instance: dict[str, Any] = schema["$defs"]["Instance"]["properties"]
+    for name in records.DERIVED:
+        del instance[name]
+    instance["state"] = {"enum": [*records.RECORDED_STATES], "default": model.InstanceState.READY}
+    instance["weight"]["maximum"] = records.MAX_WEIGHT
+    schema = {"$comment": "written by `make docs`", "title": "Penstock record", **schema}
+    return json.dumps(schema, indent=2) + "\n"
 
 
 def _holds(path: Path, text: str, write: bool) -> bool:
@@ -92,15 +119,28 @@ def _flags() -> Iterator[str]:
     yield from _flag_section("Every service", ServiceSettings, ServiceSettings.model_fields.keys())
     for name, cls in SERVICES.items():
         yield from _flag_section(f"penstock {name}", cls, _own(cls))
-    yield from _flag_section("penstock up", UpSettings, _own(UpSettings))
+    yield from _flag_section("penstock register", RegisterSettings, _of_sidecar())
+    yield "Also the flags of every service, and of `penstock discovery` those that begin with"
+    yield "`--discovery-redis-`, `--discovery-etcd-`, `--discovery-nats-` and `--discovery-record-`.\n"
+    yield from _flag_section("penstock up", UpSettings, _declared(UpSettings))
     yield "Also every flag of every service, and those of `penstock sim` with `--sim-` before their name.\n"
     yield from _flag_section("penstock sim", SimSettings, _own(SimSettings))
+    yield from _flag_section("penstock replay", ReplaySettings, _own(ReplaySettings))
     yield from _flag_section("penstock tap", TapSettings, _own(TapSettings))
     yield "Also the `--nats-` flags of every service."
 
 
-def _own(cls: type[Settings]) -> set[str]:
+def _declared(cls: type[Settings]) -> set[str]:
     return cls.__annotations__.keys() & cls.model_fields.keys()
+
+
+def _own(cls: type[Settings]) -> set[str]:
+    """What `cls` declares or takes from parts of its own, and not what every service has."""
+    return _declared(cls) | (cls.model_fields.keys() - ServiceSettings.model_fields.keys())
+
+
+def _of_sidecar() -> set[str]:
+    return _declared(RegisterSettings) | (_own(RegisterSettings) - DiscoverySettings.model_fields.keys())
 
 
 def _flag_section(title: str, cls: type[Settings], fields: Any) -> Iterator[str]:
@@ -248,6 +288,8 @@ def _default(field: types.Field) -> str:
 
 def _type(kind: types.Type, structs: dict[str, type[msgspec.Struct]]) -> str:
     match kind:
+        case types.Metadata():
+            return _type(kind.type, structs)
         case types.StrType() | types.BytesType():
             name = "string" if isinstance(kind, types.StrType) else "bytes"
             return f"{name}, {kind.max_length:,} at most" if kind.max_length is not None else name

@@ -14,8 +14,9 @@ from penstock.cli.nats_server import NatsServer, find_program, new_passwords
 from penstock.cli.ports import FreePorts, trouble
 from penstock.cli.processes import Command
 from penstock.cli.up_settings import SERVICES, UpSettings, as_arguments, of_service
-from penstock.common.permissions import AUDITOR, JOIN
+from penstock.common.permissions import AUDITOR, JOIN, REGISTER
 from penstock.common.settings import ENV_PREFIX, flag_of
+from penstock.discovery.settings import NATS
 
 LOOPBACK = "127.0.0.1"
 _ANY_ADDRESS = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}
@@ -33,12 +34,13 @@ class Member:
 class Plan:
     """The whole stack; `nats` and `sim` are None where the user has their own.
 
-    `nats_url` is where further services join, `auditor_url` where the routing log can be read; on a bus of
-    the user's own both are that bus.
+    `nats_url` is where further services join, `auditor_url` where the routing log can be read, `register_url`
+    where sidecars register engines, if that is a source; on a bus of the user's own all are that bus.
     """
 
     nats_url: str
     auditor_url: str
+    register_url: str
     base_url: str
     nats: NatsServer | None
     nats_command: Command | None
@@ -93,6 +95,7 @@ class _Planner:
         return Plan(
             self._nats_url(JOIN),
             self._nats_url(AUDITOR),
+            self._nats_url(REGISTER) if NATS in settings.sources else "",
             f"http://{reachable(settings.host)}:{port}",
             nats,
             self._nats_command(nats) if nats else None,
@@ -123,7 +126,9 @@ class _Planner:
         if not self.settings.block_hash_secret.get_secret_value():
             ingress["block_hash_secret"] = SecretStr(secret)
         engines = ",".join(url.removeprefix("http://") for url in engine_urls)
-        discovery: dict[str, object] = {"llm_backend_endpoints": engines} if engines else {}
+        discovery: dict[str, object] = {"llm_backend_discovery": ",".join(self.settings.sources)}
+        if engines:
+            discovery["llm_backend_endpoints"] = engines
         return [
             self._member("ingress", "ingress", ingress),
             self._member("discovery", "discovery", discovery),

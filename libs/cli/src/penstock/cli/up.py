@@ -25,6 +25,7 @@ from penstock.cli.screen import Screen
 from penstock.cli.terminal import wants_colour
 from penstock.cli.up_settings import PROG, UpFlags, UpSettings, read_settings
 from penstock.common.settings import SettingsError, exit_with_faults, unknown_variables
+from penstock.discovery.settings import ENDPOINTS
 
 STOP_MARGIN_S = 2.0
 SCREEN_CLOSE_S = 2.0
@@ -103,7 +104,7 @@ class Stack:
             await self._stop()
 
     async def _start(self, plan: Plan) -> str:
-        """Bring everything up; the name of a model that is served."""
+        """Bring everything up; the name of a model that is served, empty if engines are still to register."""
         async with aiohttp.ClientSession() as session:
             if plan.nats and plan.nats_command:
                 plan.nats.write_config()
@@ -115,7 +116,7 @@ class Stack:
                 self._supervisor.start(member.command)
             served: list[str] = []
             await self._ready(self._checks(plan, session, served))
-            return served[0]
+            return served[0] if served else ""
 
     def _checks(self, plan: Plan, session: aiohttp.ClientSession, served: list[str]) -> dict[str, Check]:
         """What is asked of each part; the names of models go to `served`."""
@@ -131,6 +132,9 @@ class Stack:
         if plan.engine_urls:
             name = f"engines ({len(plan.engine_urls)})"
             checks[name] = partial(engines_missing, session, plan.engine_urls)
+        if ENDPOINTS not in self._settings.sources:
+            # Engines that register may come at any time later.
+            return checks
         return checks | {"models": models_missing}
 
     async def _ready(self, checks: dict[str, Check]) -> None:
@@ -202,6 +206,7 @@ class Stack:
                 admin_url=plan.ingress.admin_url,
                 nats_url=plan.nats_url,
                 auditor_url=plan.auditor_url,
+                register_url=plan.register_url,
                 model=model,
                 engines=list(plan.engine_urls),
             )
@@ -211,20 +216,21 @@ class Stack:
 
 def welcome(plan: Plan, model: str, elapsed_s: float) -> str:
     """What a person needs to use the stack."""
-    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    chat = json.dumps({"model": model or "MODEL", "messages": [{"role": "user", "content": "Hello"}]})
     curl = f"curl {plan.base_url}/v1/chat/completions -H 'content-type: application/json'"
-    return f"""
-Penstock is ready ({elapsed_s:.1f} s).
-
-  base URL  {plan.base_url}/v1
-  curl      {curl} -d {shlex.quote(chat)}
-  Python    OpenAI(base_url="{plan.base_url}/v1", api_key="none")
-  metrics   {plan.ingress.admin_url}/metrics
-  bus       {plan.nats_url}  (for further services: --nats-url)
-  events    penstock tap --nats-url {shlex.quote(plan.auditor_url)}
-
-Ctrl-C stops everything.
-"""
+    lines = [
+        f"  base URL  {plan.base_url}/v1",
+        f"  curl      {curl} -d {shlex.quote(chat)}",
+        f'  Python    OpenAI(base_url="{plan.base_url}/v1", api_key="none")',
+        f"  metrics   {plan.ingress.admin_url}/metrics",
+        f"  bus       {plan.nats_url}  (for further services: --nats-url)",
+        f"  events    penstock tap --nats-url {shlex.quote(plan.auditor_url)}",
+    ]
+    if plan.register_url:
+        url = shlex.quote(plan.register_url)
+        lines.append(f"  engines   penstock register --store nats --nats-url {url} --engine HOST:PORT")
+    text = "\n".join(lines)
+    return f"\nPenstock is ready ({elapsed_s:.1f} s).\n\n{text}\n\nCtrl-C stops everything.\n"
 
 
 if __name__ == "__main__":

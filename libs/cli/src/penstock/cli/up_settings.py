@@ -11,7 +11,7 @@ from typing import Self, cast
 from pydantic import Field, SecretStr, ValidationError, create_model, model_validator
 
 from penstock.common.settings import Settings, SettingsError, env_of, flag_of, load
-from penstock.discovery.settings import ENDPOINTS, DiscoverySettings
+from penstock.discovery.settings import ENDPOINTS, NATS, DiscoverySettings
 from penstock.ingress.settings import IngressSettings
 from penstock.mirror.settings import MirrorSettings
 from penstock.scheduler.settings import SchedulerSettings
@@ -47,9 +47,10 @@ class UpSettings(IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSe
     )
     sim: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         le=1000,
-        description=f"simulated engines to start; {DEFAULT_SIM} if no --llm-backend-endpoints are given",
+        description=f"simulated engines to start; {DEFAULT_SIM} if neither --llm-backend-endpoints nor "
+        "--llm-backend-discovery is given",
     )
     schedulers: int = Field(1, ge=1, le=64, description="scheduler replicas to start")
     nats_url: str = Field(
@@ -71,7 +72,7 @@ class UpSettings(IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSe
         sim_flags = sorted(
             name for name in self.model_fields_set if name == "sim" or name.startswith(SIM_PREFIX)
         )
-        if sim_flags and not self.engines:
+        if sim_flags and not self.engines and self.sim != 0:
             raise ValueError(f"{flag_of(sim_flags[0])} and engines of your own exclude each other: give one")
         return self
 
@@ -97,11 +98,24 @@ class UpSettings(IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSe
         return self
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """As discovery's; where nothing is said, the simulated engines, and whatever registers in NATS."""
+        if "llm_backend_endpoints" in self.model_fields_set or self._discovery_said:
+            return super().sources
+        return (ENDPOINTS, NATS) if self.engines else (NATS,)
+
+    @property
     def engines(self) -> int:
         """How many simulated engines to start."""
-        if "llm_backend_endpoints" in self.model_fields_set or self.source != ENDPOINTS:
+        if "llm_backend_endpoints" in self.model_fields_set:
             return 0
-        return self.sim or DEFAULT_SIM
+        if self._discovery_said and ENDPOINTS not in super().sources:
+            return 0
+        return DEFAULT_SIM if self.sim is None else self.sim
+
+    @property
+    def _discovery_said(self) -> bool:
+        return "llm_backend_discovery" in self.model_fields_set
 
     def for_sim(self) -> dict[str, object]:
         """What was given as `--sim-...`, under the names of SimSettings."""

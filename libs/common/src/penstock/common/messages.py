@@ -16,6 +16,7 @@ from penstock.common.model import EngineLoad, Name, ShortName
 MAX_BATCH = 32
 MAX_BLOCKS = 2048
 MAX_REPORT_ENTRIES = 4096
+MAX_REPORT_SPEEDS = 256
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 PackedHashes = Annotated[bytes, msgspec.Meta(max_length=MAX_BLOCKS * 8)]
@@ -87,6 +88,8 @@ class Placement(msgspec.Struct, frozen=True, array_like=True, tag="placement", g
     prefill_instance: Name = ""
     policy: Name = ""
     matched_blocks: Count = 0
+    # What `matched_blocks` are of the request's `prompt_tokens`.
+    matched_tokens: Count = 0
 
 
 class Rejection(msgspec.Struct, frozen=True, array_like=True, tag="rejection", gc=False):
@@ -109,6 +112,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One placement as the other replicas need it: what it adds to load and to the prefix index.
 
     `tail` holds the packed hashes after the first `matched_blocks`; receivers hold the matched ones.
+    `uncached_tokens` are those of `tokens` that the instance has to compute before the first answer.
     """
 
     decision_id: ShortName
@@ -118,6 +122,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tokens: Count = 0
     matched_blocks: Count = 0
     tail: PackedHashes = b""
+    uncached_tokens: Count = 0
 
 
 class PlacedFeed(msgspec.Struct, frozen=True, array_like=True):
@@ -131,12 +136,37 @@ class PlacedFeed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class InFlight(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Work of one decision as its ingress knows it; absolute values, so that repeats do no harm."""
+    """Work of one decision as its ingress knows it; absolute values, so that repeats do no harm.
+
+    `output_tokens` is above 0 once an answer has begun, `cached_tokens` the placement's `matched_tokens`.
+    """
 
     decision_id: ShortName
     instance: Name
     prompt_tokens: Count = 0
     output_tokens: Count = 0
+    cached_tokens: Count = 0
+
+
+class InstanceSpeed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How fast an instance served what one incarnation of an ingress sent it: sums since the start of that
+    incarnation, so that a lost or repeated report does no harm.
+
+    `streams` are those whose first token was seen, `ttft_ms` the sum of their times from dispatch to it.
+    `prefill_ms` is the part of these times in which no earlier prompt of this ingress was ahead, spent on
+    `uncached_tokens`. `decode_ms` is the time spent on `decode_tokens`, those after a first one.
+    """
+
+    instance: Name
+    requests: Count = 0
+    prompt_tokens: Count = 0
+    output_tokens: Count = 0
+    streams: Count = 0
+    ttft_ms: Count = 0
+    prefill_ms: Count = 0
+    uncached_tokens: Count = 0
+    decode_ms: Count = 0
+    decode_tokens: Count = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
@@ -144,7 +174,8 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
 
     `sequence` counts the reports of one incarnation from 1. `pieces` is 0 for changes; a snapshot
     comes in `pieces` reports numbered from 0 and replaces everything once the last one is in.
-    `finished` also names placements that came too late to be used.
+    `finished` also names placements that came too late to be used. `speeds` are of instances whose sums
+    changed, in a report of changes each second.
     """
 
     ingress: ShortName
@@ -155,6 +186,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     piece: Count = 0
     pieces: Count = 0
     leaving: bool = False
+    speeds: Annotated[tuple[InstanceSpeed, ...], msgspec.Meta(max_length=MAX_REPORT_SPEEDS)] = ()
 
 
 class EngineStatus(msgspec.Struct, frozen=True):

@@ -72,6 +72,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     kv_address: Name = ""
     bootstrap_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     labels: dict[Name, Name] = msgspec.field(default_factory=dict)
+    # Routing configuration that the instance brings along, as it came (JSON of `model.aibrix.ai/config`).
+    config: Annotated[str, msgspec.Meta(max_length=8192)] = ""
     weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     state: InstanceState = InstanceState.READY
     reason: Name = ""

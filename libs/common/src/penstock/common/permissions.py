@@ -20,6 +20,7 @@ from penstock.common.subjects import (
     INSTANCES,
     LOAD,
     PLACED,
+    REGISTRATIONS,
     SCHEDULE,
     SCHEDULE_BY,
     STATUS,
@@ -28,7 +29,7 @@ from penstock.common.subjects import (
 )
 
 SERVICES_ACCOUNT, AUDITORS_ACCOUNT = "PENSTOCK", "PENSTOCK_AUDITORS"
-JOIN, AUDITOR = "join", "auditor"
+REGISTER, JOIN, AUDITOR = "register", "join", "auditor"
 
 # Reads messages of the log by sequence, time and subject, and can do nothing else.
 _READ_LOG = f"$JS.API.DIRECT.GET.{EVENTS.name}"
@@ -95,14 +96,20 @@ SERVICES: Mapping[str, Grant] = {
     "discovery": _process("discovery", INSTANCE)
     + _watching(INSTANCES)
     + _keeping(INSTANCES)
+    + _watching(REGISTRATIONS)
+    + _keeping(REGISTRATIONS)
     + Grant((STATUS.pattern,)),
     "mirror": _process("mirror"),
 }
 
+# The sidecar beside an engine writes registrations, hears that they are written, and nothing else.
+_SIDECAR = Grant((REGISTRATIONS.subject(">"),), (f"{_INBOX}.{REGISTER}.>",))
+
 # A process that joins may be any of them, or a tool; its inboxes are anywhere.
 GRANTS: Mapping[str, Grant] = {
     **SERVICES,
-    JOIN: sum(SERVICES.values(), Grant()) + _READING + Grant((_DIRECTORY,), (f"{_INBOX}.>",)),
+    REGISTER: _SIDECAR,
+    JOIN: sum(SERVICES.values(), _SIDECAR) + _READING + Grant((_DIRECTORY,), (f"{_INBOX}.>",)),
     AUDITOR: _READING + Grant((), (f"{_INBOX}.>",)),
 }
 
@@ -113,7 +120,7 @@ def accounts(passwords: Mapping[str, str]) -> dict[str, Any]:
     return {
         SERVICES_ACCOUNT: {
             "jetstream": True,
-            "users": [_user(name, passwords[name]) for name in (*SERVICES, JOIN)],
+            "users": [_user(name, passwords[name]) for name in (*SERVICES, REGISTER, JOIN)],
             "exports": [
                 {**crossing[0], "accounts": [AUDITORS_ACCOUNT]},
                 {**crossing[1], "accounts": [AUDITORS_ACCOUNT], "response_type": "stream"},

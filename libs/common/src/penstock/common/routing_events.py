@@ -82,7 +82,8 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class InstanceEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The fleet changed: `change` is added, updated, removed, stale, recovered, unhealthy or draining."""
+    """The fleet changed: `change` is added, updated, removed, stale, recovered, unhealthy or draining; or
+    skipped, when a record was passed over: `instance` then is its key in the store."""
 
     instance: str
     change: str

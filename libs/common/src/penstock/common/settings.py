@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 import sys
 import types
 import typing
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ENV_PREFIX = "PENSTOCK_"
 
@@ -80,9 +89,38 @@ class ServiceSettings(BusSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )
+    event_buffer_mib: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="MiB of routing events that a process (a worker of the ingress) keeps until they are "
+        "stored; beyond it the oldest are dropped, and the log says which",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, le=3600, description="seconds that running work gets to finish after SIGTERM"
     )
+
+
+class EngineTlsSettings(Settings):
+    """How instances with an https endpoint are verified: always, and by name."""
+
+    engine_tls_ca: Path | None = Field(
+        None, description="CA certificates that engines with https are verified with (PEM); else the system's"
+    )
+
+    @field_validator("engine_tls_ca")
+    @classmethod
+    def _readable(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            try:
+                ssl.create_default_context(cafile=path)
+            except OSError as exc:
+                raise ValueError(f"cannot be read as PEM certificates: {exc.strerror or exc}") from exc
+        return path
+
+    def engine_tls(self) -> ssl.SSLContext:
+        """For connections to engines. Raises OSError if the file is gone."""
+        return ssl.create_default_context(cafile=self.engine_tls_ca)
 
 
 T = TypeVar("T", bound=Settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import msgspec
@@ -20,6 +21,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SPECIAL = re.compile(r"[^A-Za-z0-9_-]")
 
 
+@lru_cache(4096)
 def token(text: str) -> str:
     """`text` as one subject token and KV key part: `=XX` for every other byte, long ones cut and hashed."""
     if _PLAIN.fullmatch(text):
@@ -68,11 +70,13 @@ class Service(Generic[M, R]):
 
 @dataclass(frozen=True)
 class Bucket:
-    """A KV bucket: file storage, history 1."""
+    """A KV bucket: file storage, history 1. Keys, and marks of deleted ones, that were not written for
+    `max_age_s` leave it without a word to its watches; 0 keeps them."""
 
     name: str
     max_value_bytes: int
     max_bytes: int = 256 * MIB
+    max_age_s: float = 0.0
 
     @property
     def stream(self) -> str:
@@ -110,6 +114,10 @@ STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
 HEARTBEAT = Subject(f"{_ROOT}.heartbeat.*", messages.Heartbeat, max_bytes=4 * KIB)
 
 INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB)
+# What `penstock register` says of its engines, again and again: a source of discovery like any other store.
+REGISTRATIONS = Bucket(
+    "penstock-v1-registrations", max_value_bytes=64 * KIB, max_bytes=128 * MIB, max_age_s=86_400
+)
 
 EVENTS = Stream(
     "PENSTOCK_ROUTING",
@@ -121,7 +129,7 @@ EVENTS = Stream(
 
 _MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
-BUCKETS = (INSTANCES,)
+BUCKETS = (INSTANCES, REGISTRATIONS)
 STREAMS = (EVENTS,)
 
 # The one shard there is by default; models travel inside the message (DESIGN D3).

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from penstock.common.adapters.host import Host
+from penstock.common.bus import Bus
 from penstock.common.identity import new_identity
 from penstock.common.lifecycle import run_service
 from penstock.common.settings import load_or_exit
+from penstock.discovery import settings as names
 from penstock.discovery.adapters.prober import http_prober
-from penstock.discovery.adapters.static_source import StaticSource
-from penstock.discovery.endpoints import parse_endpoints
+from penstock.discovery.ports import Source
 from penstock.discovery.service import Discovery
 from penstock.discovery.settings import DiscoverySettings
-from penstock.discovery.source_keeper import ProbePolicy
+from penstock.discovery.surroundings import ProbePolicy, Timing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,25 +23,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_service(lambda: _serve(settings))
 
 
+# Each imports its adapter when it is used: a client library costs memory that other sources need not pay.
+def _endpoints(settings: DiscoverySettings, bus: Bus) -> Source:
+    from penstock.discovery.adapters.static_source import endpoints_source
+
+    return endpoints_source(settings)
+
+
+def _redis(settings: DiscoverySettings, bus: Bus) -> Source:
+    from penstock.discovery.adapters.redis_source import redis_source
+
+    return redis_source(settings, settings.allowed)
+
+
+def _etcd(settings: DiscoverySettings, bus: Bus) -> Source:
+    from penstock.discovery.adapters.etcd_source import etcd_source
+
+    return etcd_source(settings)
+
+
+def _kubernetes(settings: DiscoverySettings, bus: Bus) -> Source:
+    from penstock.discovery.adapters.kubernetes_source import kubernetes_source
+
+    return kubernetes_source(settings, settings.allowed)
+
+
+def _nats(settings: DiscoverySettings, bus: Bus) -> Source:
+    from penstock.discovery.adapters.nats_source import nats_source
+
+    return nats_source(settings, bus)
+
+
+SOURCES: Mapping[str, Callable[[DiscoverySettings, Bus], Source]] = {
+    names.ENDPOINTS: _endpoints,
+    names.REDIS: _redis,
+    names.ETCD: _etcd,
+    names.KUBERNETES: _kubernetes,
+    names.NATS: _nats,
+}
+
+
 async def _serve(settings: DiscoverySettings) -> None:
     host = Host(new_identity("discovery", settings.discovery_id), settings)
-    source = StaticSource(settings.source, parse_endpoints(settings.llm_backend_endpoints))
-    async with http_prober(settings.probe_timeout, settings.engine_api_key.get_secret_value()) as prober:
+    sources = [SOURCES[name](settings, host.bus) for name in settings.sources]
+    tls = settings.engine_tls() if settings.engine_tls_ca else None
+    key = settings.engine_api_key.get_secret_value()
+    async with http_prober(settings.probe_timeout, key, tls, allowed=settings.allowed) as prober:
         discovery = Discovery(
-            [source],
+            sources,
             prober,
             bus=host.bus,
             events=host.events,
             metrics=host.metrics,
             identity=host.identity,
             policy=ProbePolicy(
-                settings.probe_interval, settings.probe_rise, settings.probe_fall, settings.probe_concurrency
+                settings.probe_interval,
+                settings.probe_rise,
+                settings.probe_fall,
+                settings.probe_concurrency,
+                settings.probe_flap_window,
             ),
+            timing=Timing(forget_source_s=settings.discovery_forget_source_after),
+            allowed=settings.allowed,
         )
         host.lifecycle.require("registry", discovery.missing)
         for name, loop in discovery.loops():
             host.lifecycle.add_loop(name, loop)
-        await host.run(discovery.drain, host.admin_listener())
+        try:
+            await host.run(discovery.drain, host.admin_listener())
+        finally:
+            await discovery.close()
 
 
 if __name__ == "__main__":

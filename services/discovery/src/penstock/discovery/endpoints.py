@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from penstock.common.model import Endpoint, Instance, Role
+from penstock.common.model import Endpoint, Instance, Role, Scheme
 
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _BRACKETED = re.compile(r"\[([^\[\]]+)\](?::(.*))?")
 MAX_HOST_CHARACTERS = 253
+
+
+def listed_file(text: str) -> str:
+    """Path of the file that a setting such as `@/etc/engines.txt` names; empty if it is a list."""
+    stripped = text.strip()
+    return stripped[1:].strip() if stripped.startswith("@") else ""
 
 
 def parse_endpoints(text: str) -> tuple[Instance, ...]:
@@ -37,6 +43,31 @@ def parse_endpoints(text: str) -> tuple[Instance, ...]:
     return tuple(instances.values())
 
 
+def parse_listing(
+    text: str, parse_record: Callable[[bytes], tuple[Instance, ...]]
+) -> tuple[dict[str, Instance], dict[str, str]]:
+    """(instances by id, fault by line) of a file that lists engines.
+
+    A line holds endpoints as `parse_endpoints` takes them, or one record as a JSON object, which
+    `parse_record` reads (raising ValueError); `#` begins a comment. A faulty line costs itself only.
+    """
+    instances: dict[str, Instance] = {}
+    faults: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        try:
+            found = parse_record(line.encode()) if line[:1] == "{" else parse_endpoints(line.split("#")[0])
+        except ValueError as exc:
+            faults[f"line {number}"] = str(exc)
+            continue
+        for instance in found:
+            if instance.id in instances:
+                faults[f"line {number}"] = f"{instance.id} is listed twice"
+            else:
+                instances[instance.id] = instance
+    return instances, faults
+
+
 def _entries(text: str) -> Iterator[str]:
     return (entry for part in text.split(",") if (entry := part.strip()))
 
@@ -44,8 +75,9 @@ def _entries(text: str) -> Iterator[str]:
 def _instance(entry: str) -> Instance:
     role_text, at, address = entry.rpartition("@")
     role = _role(role_text) if at else Role.NEUTRAL
-    host, port = _split(_without_scheme(address))
-    endpoint = Endpoint(_host(host), _port(port))
+    scheme, rest = _scheme(address)
+    host, port = _split(rest)
+    endpoint = Endpoint(_host(host), _port(port), scheme)
     return Instance(id=str(endpoint), endpoint=endpoint, role=role)
 
 
@@ -56,14 +88,15 @@ def _role(text: str) -> Role:
         raise ValueError(f"role {text!r} is none of {', '.join(Role)}") from None
 
 
-def _without_scheme(address: str) -> str:
-    scheme, mark, rest = address.rpartition("://")
-    if mark and scheme.lower() != "http":
-        raise ValueError(f"scheme {scheme!r} is not http")
+def _scheme(address: str) -> tuple[Scheme, str]:
+    name, mark, rest = address.rpartition("://")
+    scheme: Scheme = "https" if name.lower() == "https" else "http"
+    if mark and scheme != name.lower():
+        raise ValueError(f"scheme {name!r} is neither http nor https")
     rest = rest.removesuffix("/")
     if "/" in rest:
         raise ValueError("a path is not part of an endpoint, host:port is")
-    return rest
+    return scheme, rest
 
 
 def _split(address: str) -> tuple[str, str]:

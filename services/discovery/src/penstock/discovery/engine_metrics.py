@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from penstock.common.model import EngineLoad
 
@@ -21,6 +22,36 @@ _SAMPLE = re.compile(rb'(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*+")*+)\})?[ \t]+([^ \t]+)
 _BLOCK_SIZE = re.compile(rb'(?:^|,)[ ]*block_size="([0-9]{1,9})"')
 _BLOCKS = re.compile(rb'(?:^|,)[ ]*num_gpu_blocks="([0-9]{1,9})"')
 
+# Engine kinds by the prefix of their metrics and by what they say in `owned_by`.
+PREFIXES = {b"vllm:": "vllm", b"sglang:": "sglang", b"trtllm_": "tensorrt-llm", b"llamacpp:": "llama.cpp"}
+OWNERS = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "tensorrt_llm": "tensorrt-llm",
+    "tensorrt-llm": "tensorrt-llm",
+    "llamacpp": "llama.cpp",
+    "lmdeploy": "lmdeploy",
+}
+
+
+def engine_of_owner(owner: str) -> str:
+    """The engine kind that an `owned_by` stands for; empty if it names somebody else."""
+    return OWNERS.get(owner.lower(), "")
+
+
+def engine_of_metrics(text: bytes) -> str:
+    """The engine kind whose metrics these are; empty if unknown."""
+    return next((kind for prefix, kind in PREFIXES.items() if _has(text, prefix)), "")
+
+
+def _has(text: bytes, prefix: bytes) -> bool:
+    return text.startswith(prefix) or b"\n" + prefix in text
+
+
+@cache
+def _of(prefix: bytes, names: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return tuple(name for name in names if name.startswith(prefix))
+
 
 def parse_engine_load(text: bytes) -> EngineLoad:
     """Requests and blocks are summed over the engines behind one address, KV usage is the highest.
@@ -28,12 +59,14 @@ def parse_engine_load(text: bytes) -> EngineLoad:
     Only wanted lines are looked at: 200 KB take well under a millisecond. What is absent, unreadable,
     negative or not finite stays None; KV usage above 1 counts as 1.
     """
-    usage = _values(text, KV_USAGE)
-    configs = [labels for name in CACHE_CONFIG for labels, _ in _samples(text, name)]
+    # One address, one engine: what is looked for in the text of another would be searched to its end.
+    prefix = next((prefix for prefix in PREFIXES if _has(text, prefix)), b"-")
+    usage = _values(text, _of(prefix, KV_USAGE))
+    configs = [labels for name in _of(prefix, CACHE_CONFIG) for labels, _ in _samples(text, name)]
     block_sizes, blocks = _label(_BLOCK_SIZE, configs), _label(_BLOCKS, configs)
     return EngineLoad(
-        running=_total(_values(text, RUNNING)),
-        waiting=_total(_values(text, WAITING)),
+        running=_total(_values(text, _of(prefix, RUNNING))),
+        waiting=_total(_values(text, _of(prefix, WAITING))),
         kv_usage_ratio=min(max(usage), 1.0) if usage else None,
         kv_blocks=_total(blocks),
         block_size=max(block_sizes, default=None),

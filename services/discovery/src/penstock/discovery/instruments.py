@@ -25,3 +25,17 @@ class Instruments:
             "Writes to the registry: written, deleted, conflict (another writer was first), failed",
             "result",
         )
+        self.changes = metrics.counter(
+            "penstock_discovery_changes_total",
+            "Changes of instances: added, updated, removed, stale, recovered, unhealthy, draining",
+            "source",
+            "change",
+        )
+        self.skipped = metrics.counter(
+            "penstock_discovery_skipped_records_total",
+            "Records of a source that were passed over, each counted once for each reason",
+            "source",
+        )
+        self.outages = metrics.counter(
+            "penstock_discovery_source_outages_total", "Times that a source could not be read", "source"
+        )

@@ -22,11 +22,12 @@ SAFE_PART = 0.8
 
 
 class LeaseRecord(msgspec.Struct, frozen=True):
-    """The lease as it stands in the bucket."""
+    """The lease as it stands in the bucket. `reads` says whether the holder can read the source."""
 
     holder: ShortName
     incarnation: ShortName
     counter: int
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Lease:
         self._owner: LeaseRecord | None = None
         self._counter = 0
         self._moved_at = 0.0
+        self._blind_since: float | None = None
         self._confirmed_at: float | None = None
         self._watched = False
         self._released = False
@@ -87,6 +89,10 @@ class Lease:
             self.revision, self._owner, self._moved_at = 0, None, now
         if entry is not None and entry.revision > self.revision:
             self.revision, self._owner, self._moved_at = entry.revision, _decode(entry), now
+        if self._owner is None or self._owner.reads:
+            self._blind_since = None
+        elif self._blind_since is None or listed:
+            self._blind_since = now
 
     def pause(self) -> None:
         """The watch is lost: nothing is known of others, and what is ours stays ours until contradicted."""
@@ -98,17 +104,20 @@ class Lease:
         self._released = True
         return revision
 
-    def bid(self, now: float) -> Bid | None:
-        """The write that is due, if any."""
+    def bid(self, now: float, *, reads: bool = True) -> Bid | None:
+        """The write that is due, if any. `reads`: this replica can read the source. One that can takes over
+        from one that cannot; one that cannot lets others go first when a holder stands still."""
         if not self._watched or self._released:
             return None
         if self.mine:
             due = self._confirmed_at is None or now - self._confirmed_at >= self._renew_s
         else:
-            due = self._owner is None or now - self._moved_at >= self._takeover_s
+            patience_s = self._takeover_s if reads else 2 * self._takeover_s
+            blind = reads and self._blind_since is not None and now - self._blind_since >= self._takeover_s
+            due = self._owner is None or blind or now - self._moved_at >= patience_s
         if not due:
             return None
-        record = LeaseRecord(self._holder, self._incarnation, self._counter + 1)
+        record = LeaseRecord(self._holder, self._incarnation, self._counter + 1, reads)
         return Bid(encode_record(record), self.revision)
 
     def won(self, bid: Bid, revision: int, sent_at: float) -> None:

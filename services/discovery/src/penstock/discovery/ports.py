@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.common.model import Endpoint, EngineLoad, Instance
 from penstock.discovery.reconcile import Verdict
+
+# Records passed over that a state names; the key `MORE` says how many there were beyond.
+MAX_SKIPPED = 100
+MORE = "..."
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What a source lists. Complete: an instance that it does not name is gone.
+
+    `skipped` says by key of the store why a record was passed over; see `bounded`. `stale` says why the
+    store cannot be read, and is empty while it can; `instances` are the last known ones until then.
+    """
+
+    instances: tuple[Instance, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    stale: str = ""
+
+
+def bounded(skipped: Mapping[str, str]) -> dict[str, str]:
+    """The first `MAX_SKIPPED` of these by key, cut to sizes fit for a log, and the count of the rest."""
+    kept = {key[:256]: skipped[key][:256] for key in sorted(skipped)[:MAX_SKIPPED]}
+    if len(skipped) > MAX_SKIPPED:
+        kept[MORE] = f"{len(skipped) - MAX_SKIPPED} more records were passed over"
+    return kept
 
 
 class Source(Protocol):
@@ -16,12 +42,27 @@ class Source(Protocol):
     def name(self) -> str:
         """Names the source in records, markers and its lease; the same in every replica."""
 
-    def states(self) -> AsyncGenerator[tuple[Instance, ...], None]:
-        """Everything the source lists, at once and again after every change; never ends.
+    def states(self) -> AsyncGenerator[SourceState, None]:
+        """Everything the source lists, at once and again after every change; never ends and never raises
+        for what a store does.
 
-        A state is complete: what it does not name is gone. A source that cannot be read yields nothing,
-        so that the last known instances stay.
+        A store that cannot be read yields the last known instances with the reason in `stale`; one that
+        never could be read yields nothing, so that what the registry holds stays.
         """
+
+    async def refresh(self) -> None:
+        """List again soon; returns once asked, and the answer comes through `states`."""
+
+    async def close(self) -> None:
+        """Give connections back; `states` is not iterated any more."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an engine's metrics say: its load, and which engine it is; None and empty if nothing."""
+
+    load: EngineLoad | None = None
+    engine: str = ""
 
 
 class Prober(Protocol):
@@ -30,5 +71,5 @@ class Prober(Protocol):
     async def check(self, endpoint: Endpoint) -> Verdict:
         """Whether the engine is healthy and which models it serves, within the probe timeout."""
 
-    async def read_load(self, endpoint: Endpoint) -> EngineLoad | None:
-        """What the engine reports of its load, within the probe timeout; None if it says nothing."""
+    async def read_load(self, endpoint: Endpoint) -> Reading:
+        """What the engine reports of itself, within the probe timeout."""

@@ -7,16 +7,26 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from zlib import crc32
 
-from penstock.common.model import Endpoint, EngineLoad, InstanceId
+from penstock.common.model import Endpoint, InstanceId
 from penstock.discovery.instruments import Instruments
-from penstock.discovery.ports import Prober
+from penstock.discovery.ports import Prober, Reading
 from penstock.discovery.reconcile import Verdict
 
-# (instance, verdict) -> seconds until its next probe
-Judge = Callable[[InstanceId, Verdict], float]
-# (instance, load, age in seconds)
-Report = Callable[[InstanceId, EngineLoad, float], None]
+# (instance, address that was probed, verdict) -> seconds until its next probe
+Judge = Callable[[InstanceId, Endpoint, Verdict], float]
+# (instance, address that was read, reading, age in seconds)
+Report = Callable[[InstanceId, Endpoint, Reading, float], None]
+
+
+# Part of the interval by which rounds differ.
+JITTER = 0.05
+
+
+def part_of(instance_id: InstanceId) -> float:
+    """A number in 0..1 that is the instance's own."""
+    return crc32(instance_id.encode("utf-8", "replace")) / 2**32
 
 
 @dataclass
@@ -45,7 +55,7 @@ class Probing:
         instruments: Instruments,
         rng: Callable[[], float] = random.random,
     ) -> None:
-        """`rng` gives numbers in 0..1; it spreads what began together over the interval."""
+        """`rng` gives numbers in 0..1; it keeps rounds from falling into step."""
         self._prober, self._slots, self._judge, self._report = prober, slots, judge, report
         self._instruments, self._rng = instruments, rng
         self._wanted: Mapping[InstanceId, Endpoint] = {}
@@ -71,15 +81,16 @@ class Probing:
                     self._tasks[target] = group.create_task(self._follow(*target), name=f"probe {target[0]}")
 
     async def _follow(self, instance_id: InstanceId, endpoint: Endpoint) -> None:
-        # The first check is at once, the second somewhere in the interval, so that rounds spread out.
-        spread = self._rng()
+        # The first check is at once, the second at the instance's own part of the interval: what began
+        # together spreads evenly, in every replica and after every restart in the same way.
+        spread = part_of(instance_id)
         while True:
             verdict = await self._check(endpoint)
-            pause_s = self._judge(instance_id, verdict)
+            pause_s = self._judge(instance_id, endpoint, verdict)
             if not verdict.fault:
                 await self._read_load(instance_id, endpoint)
             await asyncio.sleep(pause_s * spread)
-            spread = 1.0
+            spread = 1 + JITTER * (2 * self._rng() - 1)
 
     async def _check(self, endpoint: Endpoint) -> Verdict:
         async with self._slots.checks:
@@ -96,8 +107,7 @@ class Probing:
             return
         async with self._slots.readings:
             started = time.monotonic()
-            load = await self._prober.read_load(endpoint)
-        self._instruments.load_readings.inc("read" if load else "absent")
-        if load is not None:
-            # The engine may have taken its figures at any moment since it was asked.
-            self._report(instance_id, load, time.monotonic() - started)
+            reading = await self._prober.read_load(endpoint)
+        self._instruments.load_readings.inc("read" if reading.load else "absent")
+        # The engine may have taken its figures at any moment since it was asked.
+        self._report(instance_id, endpoint, reading, time.monotonic() - started)

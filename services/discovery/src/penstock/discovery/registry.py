@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from penstock.common.bus import Change, Entry, Listing, Lost, Position, WatchEvent
 from penstock.common.codec import DecodeError, decode_record
-from penstock.common.instances import INSTANCE_PREFIX, complete_key
-from penstock.common.model import Instance
+from penstock.common.instances import INSTANCE_PREFIX, complete_key, instance_key
+from penstock.common.model import Instance, InstanceId
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,18 @@ class RegistryView:
             for key, record in self.records.items()
             if record.source == source and (key in self.entries or not complete)
         ]
+
+    def known(self, instance_id: InstanceId) -> Instance | None:
+        """The last known record of an instance, whatever source wrote it; see `of_source`."""
+        key = instance_key(instance_id)
+        record = self.records.get(key)
+        if record is None or (key not in self.entries and complete_key(record.source) in self.entries):
+            return None
+        return record
+
+    def writer_of(self, key: str) -> str:
+        """The source that wrote the record which the key holds; empty if it holds none."""
+        return self.records[key].source if key in self.entries and key in self.records else ""
 
     def _list(self, listing: Listing) -> None:
         if listing.position.incarnation == self.incarnation:

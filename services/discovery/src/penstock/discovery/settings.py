@@ -6,26 +6,42 @@ from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from penstock.common.settings import ServiceSettings
-from penstock.discovery.endpoints import parse_endpoints
+from penstock.common.model import Instance
+from penstock.common.settings import EngineTlsSettings, ServiceSettings
+from penstock.discovery.allowed import AllowedHosts, parse_allowed
+from penstock.discovery.endpoints import listed_file, parse_endpoints
+from penstock.discovery.etcd_settings import EtcdSettings
+from penstock.discovery.kubernetes_settings import KubernetesSettings
+from penstock.discovery.nats_settings import NatsSourceSettings
+from penstock.discovery.redis_settings import RedisSettings
 
-ENDPOINTS = "endpoints"
-AVAILABLE = (ENDPOINTS,)
+REDIS, ETCD, ENDPOINTS, KUBERNETES, NATS = "redis", "etcd", "endpoints", "kubernetes", "nats"
+AVAILABLE = (REDIS, ETCD, ENDPOINTS, KUBERNETES, NATS)
 
 
-class DiscoverySettings(ServiceSettings):
+class DiscoverySettings(
+    RedisSettings, EtcdSettings, KubernetesSettings, NatsSourceSettings, EngineTlsSettings, ServiceSettings
+):
     """Finds engine instances, probes them, and keeps the registry that every service reads."""
 
     admin_port: int = Field(
         8083, ge=0, le=65535, description="port of the admin listener; 0 picks a free one"
     )
     llm_backend_discovery: str = Field(
-        "redis",
-        description="where instances are found; this release has: endpoints, "
-        "which --llm-backend-endpoints alone implies",
+        REDIS,
+        max_length=256,
+        description=f"where instances are found, comma-separated, the first wins where two name the same: "
+        f"{', '.join(AVAILABLE)}; --llm-backend-endpoints alone implies {ENDPOINTS}",
     )
     llm_backend_endpoints: str = Field(
-        "", description="engines, comma-separated: [role@]host:port, role one of neutral, prefill, decode"
+        "",
+        description="engines, comma-separated: [role@][https://]host:port, role neutral, prefill or decode; "
+        "or @ and the path of a file that lists them and is read again when it changes",
+    )
+    discovery_allow_cidr: str = Field(
+        "",
+        description="networks that instances may be in, comma-separated; "
+        "empty for all but link-local and metadata addresses",
     )
     probe_interval: float = Field(
         5.0, gt=0, le=3600, description="seconds between two probes of a healthy instance"
@@ -37,16 +53,51 @@ class DiscoverySettings(ServiceSettings):
     probe_fall: int = Field(
         2, ge=1, le=100, description="failed probes in a row that make a ready instance unhealthy"
     )
+    probe_flap_window: float = Field(
+        600.0,
+        ge=0,
+        le=86400,
+        description="seconds in which each failure after the first doubles the good probes that make an "
+        "instance ready again, up to 64; 0 never asks for more than --probe-rise",
+    )
     probe_concurrency: int = Field(64, ge=1, le=4096, description="probes that run at one time")
     engine_api_key: SecretStr = Field(
         SecretStr(""), description="key sent to the engines as a bearer token by the prober"
+    )
+    discovery_forget_source_after: float = Field(
+        300.0,
+        ge=0,
+        le=604800,
+        description="seconds after which the records of a source that no replica runs any more are removed; "
+        "longer than a rolling restart; 0 keeps them",
     )
     discovery_id: str = Field("", max_length=128, description="name of this replica; random if empty")
 
     @field_validator("llm_backend_endpoints")
     @classmethod
     def _endpoints(cls, text: str) -> str:
-        parse_endpoints(text)
+        if not listed_file(text):
+            parse_endpoints(text)
+        return text
+
+    @field_validator("discovery_allow_cidr")
+    @classmethod
+    def _networks(cls, text: str) -> str:
+        parse_allowed(text)
+        return text
+
+    @field_validator("llm_backend_discovery")
+    @classmethod
+    def _known_sources(cls, text: str) -> str:
+        names = _names(text)
+        faults = [
+            f"{name!r} is none of {', '.join(AVAILABLE)}"
+            for name in dict.fromkeys(names)
+            if name not in AVAILABLE
+        ]
+        faults += [f"{name} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        if faults or not names:
+            raise ValueError("; ".join(faults) or f"name at least one of {', '.join(AVAILABLE)}")
         return text
 
     @field_validator("engine_api_key")
@@ -58,21 +109,39 @@ class DiscoverySettings(ServiceSettings):
         return key
 
     @model_validator(mode="after")
-    def _source(self) -> Self:
-        name, listed = self.source, parse_endpoints(self.llm_backend_endpoints)
-        if name not in AVAILABLE:
-            default = "" if "llm_backend_discovery" in self.model_fields_set else ", the default,"
-            raise ValueError(
-                f"--llm-backend-discovery {name}{default} is not available in this release; "
-                f"available: {', '.join(AVAILABLE)} (list the engines with --llm-backend-endpoints)"
-            )
-        if name == ENDPOINTS and not listed:
+    def _endpoints_and_sources(self) -> Self:
+        listed, used = self.llm_backend_endpoints, ENDPOINTS in self.sources
+        if used and not listed_file(listed) and not parse_endpoints(listed):
             raise ValueError("--llm-backend-discovery endpoints needs --llm-backend-endpoints")
+        if not used and listed and "llm_backend_endpoints" in self.model_fields_set:
+            raise ValueError(
+                "--llm-backend-endpoints are given, but "
+                f"--llm-backend-discovery {self.llm_backend_discovery} does not name {ENDPOINTS}"
+            )
+        refused = [
+            why for instance in self.endpoints if (why := self.allowed.refusal(instance.endpoint.host))
+        ]
+        if used and refused:
+            raise ValueError(f"--llm-backend-endpoints: {'; '.join(refused[:10])}")
         return self
 
     @property
-    def source(self) -> str:
-        """The source to run; a list of endpoints alone says `endpoints`."""
+    def sources(self) -> tuple[str, ...]:
+        """The sources to run, in order of precedence; a list of endpoints alone says `endpoints`."""
         if self.llm_backend_endpoints and "llm_backend_discovery" not in self.model_fields_set:
-            return ENDPOINTS
-        return self.llm_backend_discovery
+            return (ENDPOINTS,)
+        return _names(self.llm_backend_discovery)
+
+    @property
+    def endpoints(self) -> tuple[Instance, ...]:
+        """What --llm-backend-endpoints lists by itself, without a file."""
+        return () if listed_file(self.llm_backend_endpoints) else parse_endpoints(self.llm_backend_endpoints)
+
+    @property
+    def allowed(self) -> AllowedHosts:
+        """Which addresses instances may have."""
+        return parse_allowed(self.discovery_allow_cidr)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.lower() for part in text.split(",") if (name := part.strip()))

@@ -4,71 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
-from penstock.common.bus import Bus, Change, Listing, Lost, WatchEvent
+from penstock.common.bus import Change, Listing, Lost, WatchEvent
 from penstock.common.codec import encode_record
-from penstock.common.errors import BusError, RevisionConflict
-from penstock.common.event_log import EventWriter
-from penstock.common.identity import Identity
-from penstock.common.instances import complete_key, encode_instance, instance_key
+from penstock.common.errors import BusError
+from penstock.common.instances import complete_key, instance_key
 from penstock.common.messages import CompleteMarker, EngineStatus
-from penstock.common.model import EngineLoad, Instance, InstanceId
-from penstock.common.routing_events import INSTANCE, InstanceEvent
+from penstock.common.model import Endpoint, Instance, InstanceId
 from penstock.common.subjects import INSTANCES, STATUS
-from penstock.discovery.instruments import Instruments
+from penstock.discovery.claims import Claims
+from penstock.discovery.flaps import Flaps
 from penstock.discovery.leases import Bid, Lease, lease_key
-from penstock.discovery.ports import Prober, Source
-from penstock.discovery.probing import Probing, Slots
+from penstock.discovery.ports import Reading, Source
+from penstock.discovery.probing import Probing
 from penstock.discovery.reconcile import Fleet, Verdict
-from penstock.discovery.registry import RegistryView, Write, plan
+from penstock.discovery.registry import Write, plan
+from penstock.discovery.source_reader import SourceReader
+from penstock.discovery.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
 WRITES_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class ProbePolicy:
-    """How instances are probed and judged."""
-
-    interval_s: float = 5.0
-    rise: int = 1
-    fall: int = 2
-    concurrency: int = 64
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Intervals of the registry's writer, in seconds."""
-
-    lease_renew_s: float = 2.0
-    lease_takeover_s: float = 10.0
-    bucket_retry_s: float = 0.5
-    write_retry_first_s: float = 0.1
-    write_retry_max_s: float = 5.0
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What all sources of a process share. `sources` names all of them."""
-
-    bus: Bus
-    events: EventWriter
-    identity: Identity
-    instruments: Instruments
-    view: RegistryView
-    prober: Prober
-    slots: Slots
-    policy: ProbePolicy
-    timing: Timing
-    sources: tuple[str, ...]
-    clock: Callable[[], float] = time.monotonic
 
 
 class SourceKeeper:
@@ -76,29 +34,32 @@ class SourceKeeper:
 
     def __init__(self, source: Source, shared: Surroundings) -> None:
         self.name = source.name
-        self._source, self._shared = source, shared
+        self._shared = shared
         self._lease = Lease(
             shared.identity.id,
             shared.identity.incarnation,
             shared.timing.lease_renew_s,
             shared.timing.lease_takeover_s,
         )
+        self._flaps = Flaps(shared.policy.flap_window_s)
         self._fleet = self._empty_fleet()
-        self._listed: tuple[Instance, ...] | None = None
-        self._listed_at = shared.clock()
+        self._claims = Claims()
+        self.reader = SourceReader(source, shared, self._on_state)
+        # Keepers of the other sources: what this one lists may be theirs to leave or to take.
+        self.neighbours: Sequence[SourceKeeper] = ()
         # Probing and keeping records: from winning the lease until another replica is seen to hold it.
         self._active = False
+        self._active_since = shared.clock()
         # Everything stood in the registry at some moment since then, the marker included.
         self._stood = False
+        self._leaving: Mapping[InstanceId, Instance] = {}
         self._dirty, self._lease_moved, self._relisted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_lock, self._write_lock = asyncio.Lock(), asyncio.Lock()
-        self._probing = Probing(
-            shared.prober, shared.slots, self._judge, self._report_load, shared.instruments
-        )
+        self._probing = Probing(shared.prober, shared.slots, self._judge, self._report, shared.instruments)
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The eternal loops, by name."""
-        yield f"source {self.name}", self._follow_source()
+        yield f"source {self.name}", self.reader.follow()
         yield f"lease {self.name}", self._keep_lease()
         yield f"writer {self.name}", self._write()
         yield f"probing {self.name}", self._probing.run()
@@ -107,11 +68,6 @@ class SourceKeeper:
     def held(self) -> bool:
         """Whether this replica is the writer."""
         return self._lease.may_write(self._shared.clock())
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the source last said what it lists."""
-        return self._shared.clock() - self._listed_at
 
     def records(self) -> list[Instance]:
         """What this replica keeps in the registry; nothing while another one does."""
@@ -123,7 +79,7 @@ class SourceKeeper:
             return ""
         if not self._active:
             return f"source {self.name}: its lease is not taken yet"
-        if self._listed is None:
+        if self.reader.known is None:
             return f"source {self.name}: it has listed nothing yet"
         if self._fleet.unjudged:
             return f"source {self.name}: {self._fleet.unjudged} instances wait for their first probe"
@@ -136,10 +92,10 @@ class SourceKeeper:
             case Listing():
                 self._lease.see(event.entries.get(key), now, listed=True)
                 self._relisted.set()
-                self._settle()
+                self.settle()
             case Change() if event.key == key:
                 self._lease.see(event.entry, now)
-                self._settle()
+                self.settle()
             case Lost():
                 self._lease.pause()
         self._dirty.set()
@@ -149,7 +105,7 @@ class SourceKeeper:
         async with self._write_lock, self._lease_lock:
             revision = self._lease.release()
             self._active, self._fleet = False, self._empty_fleet()
-            self._settle()
+            self.settle()
             if revision and self._shared.bus.connected:
                 try:
                     await self._shared.bus.delete(INSTANCES, lease_key(self.name), expected=revision)
@@ -157,54 +113,70 @@ class SourceKeeper:
                     log.warning("lease of %s not released: %s", self.name, exc)
 
     def _empty_fleet(self) -> Fleet:
-        return Fleet(self.name, self._shared.policy.rise, self._shared.policy.fall)
+        return Fleet(self.name, self._shared.policy.rise, self._shared.policy.fall, self._flaps)
 
-    def _settle(self) -> None:
-        """Bring fleet, probing and writer in line with the lease and the source.
+    def settle(self) -> None:
+        """Bring fleet, probing and writer in line with the lease, the source and the other sources.
 
         A vanished lease, as in a bucket created anew, takes nothing away: it is bid for again.
         """
+        now = self._shared.clock()
         if self._lease.theirs and self._active:
             self._active, self._stood, self._fleet = False, False, self._empty_fleet()
             log.warning("source %s is written by %s from here on", self.name, self._lease.holder)
         elif self._lease.mine and not self._active:
-            self._active = True
+            self._active, self._active_since = True, now
             self._fleet.adopt(self._shared.view.of_source(self.name))
             log.info("source %s is written by this replica", self.name)
-        if self._active and self._listed is not None:
-            self._tell(self._fleet.desire(self._listed))
+        if self._active:
+            self._desire(now)
         self._probing.keep(self._fleet.endpoints())
         self._lease_moved.set()
         self._dirty.set()
 
-    def _tell(self, events: Iterable[InstanceEvent]) -> None:
-        for event in events:
-            model = event.models[0] if event.models else ""
-            self._shared.events.emit(INSTANCE, model, event.instance, event)
-            log.info("instance %s", event.change, extra={"fields": msgspec.to_builtins(event)})
+    def _desire(self, now: float) -> None:
+        shared, held = self._shared, self._fleet.bases()
+        if self.reader.known is None:
+            if now - self._active_since >= shared.timing.silent_start_s:
+                stale = "its source has listed nothing since this replica of discovery started"
+                shared.tell(self._fleet.desire(held.values(), now, stale=stale))
+            return
+        wanted = shared.listings.won(self.name)
+        elsewhere = {i for i in held.keys() - wanted.keys() if shared.listings.speaker(i)}
+        # Another source speaks for these: kept until it has written them, so that none is missing.
+        self._leaving = {i: held[i] for i in elsewhere if shared.view.writer_of(instance_key(i)) == self.name}
+        found = (shared.view.known(instance_id) for instance_id in wanted.keys() - held.keys())
+        self._fleet.adopt([record for record in found if record is not None])
+        desired = (*wanted.values(), *self._leaving.values())
+        shared.tell(self._fleet.desire(desired, now, stale=self.reader.stale, elsewhere=elsewhere))
+        self.reader.tell_skipped()
 
-    async def _follow_source(self) -> None:
-        async for instances in self._source.states():
-            self._listed, self._listed_at = instances, self._shared.clock()
-            self._settle()
+    def _on_state(self) -> None:
+        for keeper in (self, *self.neighbours):
+            keeper.settle()
 
-    def _judge(self, instance_id: InstanceId, verdict: Verdict) -> float:
+    def _judge(self, instance_id: InstanceId, endpoint: Endpoint, verdict: Verdict) -> float:
         version, waiting = self._fleet.version, self._fleet.unjudged
-        event = self._fleet.judge(instance_id, verdict)
+        event = self._fleet.judge(instance_id, verdict, self._shared.clock(), endpoint)
         if event is not None:
-            self._tell([event])
+            self._shared.tell([event])
         if self._fleet.version != version or (waiting and not self._fleet.unjudged):
             self._dirty.set()
         return self._fleet.next_probe_s(instance_id, self._shared.policy.interval_s)
 
-    def _report_load(self, instance_id: InstanceId, load: EngineLoad, age_s: float) -> None:
-        self._shared.bus.publish(STATUS, EngineStatus(instance_id, load, age_s), instance_id)
+    def _report(self, instance_id: InstanceId, endpoint: Endpoint, reading: Reading, age_s: float) -> None:
+        event = self._fleet.recognise(instance_id, reading.engine, endpoint)
+        if event is not None:
+            self._shared.tell([event])
+            self._dirty.set()
+        if reading.load is not None:
+            self._shared.bus.publish(STATUS, EngineStatus(instance_id, reading.load, age_s), instance_id)
 
     async def _keep_lease(self) -> None:
         tick_s = self._shared.timing.lease_renew_s / 4
         while True:
             async with self._lease_lock:
-                bid = self._lease.bid(self._shared.clock())
+                bid = self._lease.bid(self._shared.clock(), reads=self.reader.reads)
                 placed = bid is not None and await self._place(bid)
             if not placed:
                 await wait_at_most(self._lease_moved, tick_s)
@@ -220,7 +192,7 @@ class SourceKeeper:
         if incarnation != shared.view.incarnation:
             return False
         self._lease.won(bid, revision, sent_at)
-        self._settle()
+        self.settle()
         return True
 
     async def _write(self) -> None:
@@ -230,7 +202,8 @@ class SourceKeeper:
             self._dirty.clear()
             self._relisted.clear()
             async with self._write_lock:
-                results = await asyncio.gather(*map(self._write_one, self._due()))
+                writes = self._due()
+                results = await self._shared.writer.carry_out(writes)
             if not results:
                 continue
             self._dirty.set()
@@ -243,38 +216,30 @@ class SourceKeeper:
                 await wait_at_most(self._relisted, pause_s)
 
     def _due(self) -> list[Write]:
-        """The next writes, bounded; none unless this replica may write and knows what to write."""
-        view = self._shared.view
-        if not (self._active and view.live and self.held) or self._listed is None:
+        """The next writes, bounded; none unless this replica may write. Before the source listed anything
+        they only bring records up to date, and remove none."""
+        view, now = self._shared.view, self._shared.clock()
+        if not (self._active and view.live and self.held):
             return []
-        wanted = {instance_key(record.id): encode_instance(record) for record in self._fleet.records()}
+        if any(view.writer_of(instance_key(i)) != self.name for i in self._leaving):
+            self._desire(now)
+        records = self._fleet.encoded()
+        taken = [key for key in records if view.writer_of(key) not in ("", self.name)]
+        for key in taken:
+            if not self._claims.may_take(key, now):
+                del records[key]
         marker = None
-        if not self._fleet.unjudged:
-            content = CompleteMarker(self.name, self._shared.sources)
+        if not self._fleet.unjudged and self.reader.known is not None:
+            content = CompleteMarker(self.name, self._shared.listings.order)
             marker = complete_key(self.name), encode_record(content)
-        writes = plan(view, self.name, wanted, marker)
+        writes = plan(view, self.name, records, marker)
+        if self.reader.known is None:
+            writes = [write for write in writes if write.value is not None]
+        del writes[WRITES_AT_ONCE:]
         self._stood = self._stood or (marker is not None and not writes)
-        return writes[:WRITES_AT_ONCE]
-
-    async def _write_one(self, write: Write) -> str:
-        """Why it failed; empty when it is written."""
-        shared, revision = self._shared, write.expected + 1
-        incarnation, count = shared.view.incarnation, shared.instruments.writes
-        try:
-            if write.value is None:
-                await shared.bus.delete(INSTANCES, write.key, expected=write.expected)
-            else:
-                revision = await shared.bus.put(INSTANCES, write.key, write.value, expected=write.expected)
-        except RevisionConflict as exc:
-            # The watch brings what the other one wrote; the plan is made again from that.
-            count.inc("conflict")
-            return str(exc)
-        except BusError as exc:
-            count.inc("failed")
-            return f"{write.key}: {exc}"
-        count.inc("deleted" if write.value is None else "written")
-        shared.view.wrote(incarnation, write, revision)
-        return ""
+        for key in {write.key for write in writes}.intersection(taken):
+            self._claims.took(key, now)
+        return writes
 
 
 async def wait_at_most(event: asyncio.Event, timeout_s: float) -> None:

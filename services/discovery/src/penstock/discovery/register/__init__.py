@@ -1,0 +1,1 @@
+"""The sidecar of `penstock register`: keeps the engines beside it registered where discovery finds them."""

@@ -1,0 +1,1 @@
+"""What discovery costs and how fast it is: `make bench-discovery`."""
