@@ -39,7 +39,7 @@ def test_a_placement_counts_at_once_and_once() -> None:
     assert ledger.place(placed("d"), 1.0, now=0.0)
     assert not ledger.place(placed("d"), 1.0, now=0.1)
     assert ledger.load("a") == (1, 10)
-    assert ledger.changes() == [("a", 1, 10)]
+    assert ledger.changes() == [("a", 1, 10, 0)]
     assert ledger.changes() == []
 
 
@@ -306,3 +306,22 @@ def test_tombstones_are_bounded_and_the_oldest_go_first(monkeypatch: pytest.Monk
         ledger.expire(0.0)
     assert not ledger.place(placed("b2"), 1.0, now=0.0)
     assert ledger.place(placed("a0"), 1.0, now=0.0)
+
+
+def test_prompt_tokens_are_pending_from_the_placement_until_a_first_answer() -> None:
+    ledger = InFlightLedger()
+    ledger.place(Placed("d1", "i", "1", "a", 1000, 0, b"", 700), 1.0, 0.0)
+    assert ledger.full_load("a") == ("a", 1, 1000, 700)
+    # An ingress that does not know what was cached does not raise what the placement knew.
+    ledger.report(LoadReport("i", "1", 1, (InFlight("d1", "a", 1000),)), 0.1)
+    assert ledger.full_load("a") == ("a", 1, 1000, 700)
+    ledger.report(
+        LoadReport("i", "1", 2, (InFlight("d1", "a", 1000, 1), InFlight("d2", "a", 500, 0, 400))), 0.2
+    )
+    assert ledger.full_load("a") == ("a", 2, 1501, 100)
+    # Moved to another instance, its whole prompt is to be computed there.
+    ledger.report(LoadReport("i", "1", 3, (InFlight("d2", "b", 500),)), 0.3)
+    assert (ledger.full_load("a")[3], ledger.full_load("b")[3]) == (0, 500)
+    ledger.report(LoadReport("i", "1", 4, (), ("d1", "d2")), 0.4)
+    assert ledger.full_load("a") == ("a", 0, 0, 0)
+    assert ledger.full_load("b") == ("b", 0, 0, 0)

@@ -10,12 +10,13 @@ import pytest
 from penstock.common.messages import Mode, Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance, InstanceState, Role
 from penstock.scheduler.bench import table_of
-from penstock.scheduler.policies.table import POLICIES, Thresholds, build
+from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.policies.table import STRATEGIES, Thresholds
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.scheduler import Decision, schedule
 from penstock.scheduler.view import ClusterView
 
-PROFILES = build(Thresholds())
+DEFAULTS = Thresholds()
 
 
 def instance(
@@ -25,8 +26,17 @@ def instance(
     owner: str = "",
     role: Role = Role.NEUTRAL,
     state: InstanceState = InstanceState.READY,
+    labels: dict[str, str] | None = None,
 ) -> Instance:
-    return Instance(id=name, endpoint=Endpoint("h", 1), models=(model,), owner=owner, role=role, state=state)
+    return Instance(
+        id=name,
+        endpoint=Endpoint("h", 1),
+        models=(model,),
+        owner=owner,
+        role=role,
+        state=state,
+        labels=labels or {},
+    )
 
 
 FLEET = (
@@ -49,12 +59,15 @@ def packed(*hashes: int) -> bytes:
 class Desk:
     """A view and an index to decide on."""
 
-    def __init__(self, *instances: Instance) -> None:
-        self.view, self.index = ClusterView(), PrefixIndex(1000)
+    def __init__(
+        self, *instances: Instance, thresholds: Thresholds = DEFAULTS, domain_label: str = ""
+    ) -> None:
+        self.view, self.index = ClusterView(domain_label=domain_label), PrefixIndex(1000)
+        self.catalog = Catalog(thresholds)
         self.view.refresh(table_of(instances or FLEET), self.index.forget)
 
     def decide(self, request: ScheduleRequest, default: str = "least-request") -> Decision:
-        return schedule(request, self.view, self.index, PROFILES, default=default, replicas=1)
+        return schedule(request, self.view, self.index, self.catalog, default=default, replicas=1)
 
 
 def request(decision: str = "d", **more: object) -> ScheduleRequest:
@@ -90,7 +103,7 @@ def test_a_placement_says_what_was_dropped_and_by_which_filter() -> None:
         (
             {"strategy": "fastest"},
             Reason.BAD_STRATEGY,
-            "'fastest'; one of: random, round-robin, least-request",
+            "'fastest'; one of: cache-aware, prefix-cache, least-request",
         ),
         ({"strategy": "\U000e0001" * 512}, Reason.BAD_STRATEGY, "unknown"),
         ({"mode": Mode.PD_BATCH}, Reason.BAD_REQUEST, "disaggregation is not configured"),
@@ -107,7 +120,7 @@ def test_a_rejection_names_its_reason(asked: dict[str, object], reason: Reason, 
     assert decision.slot == -1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STRATEGIES)
 def test_the_request_chooses_the_policy_and_the_answer_names_it(policy: str) -> None:
     desk = Desk()
     for decision in (desk.decide(request(strategy=policy)), desk.decide(request(), default=policy)):
@@ -117,7 +130,7 @@ def test_the_request_chooses_the_policy_and_the_answer_names_it(policy: str) -> 
 
 def test_the_best_candidates_are_shown_with_what_spoke_for_them() -> None:
     desk = Desk(*(instance(name) for name in "abcd"))
-    desk.view.take([("a", 4, 0), ("b", 1, 0), ("c", 3, 0), ("d", 0, 0)])
+    desk.view.take([("a", 4, 0, 0), ("b", 1, 0, 0), ("c", 3, 0, 0), ("d", 0, 0, 0)])
     slot = desk.view.slot("c")
     assert slot is not None
     desk.index.insert([1, 2], slot)
@@ -131,7 +144,7 @@ def test_the_best_candidates_are_shown_with_what_spoke_for_them() -> None:
 
 def test_the_chosen_one_is_shown_first_even_if_it_is_not_the_best() -> None:
     desk = Desk(*(instance(name) for name in "ab"))
-    desk.view.take([("a", 9, 0)])
+    desk.view.take([("a", 9, 0, 0)])
     decisions = [desk.decide(request(f"d{n}", strategy="random")) for n in range(10)]
     for decision in decisions:
         assert isinstance(decision.outcome, Placement)
@@ -142,7 +155,7 @@ def test_the_chosen_one_is_shown_first_even_if_it_is_not_the_best() -> None:
 def test_every_policy_tells_how_much_of_the_prompt_its_choice_holds() -> None:
     desk = Desk(instance("a"))
     desk.index.insert([1, 2], 0)
-    for policy in POLICIES:
+    for policy in STRATEGIES:
         outcome = desk.decide(request(strategy=policy, block_hashes=packed(1, 2, 3))).outcome
         assert isinstance(outcome, Placement)
         assert outcome.matched_blocks == 2
@@ -165,3 +178,61 @@ def test_owners_from_hostile_clients_are_not_kept_without_bound() -> None:
     assert pool is not None
     assert len(pool.standing) <= 256
     assert places(desk, owner="x") == {"a", "stale"}
+
+
+@pytest.mark.parametrize(
+    ("why", "flag", "label", "in_flight", "expected"),
+    [
+        ("no limit", 0, "", [900, 900], {"a", "b"}),
+        ("the flag's", 4, "", [4, 3], {"b"}),
+        ("its own label's", 0, "2", [2, 900], {"b"}),
+        ("its own label's before the flag's", 4, "10", [9, 4], {"a"}),
+        ("a label without sense", 4, "-1", [4, 3], {"b"}),
+        ("a label without sense", 4, "0", [4, 3], {"b"}),
+        ("a label without sense", 4, "1e9", [4, 3], {"b"}),
+    ],
+)
+@pytest.mark.parametrize("policy", ["cache-aware", "random", "prefix-cache:1,least-request:1"])
+def test_an_instance_at_its_limit_takes_no_more(
+    why: str, flag: int, label: str, in_flight: list[int], expected: set[str], policy: str
+) -> None:
+    labels = {"penstock/max-requests": label} if label else {}
+    fleet = instance("a", labels=labels), instance("b")
+    desk = Desk(*fleet, thresholds=Thresholds(max_requests=flag))
+    desk.view.take([("a", in_flight[0], 0, 0), ("b", in_flight[1], 0, 0)])
+    for _ in range(20):
+        assert places(desk, strategy=policy) <= expected, why
+
+
+def test_with_everybody_at_the_limit_the_request_is_refused_as_saturated() -> None:
+    desk = Desk(instance("a"), instance("b"), instance("c"), thresholds=Thresholds(max_requests=4))
+    desk.view.take([("a", 4, 0, 0), ("b", 9, 0, 0)])
+    decision = desk.decide(request(excluded=("c",)))
+    assert isinstance(decision.outcome, Rejection)
+    assert decision.outcome.reason is Reason.SATURATED
+    assert decision.outcome.retry_after_s > 0
+    assert decision.excluded == {"excluded": 1, "saturated": 2}
+    desk.view.take([("b", 3, 0, 0)])
+    assert places(desk, excluded=("c",)) == {"b"}
+
+
+def test_instances_of_a_failing_domain_leave_together_while_others_are_left() -> None:
+    sick = instance("sick", model="other", state=InstanceState.UNHEALTHY, labels={"host": "h1"})
+    near = instance("near", labels={"host": "h1"})
+    far, bare = instance("far", labels={"host": "h2"}), instance("bare")
+    drained = instance("drained", state=InstanceState.DRAINING, labels={"host": "h2"})
+    desk = Desk(sick, near, far, bare, drained, domain_label="host")
+    assert places(desk) == {"far", "bare"}
+    decision = desk.decide(request())
+    assert decision.excluded["failover-domain"] == 1
+    assert places(Desk(sick, near, far, bare, drained)) == {"near", "far", "bare"}
+    assert places(Desk(sick, near, domain_label="host")) == {"near"}
+
+
+def test_a_placement_says_how_much_of_the_prompt_need_not_be_computed() -> None:
+    desk = Desk(instance("a"))
+    desk.index.insert([1, 2], 0)
+    for blocks, tokens in (((1, 2, 3), 200), ((3, 1), 0), ((), 0), ((1, 2), 300)):
+        outcome = desk.decide(request(prompt_tokens=300, block_hashes=packed(*blocks))).outcome
+        assert isinstance(outcome, Placement)
+        assert outcome.matched_tokens == tokens

@@ -14,13 +14,14 @@ from penstock.common.model import Endpoint, Instance
 from penstock.scheduler.bench import table_of
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.draws import draw, seed_of
+from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.pickers import Best, BestOfTwo
 from penstock.scheduler.policies.scorers import FewestRequests, Headroom, PrefixMatch, Scorer
-from penstock.scheduler.policies.table import POLICIES, Thresholds, build
-from penstock.scheduler.pool import whole
+from penstock.scheduler.policies.table import STRATEGIES, Thresholds
+from penstock.scheduler.pool import Floats, whole
 from penstock.scheduler.view import ClusterView
 
-PROFILES = build(Thresholds())
+CATALOG = Catalog(Thresholds())
 IDS = "abcdefghijklmnopqrst"
 
 
@@ -29,7 +30,7 @@ def candidates(in_flight: Sequence[int], matched: Sequence[int] = ()) -> Candida
     view = ClusterView()
     instances = [Instance(id=i, endpoint=Endpoint("h", 1), models=("m",)) for i in IDS[: len(in_flight)]]
     view.refresh(table_of(instances), lambda slots: None)
-    view.take((i.id, count, 0) for i, count in zip(instances, in_flight, strict=True))
+    view.take((i.id, count, 0, 0) for i, count in zip(instances, in_flight, strict=True))
     pool = view.pool("m")
     assert pool is not None
     slots = pool.slots.tolist()
@@ -46,8 +47,12 @@ def case(decision: str = "d", blocks: int = 0, *, turn: int = 0, replicas: int =
 
 
 def chosen(policy: str, one: Case, among: Candidates) -> str:
-    profile = PROFILES[policy]
+    profile = CATALOG.find(policy)
     return among.id(profile.picker.pick(one, among, profile.scores(one, among)))
+
+
+def numbers_of(among: Candidates) -> dict[str, Floats]:
+    return {name: getattr(among.loads, name).copy() for name in among.loads.NAMES}
 
 
 LOADS: list[tuple[list[int], list[int]]] = [
@@ -61,27 +66,27 @@ LOADS: list[tuple[list[int], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STRATEGIES)
 @pytest.mark.parametrize(("in_flight", "matched"), LOADS)
 def test_every_policy_scores_everybody_in_range_and_chooses_one_without_a_trace(
     policy: str, in_flight: list[int], matched: list[int]
 ) -> None:
     among, one = candidates(in_flight, matched), case(blocks=8)
-    loads, steps = copy.deepcopy(among.loads), copy.deepcopy(among.steps)
-    scores = PROFILES[policy].scores(one, among)
+    loads, steps = numbers_of(among), copy.deepcopy(among.steps)
+    scores = CATALOG.find(policy).scores(one, among)
     assert scores.shape == (len(in_flight),)
     assert np.isfinite(scores).all()
     assert ((scores >= 0) & (scores <= 1 + 1e-9)).all()
     before = scores.copy()
-    position = PROFILES[policy].picker.pick(one, among, scores)
+    position = CATALOG.find(policy).picker.pick(one, among, scores)
     assert 0 <= position < len(in_flight)
     assert (scores == before).all()
     assert among.steps == steps
     assert among.requests.tolist() == in_flight
-    assert all((getattr(loads, name) == getattr(among.loads, name)).all() for name in loads.NAMES)
+    assert all((loads[name] == numbers).all() for name, numbers in numbers_of(among).items())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STRATEGIES)
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_the_same_decision_on_the_same_numbers_is_the_same_choice(policy: str, replicas: int) -> None:
     for number in range(20):

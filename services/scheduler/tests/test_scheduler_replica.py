@@ -24,7 +24,8 @@ from penstock.common.model import Endpoint, Instance
 from penstock.common.subjects import PLACED
 from penstock.scheduler.feed import FeedReader, FeedWriter
 from penstock.scheduler.peers import MAX_PEERS, SILENCE_S, Peers
-from penstock.scheduler.policies.table import Thresholds, build
+from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.replica import Replica, confirm_within_s
 
 OWN = Identity("scheduler", "s1", "1")
@@ -67,7 +68,7 @@ def test_writers_are_followed_apart_and_in_bounded_number() -> None:
 
 
 def replica(*instances: str) -> Replica:
-    one = Replica(OWN, build(Thresholds()), "least-request", 10_000)
+    one = Replica(OWN, Catalog(Thresholds()), "least-request", 10_000)
     if instances:
         one.registry(listing(*instances))
     return one
@@ -86,7 +87,7 @@ def batch(*requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleBatch:
 
 
 def place(one: Replica, request: ScheduleRequest, now: float = 0.0) -> Placed:
-    reserved = one.reserve(batch(request), request, one.decide(request), now)
+    reserved = one.reserve(batch(request), request, one.decide(request, now), now)
     assert reserved is not None
     return reserved
 
@@ -104,7 +105,7 @@ def test_replicas_do_not_begin_round_robin_with_the_same_instance() -> None:
     request = ScheduleRequest("d", "r", "m", strategy="round-robin")
     first = set()
     for number in range(20):
-        one = Replica(Identity("scheduler", f"s{number}", "1"), build(Thresholds()), "random", 10_000)
+        one = Replica(Identity("scheduler", f"s{number}", "1"), Catalog(Thresholds()), "random", 10_000)
         one.registry(listing("a", "b", "c"))
         first.add(place(one, request).instance)
     assert first == {"a", "b", "c"}
@@ -120,7 +121,7 @@ def test_siblings_are_told_the_part_of_the_prompt_that_was_not_in_place() -> Non
 
 def test_a_rejection_reserves_nothing() -> None:
     one, request = replica("a"), ScheduleRequest("d", "r", "other")
-    assert one.reserve(batch(request), request, one.decide(request), 0.0) is None
+    assert one.reserve(batch(request), request, one.decide(request, 0.0), 0.0) is None
     assert one.ledger.in_flight == 0
 
 
@@ -170,3 +171,13 @@ def test_peers_are_bounded_and_fall_silent() -> None:
     peers.heard(Heartbeat("ingress", "i0", "1", ready=True), now=SILENCE_S)
     peers.expire(SILENCE_S + 0.1)
     assert peers.ingresses == ["i0"]
+
+
+def test_time_before_a_siblings_placement_is_not_taken_off_its_prefill() -> None:
+    one = replica("a")
+    one.decide(ScheduleRequest("d0", "r", "m"), 10.0)
+    placed_there = Placed("d1", "i", "1", "a", 8000, 0, b"", 8000)
+    one.follow(PlacedFeed("s2", "1", 1, (placed_there,)), 20.0)
+    one.decide(ScheduleRequest("d2", "r", "m"), 20.1)
+    slot = one.view.slot("a")
+    assert one.view.loads.backlog_ms[slot] == pytest.approx(900)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from penstock.common.messages import (
     EngineStatus,
     Heartbeat,
     InFlight,
+    InstanceSpeed,
     LoadReport,
     Placement,
     Reason,
@@ -73,7 +75,7 @@ class Tasks(Lifecycle):
 class Running:
     """One scheduler replica and what a test looks at."""
 
-    def __init__(self, broker: MemoryBroker, name: str, warm_up_s: float) -> None:
+    def __init__(self, broker: MemoryBroker, name: str, warm_up_s: float, **settings: object) -> None:
         self.clock, self.metrics, self.lifecycle = Clock(), Metrics(), Tasks()
         self.bus = MemoryBus(broker, self.metrics)
         self.own = Identity("scheduler", name, "1")
@@ -84,7 +86,7 @@ class Running:
             self.events,
             self.metrics,
             self.lifecycle,
-            SchedulerSettings.model_validate({"prefix_index_blocks": 10_000}),
+            SchedulerSettings.model_validate({"prefix_index_blocks": 10_000, **settings}),
             warm_up_s=warm_up_s,
             clock=self.clock,
         )
@@ -100,8 +102,10 @@ class Running:
 
 
 @asynccontextmanager
-async def replica(broker: MemoryBroker, name: str = "s1", warm_up_s: float = 0.0) -> AsyncIterator[Running]:
-    running = Running(broker, name, warm_up_s)
+async def replica(
+    broker: MemoryBroker, name: str = "s1", warm_up_s: float = 0.0, **settings: object
+) -> AsyncIterator[Running]:
+    running = Running(broker, name, warm_up_s, **settings)
     await running.service.start()
     running.lifecycle.add_loop("event-log", running.events.run())
     try:
@@ -331,12 +335,12 @@ async def test_every_outcome_is_an_event() -> None:
     )
     assert placement["subject"] == "r-d1"
     data = placement["data"]
-    assert (data["decision_id"], data["policy"], data["replica"]) == ("d1", "least-request", "s1")
+    assert (data["decision_id"], data["policy"], data["replica"]) == ("d1", "cache-aware", "s1")
     assert (data["ingress"], data["blocks"], data["prompt_tokens"]) == ("i", 2, 10)
     assert {candidate["instance"] for candidate in data["candidates"]} == {"a", "b"}
     assert rejection["subject"] == "r-d2"
     assert rejection["data"]["reason"] == "bad_strategy"
-    assert running.count("penstock_scheduler_decisions_total", "least-request", "placement") == 1
+    assert running.count("penstock_scheduler_decisions_total", "cache-aware", "placement") == 1
     assert running.count("penstock_scheduler_decisions_total", "unknown", "bad_strategy") == 1
 
 
@@ -371,6 +375,33 @@ async def test_replicas_alive_are_counted_by_their_heartbeats() -> None:
         await eventually(lambda: peers.replicas == 1)
         running.clock.now += 4.0
         await eventually(lambda: peers.ingresses == [])
+
+
+async def test_a_scheduler_that_fell_silent_is_told_of_until_one_joins() -> None:
+    broker, client = wire()
+
+    def beat(name: str, ready: bool = True) -> None:
+        client.publish(HEARTBEAT, Heartbeat("scheduler", name, "1", ready), "scheduler")
+
+    async with replica(broker) as running:
+        running.clock.now += 60.0
+        peers = running.service.replica.peers
+        for name in ("leaves", "dies"):
+            beat(name)
+        await eventually(lambda: peers.replicas == 3)
+        beat("leaves", ready=False)
+        await eventually(lambda: peers.replicas == 2)
+        running.clock.now += 4.0
+        await eventually(lambda: peers.replicas == 1)
+        assert peers.lost_schedulers == {"dies"}
+        beat("joins")
+        await eventually(lambda: peers.replicas == 2)
+        events = await events_of(client, "degraded", 2)
+        assert [(e["data"]["what"], e["data"]["active"]) for e in events] == [
+            ("a scheduler", True),
+            ("a scheduler", False),
+        ]
+        assert "dies" in events[0]["data"]["cause"]
 
 
 async def test_while_the_bus_is_away_nothing_is_released_and_service_resumes_by_itself() -> None:
@@ -415,3 +446,54 @@ async def test_an_instance_that_goes_takes_no_more_and_its_prefixes_are_forgotte
         (outcome,) = (await ask(client, request("d2", block_hashes=hashes))).outcomes
         assert isinstance(outcome, Placement)
         assert (outcome.instance, outcome.matched_blocks) == ("b", 0)
+
+
+async def test_a_policy_that_fails_is_counted_each_time_and_told_once(tmp_path: Path) -> None:
+    module = tmp_path / "broken.py"
+    module.write_text("POLICIES = {'broken': lambda request, pool: [pool.nothing]}")
+    broker, client = wire()
+    await client.ensure_stream(EVENTS)
+    await register(client, "a", "b")
+    async with replica(broker, policy_module=str(module), default_routing_strategy="broken") as running:
+        await eventually(lambda: running.serving)
+        reply = await ask(client, *(request(f"d{n}") for n in range(6)))
+        assert instances_of(reply) == {"a": 3, "b": 3}
+        assert {outcome.policy for outcome in reply.outcomes if isinstance(outcome, Placement)} == {
+            "least-request"
+        }
+        assert running.count("penstock_scheduler_policy_faults_total", "broken", "raised") == 6
+        assert await running.events.flush(2.0)
+        assert len(await events_of(client, "placement", 6)) == 6
+    (event,) = await events_of(client, "degraded", 1)
+    assert event["data"]["what"] == "policy broken"
+    assert "raised: AttributeError" in event["data"]["cause"]
+
+
+async def test_a_saturated_pool_says_so_and_when_to_come_back() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker, max_requests_per_instance=2) as running:
+        await eventually(lambda: running.serving)
+        reply = await ask(client, *(request(f"d{n}") for n in range(3)))
+        placed, also_placed, refused = reply.outcomes
+        assert isinstance(placed, Placement)
+        assert isinstance(also_placed, Placement)
+        assert isinstance(refused, Rejection)
+        assert (refused.reason, refused.retry_after_s) == (Reason.SATURATED, 1.0)
+
+
+async def test_speeds_that_an_ingress_reports_reach_the_decisions() -> None:
+    broker, client = wire()
+    await register(client, "fast", "slow")
+    async with replica(broker) as running:
+        await eventually(lambda: running.serving)
+        speeds = tuple(
+            InstanceSpeed(name, 10, 0, 0, 10, 0, ms, 100_000)
+            for name, ms in (("fast", 5_000), ("slow", 50_000))
+        )
+        client.publish(LOAD, LoadReport("i", "1", 1, (), (), 0, 0, False, speeds), "i")
+        loads = running.view.loads
+        await eventually(lambda: loads.prefill_tokens.sum() > 0)
+        running.clock.now += 2.0
+        reply = await ask(client, *(request(f"d{n}", prompt_tokens=10_000) for n in range(4)))
+        assert instances_of(reply) == {"fast": 4}

@@ -6,7 +6,7 @@ import pytest
 
 from penstock.common.settings import SettingsError, load
 from penstock.scheduler.__main__ import main
-from penstock.scheduler.policies.table import POLICIES
+from penstock.scheduler.policies.table import STRATEGIES
 from penstock.scheduler.settings import SchedulerSettings
 
 
@@ -16,12 +16,12 @@ def read(*argv: str) -> SchedulerSettings:
 
 def test_the_defaults_are_those_of_the_guide() -> None:
     settings = read()
-    assert (settings.admin_port, settings.default_routing_strategy) == (8082, "least-request")
+    assert (settings.admin_port, settings.default_routing_strategy) == (8082, "cache-aware")
     assert settings.prefix_index_blocks == 1_000_000
     assert (settings.thresholds.imbalance_requests, settings.thresholds.imbalance_ratio) == (16.0, 0.25)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STRATEGIES)
 def test_every_policy_may_be_the_default(policy: str) -> None:
     assert read("--default-routing-strategy", policy).default_routing_strategy == policy
 
@@ -29,7 +29,10 @@ def test_every_policy_may_be_the_default(policy: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "fault"),
     [
-        (("--default-routing-strategy", "fastest"), "unknown strategy 'fastest'; one of: random"),
+        (
+            ("--default-routing-strategy", "fastest"),
+            "unknown routing strategy 'fastest'; one of: cache-aware",
+        ),
         (("--prefix-index-blocks", "10"), "--prefix-index-blocks"),
         (("--imbalance-requests", "0"), "--imbalance-requests"),
         (("--imbalance-ratio", "nan"), "--imbalance-ratio"),

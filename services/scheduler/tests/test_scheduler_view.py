@@ -32,7 +32,7 @@ def in_flight(view: ClusterView, model: str = "m") -> dict[str, float]:
 def test_an_instance_that_serves_two_models_has_one_number() -> None:
     view = ClusterView()
     assert refreshed(view, instance("b", "m", "n"), instance("a")) == (["a", "b"], [], [])
-    view.take([("b", 3, 300), ("nobody", 1, 1)])
+    view.take([("b", 3, 300, 0), ("nobody", 1, 1, 0)])
     assert in_flight(view) == {"a": 0, "b": 3}
     assert in_flight(view, "n") == {"b": 3}
     assert view.pool("other") is None
@@ -41,7 +41,7 @@ def test_an_instance_that_serves_two_models_has_one_number() -> None:
 def test_slots_outlive_changes_of_the_registry_and_are_forgotten_before_they_are_reused() -> None:
     view = ClusterView()
     refreshed(view, instance("a"), instance("b"))
-    view.take([("a", 1, 10), ("b", 2, 20)])
+    view.take([("a", 1, 10, 0), ("b", 2, 20, 0)])
     slot = view.slot("a")
     assert slot is not None
     added, gone, forgotten = refreshed(view, instance("b"), instance("c"))
@@ -57,7 +57,7 @@ def test_a_changed_record_changes_the_pool_and_keeps_slot_number_and_turn() -> N
     before = view.pool("m")
     assert before is not None
     before.turn += 1
-    view.take([("a", 4, 40)])
+    view.take([("a", 4, 40, 0)])
     refreshed(view, instance("a", state=InstanceState.DRAINING))
     after = view.pool("m")
     assert after is not None
@@ -69,7 +69,7 @@ def test_a_changed_record_changes_the_pool_and_keeps_slot_number_and_turn() -> N
 def test_the_arrays_grow_with_the_fleet_and_lose_nothing() -> None:
     view = ClusterView()
     view.refresh(fleet(60), lambda slots: None)
-    view.take((i, 5, 50) for i in list(in_flight_ids(view)))
+    view.take((i, 5, 50, 0) for i in list(in_flight_ids(view)))
     view.refresh(fleet(300), lambda slots: None)
     pool = view.pool("m")
     assert pool is not None

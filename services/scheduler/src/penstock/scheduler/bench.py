@@ -22,7 +22,8 @@ from penstock.common.instances import InstanceTable, complete_key, encode_instan
 from penstock.common.messages import CompleteMarker, InFlight, LoadReport, Placed, Placement, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.scheduler.ledger import InFlightLedger
-from penstock.scheduler.policies.table import POLICIES, Thresholds, build
+from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.scheduler import schedule
 from penstock.scheduler.view import ClusterView
@@ -68,7 +69,7 @@ def prompts(blocks: int, rng: random.Random) -> Iterator[bytes]:
 
 def measure(policy: str, instances: int, blocks: int, decisions: int) -> list[float]:
     """CPU seconds of each decision."""
-    rng, profiles = random.Random(1), build(Thresholds())
+    rng, catalog = random.Random(1), Catalog(Thresholds())
     view, index, ledger = ClusterView(), PrefixIndex(1_000_000), InFlightLedger()
     view.refresh(fleet(instances), index.forget)
     source, running, durations = prompts(blocks, rng), deque[InFlight](), []
@@ -78,10 +79,14 @@ def measure(policy: str, instances: int, blocks: int, decisions: int) -> list[fl
             f"d{number}", f"r{number}", MODEL, prompt_tokens=1000, block_hashes=next(source)
         )
         started = clock()
-        decision = schedule(request, view, index, profiles, default=policy, replicas=1)
+        view.advance(started)
+        decision = schedule(request, view, index, catalog, default=policy, replicas=1)
         outcome = decision.outcome
         assert isinstance(outcome, Placement)
-        ledger.place(Placed(outcome.decision_id, "i", "1", outcome.instance, 1000), 1.0, started)
+        placed = Placed(
+            outcome.decision_id, "i", "1", outcome.instance, 1000, 0, b"", 1000 - outcome.matched_tokens
+        )
+        ledger.place(placed, 1.0, started)
         index.insert(decision.hashes, decision.slot, outcome.matched_blocks)
         view.take(ledger.changes())
         durations.append(clock() - started)
@@ -114,7 +119,7 @@ def apply_cost(entries: int = 4096, rounds: int = 50) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="penstock.scheduler.bench", description=__doc__)
-    parser.add_argument("--policy", choices=list(POLICIES), default="prefix-cache")
+    parser.add_argument("--policy", choices=list(STRATEGIES), default=CACHE_AWARE)
     parser.add_argument("--decisions", type=int, default=20_000)
     options = parser.parse_args(argv)
     print(

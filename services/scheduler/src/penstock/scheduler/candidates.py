@@ -9,8 +9,8 @@ import numpy as np
 
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import InstanceId
+from penstock.scheduler.loads import Loads
 from penstock.scheduler.pool import Floats, Kept
-from penstock.scheduler.view import Loads
 
 # Up to so many bits of a mask are looked up one by one, 0.2 us each; more are unpacked at once, 2 us.
 _FEW = 8
@@ -47,13 +47,13 @@ class Candidates:
 
     def id(self, position: int) -> InstanceId:
         """The instance at a position of the arrays."""
-        return self.kept.pool.ids[int(self.kept.rows[position])]
+        return self.kept.pool.ids[self.kept.rows.item(position)]
 
     @property
     def requests(self) -> Floats:
-        """In-flight requests."""
+        """In-flight requests by weight, with those that siblings are expected to have placed."""
         if self._requests is None:
-            self._requests = self.loads.requests[self.kept.slots]
+            self._requests = self.loads.queued.take(self.kept.slots)
         return self._requests
 
     @property

@@ -38,6 +38,12 @@ class Instruments:
         self.feed_missed = metrics.counter(
             "penstock_scheduler_feed_missed_total", "Placements of other replicas that never arrived"
         ).labels()
+        self.policy_faults = metrics.counter(
+            "penstock_scheduler_policy_faults_total",
+            "Decisions that a policy of the operator's own failed to make, made by least-request",
+            "policy",
+            "kind",
+        )
         self._ledger_dropped = metrics.counter(
             "penstock_scheduler_ledger_dropped_total", "What the ledger does not count, by reason", "reason"
         )

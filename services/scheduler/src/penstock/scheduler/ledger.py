@@ -1,4 +1,4 @@
-"""InFlightLedger: requests and tokens in flight per instance, summed from what the ingresses say.
+"""InFlightLedger: what is in flight per instance, summed from what the ingresses say.
 
 An ingress is the only truth about its own work (DESIGN 3.4); a placement that no report covers yet counts
 until it is covered or its time is up. Applying is idempotent, in any order: an entry carries the
@@ -31,12 +31,16 @@ MAX_IN_FLIGHT = 1_048_576
 MAX_TOMBSTONES = 131_072
 MAX_PIECES = 64
 
+InstanceLoad = tuple[InstanceId, int, int, int]
+
 
 class _Work(msgspec.Struct, gc=False):
-    """One decision. `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
+    """One decision. `pending` are the prompt tokens to compute before its first answer, 0 after it.
+    `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
 
     instance: InstanceId
     tokens: int
+    pending: int
     sequence: int
     deadline: float = 0.0
 
@@ -44,6 +48,7 @@ class _Work(msgspec.Struct, gc=False):
 class _Load(msgspec.Struct, gc=False):
     requests: int = 0
     tokens: int = 0
+    pending: int = 0
 
 
 class _Ingress(msgspec.Struct):
@@ -87,10 +92,15 @@ class InFlightLedger:
         load = self._loads.get(instance)
         return (load.requests, load.tokens) if load else (0, 0)
 
-    def changes(self) -> list[tuple[InstanceId, int, int]]:
-        """(instance, requests, tokens) of all that changed since the last call."""
+    def full_load(self, instance: InstanceId) -> InstanceLoad:
+        """(instance, requests, tokens, prompt tokens to compute before a first answer)."""
+        load = self._loads.get(instance)
+        return (instance, load.requests, load.tokens, load.pending) if load else (instance, 0, 0, 0)
+
+    def changes(self) -> list[InstanceLoad]:
+        """The full load of all whose load changed since the last call."""
         changed, self._changed = self._changed, set()
-        return [(instance, *self.load(instance)) for instance in changed]
+        return [self.full_load(instance) for instance in changed]
 
     def has_snapshot_of(self, ingress: str) -> bool:
         """Whether a complete snapshot of the ingress's present incarnation was applied."""
@@ -128,11 +138,13 @@ class InFlightLedger:
         if work is None:
             if not self._has_room(source):
                 return False
-            work = source.work[decision] = self._start(placed.instance, placed.tokens, 0)
+            work = source.work[decision] = self._start(
+                placed.instance, placed.tokens, placed.uncached_tokens, 0
+            )
         elif work.sequence or work.instance == placed.instance:
             return False
         else:
-            self._move(work, placed.instance, placed.tokens)
+            self._move(work, placed.instance, placed.tokens, placed.uncached_tokens)
         work.deadline = moment + confirm_within_s
         heapq.heappush(self._unconfirmed, (work.deadline, placed.ingress, placed.incarnation, decision))
         return True
@@ -219,16 +231,19 @@ class InFlightLedger:
         held, sequence = source.work, report.sequence
         for entry in report.in_flight:
             decision, tokens = entry.decision_id, entry.prompt_tokens + entry.output_tokens
+            pending = 0 if entry.output_tokens else max(0, entry.prompt_tokens - entry.cached_tokens)
             work = held.get(decision)
             if work is not None:
                 if work.sequence <= sequence:
                     work.sequence = sequence
-                    if work.tokens != tokens or work.instance != entry.instance:
-                        self._move(work, entry.instance, tokens)
+                    # An ingress that was given no `matched_tokens` knows less than the placement did.
+                    pending = min(pending, work.pending) if work.instance == entry.instance else pending
+                    if (work.tokens, work.pending, work.instance) != (tokens, pending, entry.instance):
+                        self._move(work, entry.instance, tokens, pending)
             elif self._is_over(decision, sequence):
                 continue
             elif self._has_room(source):
-                held[decision] = self._start(entry.instance, tokens, sequence)
+                held[decision] = self._start(entry.instance, tokens, pending, sequence)
 
     def _is_over(self, decision: str, sequence: int) -> bool:
         """Whether a later report than `sequence` finished it. The same report may finish and start again
@@ -290,29 +305,30 @@ class InFlightLedger:
         self.dropped["ledger full"] += 1
         return False
 
-    def _start(self, instance: InstanceId, tokens: int, sequence: int) -> _Work:
+    def _start(self, instance: InstanceId, tokens: int, pending: int, sequence: int) -> _Work:
         self.in_flight += 1
-        self._add(instance, 1, tokens)
-        return _Work(instance, tokens, sequence)
+        self._add(instance, 1, tokens, pending)
+        return _Work(instance, tokens, pending, sequence)
 
-    def _move(self, work: _Work, instance: InstanceId, tokens: int) -> None:
+    def _move(self, work: _Work, instance: InstanceId, tokens: int, pending: int) -> None:
         if work.instance == instance:
-            self._add(instance, 0, tokens - work.tokens)
+            self._add(instance, 0, tokens - work.tokens, pending - work.pending)
         else:
-            self._add(work.instance, -1, -work.tokens)
-            self._add(instance, 1, tokens)
-        work.instance, work.tokens = instance, tokens
+            self._add(work.instance, -1, -work.tokens, -work.pending)
+            self._add(instance, 1, tokens, pending)
+        work.instance, work.tokens, work.pending = instance, tokens, pending
 
     def _drop(self, work: _Work) -> None:
         self.in_flight -= 1
-        self._add(work.instance, -1, -work.tokens)
+        self._add(work.instance, -1, -work.tokens, -work.pending)
 
-    def _add(self, instance: InstanceId, requests: int, tokens: int) -> None:
+    def _add(self, instance: InstanceId, requests: int, tokens: int, pending: int) -> None:
         load = self._loads.get(instance)
         if load is None:
             load = self._loads[instance] = _Load()
         load.requests += requests
         load.tokens += tokens
+        load.pending += pending
         if not load.requests:
             del self._loads[instance]
         self._changed.add(instance)

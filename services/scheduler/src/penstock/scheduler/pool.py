@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.common.model import Instance, InstanceId
+from penstock.common.model import Instance, InstanceId, Role
 from penstock.scheduler.draws import rendezvous_keys
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Rows = NDArray[np.intp]
 
+# An instance's label with the number of requests that it takes at a time.
+LIMIT_LABEL = "penstock/max-requests"
+
 
 class Pool:
     """The instances that serve one model, in order of id; arrays are aligned with `instances`."""
 
-    def __init__(self, instances: tuple[Instance, ...], slots: Rows, turn: int = 0) -> None:
-        self.instances, self.slots = instances, slots
+    def __init__(
+        self,
+        instances: tuple[Instance, ...],
+        slots: Rows,
+        turn: int = 0,
+        in_failed_domains: frozenset[InstanceId] = frozenset(),
+    ) -> None:
+        """`in_failed_domains` share their failover domain with an unhealthy instance."""
+        self.instances, self.slots, self.in_failed_domains = instances, slots, in_failed_domains
         self.ids: tuple[InstanceId, ...] = tuple(instance.id for instance in instances)
         self.keys = rendezvous_keys(self.ids)
         self.turn = turn
-        # What the standing filters of a profile leave for an owner; the profile keeps it here.
-        self.standing: dict[tuple[str, str], Kept] = {}
+        # Requests that each may have in flight by its own label, inf without; None if none has one.
+        limits = [limit_of(instance) for instance in instances]
+        self.limits = np.array(limits) if any(map(math.isfinite, limits)) else None
+        # What the standing filters leave for a role and an owner; profiles keep it here.
+        self.standing: dict[tuple[Role, str], Kept] = {}
 
     def __len__(self) -> int:
         return len(self.instances)
+
+
+def limit_of(instance: Instance) -> float:
+    """What LIMIT_LABEL says, inf if it says nothing that makes sense."""
+    text = instance.labels.get(LIMIT_LABEL, "")
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) else math.inf
 
 
 class Kept(msgspec.Struct, frozen=True):

@@ -9,12 +9,20 @@ import numpy as np
 
 from penstock.common.model import Role
 from penstock.scheduler.candidates import Candidates, Case
-from penstock.scheduler.policies.filters import Filter, HasRole, NotExcluded, OwnedBy, TakesWork
+from penstock.scheduler.loads import Loads
+from penstock.scheduler.policies.filters import (
+    Filter,
+    HasRole,
+    InSoundDomain,
+    NotExcluded,
+    NotSaturated,
+    OwnedBy,
+    TakesWork,
+)
 from penstock.scheduler.policies.pickers import Picker
 from penstock.scheduler.policies.scorers import Scorer
 from penstock.scheduler.pool import Floats, Kept, Pool, whole
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.view import Loads
 
 # Owners come from a request header: past so many, what was worked out for them goes.
 MAX_STANDING = 256
@@ -28,13 +36,15 @@ class Profile:
     name: str
     picker: Picker
     scorers: tuple[tuple[Scorer, float], ...] = ()
-    filters: tuple[Filter, ...] = (NotExcluded(),)
+    filters: tuple[Filter, ...] = (NotExcluded(), NotSaturated())
     role: Role = Role.NEUTRAL
     by_prefix: bool = False
+    # In metrics, whose labels clients must not multiply; empty: `name`.
+    label: str = ""
 
     def candidates(self, case: Case, pool: Pool, loads: Loads) -> Candidates:
         """Whom the filters leave."""
-        key = self.name, case.request.owner
+        key = self.role, case.request.owner
         kept = pool.standing.get(key)
         if kept is None:
             if len(pool.standing) >= MAX_STANDING:
@@ -44,7 +54,7 @@ class Profile:
 
     def _standing(self, case: Case, pool: Pool, loads: Loads) -> Kept:
         """What depends on the registry and the owner alone; kept until the registry changes."""
-        filters = OwnedBy(), HasRole(self.role), TakesWork()
+        filters = OwnedBy(), HasRole(self.role), TakesWork(), InSoundDomain()
         return _apply(filters, case, Candidates(whole(pool), loads)).kept.indexed()
 
     def scores(self, case: Case, candidates: Candidates) -> Floats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from penstock.common.bus import WatchEvent
 from penstock.common.identity import Identity
@@ -17,12 +17,14 @@ from penstock.common.messages import (
     ScheduleRequest,
 )
 from penstock.scheduler.draws import seed_of
+from penstock.scheduler.echo import Echo
 from penstock.scheduler.feed import FeedReader, FeedWriter
 from penstock.scheduler.ledger import InFlightLedger
 from penstock.scheduler.peers import Peers
+from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.profile import Profile
 from penstock.scheduler.scheduler import HASH_BYTES, Decision, schedule, unpack
+from penstock.scheduler.speeds import Speeds
 from penstock.scheduler.view import ClusterView
 
 MIN_CONFIRM_S = 1.0
@@ -33,24 +35,37 @@ class Replica:
     """Every argument `now` is the same monotonic clock, in seconds."""
 
     def __init__(
-        self, own: Identity, profiles: Mapping[str, Profile], default: str, max_prefix_blocks: int
+        self,
+        own: Identity,
+        catalog: Catalog,
+        default: str,
+        max_prefix_blocks: int,
+        failover_domain_label: str = "",
     ) -> None:
-        self._profiles, self._default = profiles, default
+        self._catalog, self._default = catalog, default
         self.table = InstanceTable()
-        self.view = ClusterView(first_turn=seed_of(own.id))
+        self.view = ClusterView(seed_of(own.id), failover_domain_label)
+        self._echo = Echo(self.view.loads)
+        self._speeds = Speeds(self.view.loads, self.view.slot)
         self.index = PrefixIndex(max_prefix_blocks)
         self.ledger = InFlightLedger()
         self.peers = Peers(own)
         self._writer, self._reader = FeedWriter(own), FeedReader(own)
+        self._ranked_for: tuple[str, ...] = ()
         self.feed_missed = 0
 
-    def decide(self, request: ScheduleRequest) -> Decision:
-        """One decision; nothing is changed by it. Reserve a placement before the next."""
+    def decide(self, request: ScheduleRequest, now: float) -> Decision:
+        """One decision on the numbers of `now`; nothing else is changed by it. Reserve a placement before
+        the next."""
+        if self._ranked_for != self.peers.schedulers:
+            self._rank()
+        self._echo.expire(now)
+        self.view.advance(now)
         return schedule(
             request,
             self.view,
             self.index,
-            self._profiles,
+            self._catalog,
             default=self._default,
             replicas=self.peers.replicas,
         )
@@ -71,8 +86,10 @@ class Replica:
             request.prompt_tokens,
             known,
             request.block_hashes[known * HASH_BYTES :],
+            request.prompt_tokens - outcome.matched_tokens,
         )
         self.ledger.place(placed, confirm_within_s(batch), now)
+        self._echo.placed_here(batch, decision.slot, placed.uncached_tokens, now)
         self.view.take(self.ledger.changes())
         pool = self.view.pool(request.model)
         if pool is not None:
@@ -86,19 +103,26 @@ class Replica:
     def follow(self, feed: PlacedFeed, now: float) -> None:
         """Count what a sibling placed; one's own placements, coming back, are skipped."""
         if self._reader.is_own(feed):
+            self._echo.came_back(len(feed.placed))
             return
         self.feed_missed += self._reader.missed(feed)
+        # Time that passed before must not be taken off the prefill that arrives here.
+        self.view.advance(now)
         window = min(feed.confirm_within_s, MAX_CONFIRM_S)
         for placed in feed.placed:
             self.ledger.place(placed, window, now)
             slot = self.view.slot(placed.instance)
-            if slot is not None and len(placed.tail) % HASH_BYTES == 0:
+            if slot is None:
+                continue
+            if len(placed.tail) % HASH_BYTES == 0:
                 self.index.insert(unpack(placed.tail), slot)
         self.view.take(self.ledger.changes())
 
     def report(self, report: LoadReport, now: float) -> None:
         """Take an ingress's word."""
-        self.ledger.report(report, now)
+        self.view.advance(now)
+        if self.ledger.report(report, now) and report.speeds:
+            self._speeds.take(report.ingress, report.incarnation, report.speeds)
         self.view.take(self.ledger.changes())
 
     def status(self, status: EngineStatus, now: float) -> bool:
@@ -109,16 +133,30 @@ class Replica:
         """Follow the registry: (ids added, ids gone), None if no instance changed."""
         if not self.table.apply(event):
             return None
-        added, gone = self.view.refresh(self.table, self.index.forget)
-        self.view.take((instance, *self.ledger.load(instance)) for instance in added)
+        added, gone = self.view.refresh(self.table, self._forget)
+        self._speeds.forget(instances=gone)
+        self.view.take(self.ledger.full_load(instance) for instance in added)
+        self._rank()
         return added, gone
 
     def expire(self, now: float) -> list[str]:
         """Drop what its time is up for; the ingresses released for silence."""
         self.peers.expire(now)
         silent = self.ledger.expire(now)
+        self._speeds.forget(ingresses=silent)
         self.view.take(self.ledger.changes())
         return silent
+
+    def _rank(self) -> None:
+        self._ranked_for = schedulers = self.peers.schedulers
+        self._echo.rank(self.view.slots_in_order(), schedulers.index(self.peers.own), len(schedulers))
+
+    def _forget(self, slots: int) -> None:
+        self.index.forget(slots)
+        while slots:
+            lowest = slots & -slots
+            self._echo.forget(lowest.bit_length() - 1)
+            slots ^= lowest
 
 
 def confirm_within_s(batch: ScheduleBatch) -> float:

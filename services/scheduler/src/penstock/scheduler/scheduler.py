@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -11,7 +11,9 @@ from penstock.common.messages import Mode, Placement, Reason, Rejection, Schedul
 from penstock.common.routing_events import CandidateTerms
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.draws import seed_of
-from penstock.scheduler.policies.filters import OwnedBy
+from penstock.scheduler.policies.catalog import BadStrategy, Catalog
+from penstock.scheduler.policies.custom import PolicyFault
+from penstock.scheduler.policies.filters import SATURATED, OwnedBy
 from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Profile, look_up
@@ -23,11 +25,14 @@ HASH_BYTES = 8
 _DROPPED_BITS = np.uint64(4)
 # Messages quote what clients sent; the wire allows 2,048 characters.
 MAX_MESSAGE = 1024
+# A client that finds everything full comes back after so long.
+SATURATED_RETRY_S = 1.0
+UNKNOWN = "unknown"
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What was decided and why. `slot` is -1 for a rejection; `terms` are the best candidates, the chosen
-    one first."""
+    """What was decided and why. `policy` is its label in metrics; `slot` is -1 for a rejection; `terms` are
+    the best candidates, the chosen one first; `fault` is why the policy asked for did not decide."""
 
     outcome: Placement | Rejection
     policy: str
@@ -36,13 +41,14 @@ class Decision(msgspec.Struct, frozen=True):
     terms: list[CandidateTerms] = []
     excluded: dict[str, int] = {}
     seed: int = 0
+    fault: PolicyFault | None = None
 
 
 def schedule(
     request: ScheduleRequest,
     view: ClusterView,
     index: PrefixIndex,
-    profiles: Mapping[str, Profile],
+    catalog: Catalog,
     *,
     default: str,
     replicas: int,
@@ -51,10 +57,10 @@ def schedule(
 
     `replicas` is the number of schedulers alive.
     """
-    profile = profiles.get(request.strategy or default)
-    if profile is None:
-        message = f"unknown routing strategy {request.strategy!r}; one of: {', '.join(profiles)}"
-        return _reject(request, "unknown", Reason.BAD_STRATEGY, message)
+    try:
+        profile = catalog.find(request.strategy or default)
+    except BadStrategy as exc:
+        return _reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
     if request.mode is not Mode.NEUTRAL:
         message = f"mode {request.mode.value}: disaggregation is not configured"
         return _reject(request, profile.name, Reason.BAD_REQUEST, message)
@@ -69,7 +75,11 @@ def schedule(
     candidates = profile.candidates(case, pool, view.loads)
     if not len(candidates):
         return _none_left(request, profile, candidates)
-    return _choose(case, candidates, index, profile)
+    try:
+        return _choose(case, candidates, index, profile)
+    except PolicyFault as fault:
+        decision = _choose(case, candidates, index, catalog.fallback)
+        return msgspec.structs.replace(decision, fault=fault)
 
 
 def unpack(packed: bytes) -> list[int]:
@@ -86,31 +96,33 @@ def _choose(case: Case, candidates: Candidates, index: PrefixIndex, profile: Pro
         look_up(case, candidates, index)
     scores = profile.scores(case, candidates)
     chosen = profile.picker.pick(case, candidates, scores)
-    slot = int(candidates.kept.slots[chosen])
+    slot = candidates.kept.slots.item(chosen)
     if profile.by_prefix:
-        matched = int(candidates.matched[chosen])
+        matched = int(candidates.matched.item(chosen)) if candidates.steps else 0
     else:
         steps = index.match(case.hashes, 1 << slot)
         matched = steps[-1][0] if steps else 0
-    request = case.request
-    placement = Placement(
-        request.decision_id, candidates.id(chosen), policy=profile.name, matched_blocks=matched
-    )
+    request, hashes = case.request, case.hashes
+    tokens = matched * request.prompt_tokens // len(hashes) if matched else 0
+    # In the order of their fields: by name they cost three times as much.
+    placement = Placement(request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens)
     terms = _terms(candidates, scores, chosen, matched)
-    return Decision(placement, profile.name, slot, case.hashes, terms, candidates.kept.excluded, case.seed)
+    label = profile.label or profile.name
+    return Decision(placement, label, slot, hashes, terms, candidates.kept.excluded, case.seed)
 
 
 def _terms(candidates: Candidates, scores: Floats, chosen: int, matched: int) -> list[CandidateTerms]:
     """The chosen one, then the best others. `scores` is used up."""
-    requests, lengths = candidates.requests, candidates.matched if candidates.steps else None
+    requests, slots = candidates.loads.requests, candidates.kept.slots
+    lengths = candidates.matched if candidates.steps else None
     terms = []
-    position = chosen
+    position, blocks = chosen, matched
     for _ in range(min(SHOWN, len(scores))):
-        blocks = matched if position == chosen else int(lengths[position]) if lengths is not None else 0
-        score = scores.item(position)
-        terms.append(CandidateTerms(candidates.id(position), score, int(requests[position]), blocks))
+        in_flight = int(requests.item(slots.item(position)))
+        terms.append(CandidateTerms(candidates.id(position), scores.item(position), in_flight, blocks))
         scores[position] = -1.0
         position = int(scores.argmax())
+        blocks = int(lengths.item(position)) if lengths is not None else 0
     return terms
 
 
@@ -121,6 +133,9 @@ def _none_left(request: ScheduleRequest, profile: Profile, candidates: Candidate
         message = f"model {request.model!r} is not served by owner {request.owner!r}; owners: {owners}"
         return _reject(request, profile.name, Reason.UNKNOWN_MODEL, message, excluded)
     dropped = ", ".join(f"{name} {count}" for name, count in excluded.items())
+    if SATURATED in excluded:
+        message = f"every instance of model {request.model!r} that can take it is at its limit: {dropped}"
+        return _reject(request, profile.name, Reason.SATURATED, message, excluded, SATURATED_RETRY_S)
     message = f"none of the {len(pool)} instances of model {request.model!r} can take it: {dropped}"
     return _reject(request, profile.name, Reason.NO_INSTANCE, message, excluded)
 
@@ -131,6 +146,7 @@ def _reject(
     reason: Reason,
     message: str,
     excluded: dict[str, int] | None = None,
+    retry_after_s: float = 0.0,
 ) -> Decision:
-    rejection = Rejection(request.decision_id, reason, message[:MAX_MESSAGE])
+    rejection = Rejection(request.decision_id, reason, message[:MAX_MESSAGE], retry_after_s)
     return Decision(rejection, policy, excluded=excluded or {}, seed=seed_of(request.decision_id))

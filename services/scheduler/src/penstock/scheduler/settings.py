@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from penstock.common.messages import MAX_BLOCKS
 from penstock.common.settings import ServiceSettings
-from penstock.scheduler.policies.table import LEAST_REQUEST, POLICIES, Thresholds
+from penstock.scheduler import plugins
+from penstock.scheduler.policies.catalog import MAX_COEFFICIENT, Catalog
+from penstock.scheduler.policies.custom import Policy
+from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
 
 
 class SchedulerSettings(ServiceSettings):
@@ -21,7 +26,28 @@ class SchedulerSettings(ServiceSettings):
         "", max_length=64, description="name of this replica in logs, events and heartbeats; empty: random"
     )
     default_routing_strategy: str = Field(
-        LEAST_REQUEST, description=f"policy of requests that name none: {', '.join(POLICIES)}"
+        CACHE_AWARE,
+        max_length=512,
+        description=f"policy of requests that name none: {', '.join(STRATEGIES)}, one of --policy-module, or "
+        f"a list with weights from 0 to {MAX_COEFFICIENT} such as prefix-cache:6,least-request:1",
+    )
+    policy_module: str = Field(
+        "",
+        description="Python files with policies of your own, comma-separated: each has POLICIES, a dict of "
+        f"name -> function; packages bring theirs by the entry point group {plugins.GROUP}",
+    )
+    max_requests_per_instance: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="requests that an instance may have in flight, unless its label penstock/max-requests "
+        "says otherwise; with all at their limit requests are refused as saturated; 0: no limit",
+    )
+    failover_domain_label: str = Field(
+        "",
+        max_length=512,
+        description="label of instances that fail together, such as their host's name: while one of them is "
+        "unhealthy, the others with the same value take no new work; empty: none",
     )
     prefix_index_blocks: int = Field(
         1_000_000,
@@ -45,14 +71,27 @@ class SchedulerSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _known_strategy(self) -> Self:
-        if self.default_routing_strategy not in POLICIES:
-            raise ValueError(
-                f"--default-routing-strategy: unknown strategy {self.default_routing_strategy!r}; "
-                f"one of: {', '.join(POLICIES)}"
-            )
+        faults = []
+        custom: Mapping[str, Policy] = {}
+        try:
+            custom = self.custom_policies
+        except plugins.PluginError as exc:
+            faults.append(f"--policy-module: {exc}")
+        try:
+            Catalog(self.thresholds, custom).find(self.default_routing_strategy)
+        except ValueError as exc:
+            faults.append(f"--default-routing-strategy: {exc}")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @property
     def thresholds(self) -> Thresholds:
         """What the policies are built with."""
-        return Thresholds(self.imbalance_requests, self.imbalance_ratio)
+        return Thresholds(self.imbalance_requests, self.imbalance_ratio, self.max_requests_per_instance)
+
+    @property
+    def custom_policies(self) -> Mapping[str, Policy]:
+        """The operator's own. Raises PluginError."""
+        names = [name.strip() for name in self.policy_module.split(",")]
+        return plugins.load(tuple(Path(name) for name in names if name))

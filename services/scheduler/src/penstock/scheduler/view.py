@@ -13,51 +13,31 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from penstock.common.instances import InstanceTable
-from penstock.common.model import EngineLoad, InstanceId
-from penstock.scheduler.pool import Floats, Pool
+from penstock.common.model import EngineLoad, InstanceId, InstanceState
+from penstock.scheduler.ledger import InstanceLoad
+from penstock.scheduler.loads import Loads
+from penstock.scheduler.pool import Pool
 
 # An engine that reports more is taken for broken; larger numbers would outweigh every real one.
 MAX_REQUESTS = 1_000_000
-_FIRST_CAPACITY = 64
-
-
-class Loads:
-    """One number per slot: what is in flight by the ledger, and what the engine said of itself.
-
-    `status_at` is the monotonic second at which the engine's numbers were true, -inf while unknown (they
-    are 0 then). No NaN and no negative number is ever stored.
-    """
-
-    NAMES = ("requests", "tokens", "running", "waiting", "kv_usage_ratio", "status_at")
-    requests: Floats
-    tokens: Floats
-    running: Floats
-    waiting: Floats
-    kv_usage_ratio: Floats
-    status_at: Floats
-
-    def __init__(self) -> None:
-        for name in self.NAMES:
-            setattr(self, name, np.zeros(_FIRST_CAPACITY))
-        self.status_at[:] = -math.inf
-
-    def reset(self, slot: int) -> None:
-        """Nothing known of `slot`; there is room for it afterwards."""
-        if slot >= len(self.requests):
-            for name in self.NAMES:
-                setattr(self, name, np.concatenate([getattr(self, name)] * 2))
-        for name in self.NAMES:
-            getattr(self, name)[slot] = 0.0
-        self.status_at[slot] = -math.inf
+MAX_KV_TOKENS = 1_000_000_000
+# How often time is let pass: often enough for prefill that takes tens of ms, and 40 us each time.
+STEP_S = 0.01
+LEARN_S = 1.0
+# An instance counts for at least so much of the mean one, and at most for its inverse.
+MIN_WEIGHT = 0.01
 
 
 class ClusterView:
     """Slots, their numbers, and the pools of the models asked for."""
 
-    def __init__(self, first_turn: int = 0) -> None:
-        """`first_turn` is where round robin starts in every pool: elsewhere in every replica."""
+    def __init__(self, first_turn: int = 0, domain_label: str = "") -> None:
+        """`first_turn` is where round robin starts in every pool: elsewhere in every replica. Instances with
+        the same value of the label `domain_label`, if one is given, are a failover domain."""
         self.loads = Loads()
-        self._first_turn = first_turn
+        self._first_turn, self._domain_label = first_turn, domain_label
+        self._failed_domains: frozenset[str] = frozenset()
+        self._advance_at = self._learn_at = -math.inf
         self._table = InstanceTable()
         self._slots: dict[InstanceId, int] = {}
         self._free: list[int] = []
@@ -69,6 +49,10 @@ class ClusterView:
     def slot(self, instance: InstanceId) -> int | None:
         """The slot of an instance, None if the registry does not hold it."""
         return self._slots.get(instance)
+
+    def slots_in_order(self) -> list[int]:
+        """All slots, by the id of their instance: the same order in every replica."""
+        return [self._slots[instance] for instance in sorted(self._slots)]
 
     def refresh(self, table: InstanceTable, forget: Callable[[int], None]) -> tuple[list[str], list[str]]:
         """Follow the registry: (ids added, ids gone). `forget` is called with the bits of the slots that
@@ -84,6 +68,8 @@ class ClusterView:
         for instance in added:
             slot = self._slots[instance] = self._free.pop() if self._free else len(self._slots)
             self.loads.reset(slot)
+        self._weigh()
+        self._failed_domains = self._failed()
         turns = {model: pool.turn for model, pool in self._pools.items()}
         self._pools = {}
         for model, turn in turns.items():
@@ -96,28 +82,68 @@ class ClusterView:
         pool = self._pools.get(model)
         if pool is None and (instances := self._table.serving(model)):
             slots = np.array([self._slots[instance.id] for instance in instances], dtype=np.intp)
-            pool = self._pools[model] = Pool(instances, slots, self._first_turn)
+            apart = frozenset(
+                instance.id
+                for instance in instances
+                if self._failed_domains and instance.labels.get(self._domain_label) in self._failed_domains
+            )
+            pool = self._pools[model] = Pool(instances, slots, self._first_turn, apart)
+            self.loads.learn(slots)
         return pool
 
-    def take(self, changed: Iterable[tuple[InstanceId, int, int]]) -> None:
-        """In-flight (instance, requests, tokens), absolute; of unknown instances nothing is kept."""
-        slots, requests, tokens = self._slots, self.loads.requests, self.loads.tokens
-        for instance, request_count, token_count in changed:
+    def _weigh(self) -> None:
+        """Weights count in relation to each other, whatever their scale."""
+        weights = {self._slots[instance.id]: instance.weight for instance in self._table.instances()}
+        usable = [weight for weight in weights.values() if math.isfinite(weight)]
+        mean = sum(usable) / len(usable) if usable else 1.0
+        for slot, weight in weights.items():
+            share = weight / mean if mean else 1.0
+            self.loads.weight[slot] = min(max(share, MIN_WEIGHT), 1 / MIN_WEIGHT) if share == share else 1.0
+
+    def _failed(self) -> frozenset[str]:
+        """Failover domains with an unhealthy instance, of whatever model."""
+        label = self._domain_label
+        if not label:
+            return frozenset()
+        return frozenset(
+            instance.labels[label]
+            for instance in self._table.instances()
+            if instance.state is InstanceState.UNHEALTHY and instance.labels.get(label)
+        )
+
+    def advance(self, now: float) -> None:
+        """Let time pass up to `now`, before anything of `now` is taken; does something once per STEP_S."""
+        if now < self._advance_at:
+            return
+        self._advance_at = now + STEP_S
+        if now >= self._learn_at:
+            self._learn_at = now + LEARN_S
+            self.loads.fade(now)
+            for pool in self._pools.values():
+                self.loads.learn(pool.slots)
+        self.loads.advance(now)
+
+    def take(self, changed: Iterable[InstanceLoad]) -> None:
+        """In flight (instance, requests, tokens, pending), absolute; of unknown instances nothing is kept."""
+        slots, take = self._slots, self.loads.take
+        for instance, requests, tokens, pending in changed:
             slot = slots.get(instance)
             if slot is not None:
-                requests[slot] = request_count
-                tokens[slot] = token_count
+                take(slot, requests, tokens, pending)
 
     def take_status(self, instance: InstanceId, load: EngineLoad, measured_at: float) -> bool:
         """The engine's own numbers; a figure that is missing or absurd leaves the last one, and False is
         returned if none was usable or they are older than those held."""
-        slot = self._slots.get(instance)
-        if slot is None or not math.isfinite(measured_at) or measured_at < self.loads.status_at[slot]:
+        slot, loads = self._slots.get(instance), self.loads
+        if slot is None or not math.isfinite(measured_at) or measured_at < loads.status_at[slot]:
             return False
+        kv_tokens = (load.kv_blocks or 0) * (load.block_size or 0)
+        if 0 < kv_tokens <= MAX_KV_TOKENS:
+            loads.kv_tokens[slot] = kv_tokens
         figures = (
-            (self.loads.running, load.running, MAX_REQUESTS),
-            (self.loads.waiting, load.waiting, MAX_REQUESTS),
-            (self.loads.kv_usage_ratio, load.kv_usage_ratio, 1.0),
+            (loads.running, load.running, MAX_REQUESTS),
+            (loads.waiting, load.waiting, MAX_REQUESTS),
+            (loads.kv_usage_ratio, load.kv_usage_ratio, 1.0),
         )
         usable = False
         for numbers, figure, most in figures:
@@ -126,7 +152,9 @@ class ClusterView:
                 numbers[slot] = figure
                 usable = True
         if usable:
-            self.loads.status_at[slot] = measured_at
+            loads.status_at[slot] = measured_at
+        if load.kv_usage_ratio is not None and 0 <= load.kv_usage_ratio <= 1:
+            loads.kv_at[slot] = measured_at
         return usable
 
     def status_ages(self, now: float) -> list[tuple[InstanceId, float]]:

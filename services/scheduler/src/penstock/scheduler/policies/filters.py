@@ -15,6 +15,8 @@ from penstock.common.model import Role
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.pool import Flags
 
+SATURATED = "saturated"
+
 
 class Filter(Protocol):
     """Keep or drop; `name` stands in the log for what was dropped."""
@@ -73,6 +75,40 @@ class NotExcluded:
         if not excluded:
             return None
         return _flags(candidates.id(position) not in excluded for position in range(len(candidates)))
+
+
+@dataclass(frozen=True)
+class InSoundDomain:
+    """Drops instances whose failover domain (one host, one unit) has an unhealthy one, as far as others are
+    left: the domain is a guess about what fails next, and a guess does not refuse requests."""
+
+    name: str = "failover-domain"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        pool = candidates.kept.pool
+        if not pool.in_failed_domains:
+            return None
+        flags = _flags(pool.ids[row] not in pool.in_failed_domains for row in candidates.kept.rows)
+        return flags if flags.any() else None
+
+
+@dataclass(frozen=True)
+class NotSaturated:
+    """Drops instances with as many requests in flight as their label `penstock/max-requests` allows, else
+    `max_requests` (0: no limit). In flight is the ledger's: an engine's own count is seconds old."""
+
+    max_requests: int = 0
+    name: str = SATURATED
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        kept, limits = candidates.kept, candidates.kept.pool.limits
+        if limits is None:
+            if not self.max_requests:
+                return None
+            return candidates.loads.requests[kept.slots] < self.max_requests
+        if self.max_requests:
+            limits = np.where(np.isfinite(limits), limits, self.max_requests)
+        return candidates.loads.requests[kept.slots] < limits[kept.rows]
 
 
 def _flags(values: Iterable[bool]) -> Flags:

@@ -35,7 +35,7 @@ class Best:
 
     def pick(self, case: Case, candidates: Candidates, scores: Floats) -> int:
         best = int(scores.argmax())
-        floor = scores.item(best) - (self.band if case.replicas > 1 else _ROUNDING)
+        floor = scores.item(best) - (max(self.band, _ROUNDING) if case.replicas > 1 else _ROUNDING)
         near = (scores >= floor).nonzero()[0]
         if len(near) == 1:
             return best

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.policies.measures import Measure
 from penstock.scheduler.pool import Floats
 
 
@@ -25,6 +26,39 @@ class FewestRequests:
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         return (1.0 + candidates.least) / (1.0 + candidates.requests)
+
+
+@dataclass(frozen=True)
+class Least:
+    """(small + least) / (small + number), in the unit of the measure: 1 for the least, falling to 0."""
+
+    measure: Measure
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        numbers = self.measure.of(case, candidates)
+        small = self.measure.small
+        least = numbers.item(numbers.argmin())
+        numbers += small
+        return np.divide(small + least, numbers, out=numbers)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """(most - number) / (most - least): the range of the measure drawn out to 0..1, 1 for all when equal.
+
+    AIBrix's normalisation in weighted lists: what the candidates differ in counts, not by how much.
+    """
+
+    measure: Measure
+
+    def score(self, case: Case, candidates: Candidates) -> Floats:
+        numbers = self.measure.of(case, candidates)
+        most, least = numbers.item(numbers.argmax()), numbers.item(numbers.argmin())
+        if most - least <= 1e-9 * most:
+            return np.ones(len(numbers))
+        np.subtract(most, numbers, out=numbers)
+        numbers *= 1.0 / (most - least)
+        return numbers
 
 
 @dataclass(frozen=True)
