@@ -122,5 +122,5 @@ def test_a_hostile_body_is_as_large_as_the_gateway_takes_and_closes_what_it_open
     assert body.startswith(b'{"model":"bench-model",')
     assert body.count(b"[") == body.count(b"]")
     assert body.count(b"{") == body.count(b"}")
-    if name != "nested":
+    if name not in ("nested", "utf8"):
         assert msgspec.json.decode(body)["messages"]

@@ -1,6 +1,7 @@
 """Clusters on a virtual clock."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -133,3 +134,55 @@ def test_more_engines_shorten_the_wait() -> None:
         return sum(o.ttft_s for o in outcomes) / len(outcomes)
 
     assert mean_ttft(1) > mean_ttft(2) > mean_ttft(4)
+
+
+class SingleSteps(Engine):
+    """Takes one step at a time, whatever the steps are like."""
+
+    def steps_alike(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "kv_blocks", "block_size"), [(2, 20, 10), (8, 20, 10), (8, 60, 3), (8, 400, 1), (4, 8, 100)]
+)
+def test_steps_taken_at_once_do_what_single_steps_do(max_batch: int, kv_blocks: int, block_size: int) -> None:
+    spec = replace(SPEC, max_batch=max_batch, kv_blocks=kv_blocks, block_size=block_size)
+    at_once, one_by_one = [Engine(spec) for _ in range(3)], [SingleSteps(spec) for _ in range(3)]
+    outcomes = Cluster(at_once, best_match).run(random_arrivals(300))
+    expected = Cluster(one_by_one, best_match).run(random_arrivals(300))
+    assert [close(outcome) for outcome in outcomes] == [close(outcome) for outcome in expected]
+    for engine, single in zip(at_once, one_by_one, strict=True):
+        assert engine.stats.preemptions == single.stats.preemptions
+        assert engine.stats.generation_tokens == single.stats.generation_tokens
+        assert engine.stats.itl.counts == single.stats.itl.counts
+        assert engine.stats.itl.sum_s == approx(single.stats.itl.sum_s)
+
+
+def close(outcome: Outcome) -> Outcome:
+    """Without what float rounding may change."""
+    times = {name: round(getattr(outcome, name), 6) for name in ("ttft_s", "tpot_s", "e2e_s")}
+    return replace(outcome, **times)
+
+
+def test_steps_of_a_known_output_are_taken_at_once_up_to_an_arrival() -> None:
+    told: list[tuple[float, int]] = []
+    cluster = Cluster(engines(1), least_loaded, lambda event, _, now: told.append((now, event.generated)))
+    cluster.run([arrival(0.0, "a", output=10), arrival(4.0, "b", prompt=10, output=1)])
+    # The prompt ends at 0.5, steps of 1.1 s at 1.6, 2.7, 3.8 and 4.9; b is computed in the next one.
+    assert told == [
+        *[(approx(0.5), 1), (approx(4.9), 5), (approx(6.1), 6), (approx(6.1), 1)],
+        (approx(10.5), 10),
+    ]
+
+
+def test_an_output_that_stalls_is_not_run_past_that() -> None:
+    engine = Engine(SPEC)
+    engine.submit(EngineRequest("a", 10, 15, stall_after=4), 0.0)
+    engine.start_step(0.0)
+    assert engine.steps_alike() == 1
+    engine.end_step(0.1)
+    engine.start_step(0.1)
+    assert engine.steps_alike() == 3
+    (event,) = engine.end_step(3.4, 3)
+    assert (event.generated, event.finished, engine.start_step(3.4)) == (4, False, None)

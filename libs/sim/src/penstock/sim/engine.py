@@ -2,39 +2,16 @@
 
 Sync, without I/O and without a clock: every call takes the time (seconds, any origin, never going back).
 A driver calls `start_step`, lets the returned duration pass on its clock, calls `end_step`, and so on until
-`start_step` returns None.
+`start_step` returns None. On a virtual clock a driver may take the steps that `steps_alike` counts at once.
 """
 
 from collections import OrderedDict
 from math import inf
 
 from penstock.sim.blocks import BlockPool
+from penstock.sim.sequence import TokenSequence
 from penstock.sim.spec import DoesNotFit, EngineRequest, EngineSpec, QueueFull, TokenEvent
 from penstock.sim.stats import EngineStats
-
-
-class _Sequence:
-    """Progress of one request. `shared` of its `blocks` are published, and these are its leading ones."""
-
-    __slots__ = (
-        *("arrived_s", "blocks", "cached_tokens", "computed", "first_token_s", "generated", "known"),
-        *("last_token_s", "request", "scheduled_s", "shared"),
-    )
-
-    def __init__(self, request: EngineRequest, now: float) -> None:
-        self.request = request
-        # Tokens whose keys and values must be computed before the next one comes out, and those that are.
-        self.known = request.prompt_tokens
-        self.computed = 0
-        self.generated = 0
-        self.blocks = 0
-        self.shared = 0
-        self.cached_tokens = 0
-        self.arrived_s = now
-        # Below every arrival until the request is first scheduled.
-        self.scheduled_s = -inf
-        self.first_token_s = now
-        self.last_token_s = now
 
 
 class Engine:
@@ -44,10 +21,12 @@ class Engine:
         self.spec = spec
         self.stats = EngineStats()
         self._pool = BlockPool(spec.kv_blocks)
-        self._waiting: OrderedDict[str, _Sequence] = OrderedDict()
-        self._running: dict[str, _Sequence] = {}
-        self._stalled: dict[str, _Sequence] = {}
-        self._step: list[tuple[_Sequence, int]] | None = None
+        self._waiting: OrderedDict[str, TokenSequence] = OrderedDict()
+        self._running: dict[str, TokenSequence] = {}
+        self._stalled: dict[str, TokenSequence] = {}
+        self._step: list[tuple[TokenSequence, int]] | None = None
+        self._step_s = 0.0
+        self._all_decode = False
 
     @property
     def running(self) -> int:
@@ -64,6 +43,16 @@ class Engine:
     @property
     def kv_usage_ratio(self) -> float:
         return self._pool.used / self._pool.total
+
+    @property
+    def uncomputed_prompt_tokens(self) -> int:
+        """Prompt tokens to compute until every request has its first token, less the cached ones."""
+        block_size = self.spec.block_size
+        running = sum(one.known - one.computed for one in self._running.values() if not one.generated)
+        return running + sum(
+            one.known - block_size * self._pool.match(one.request.block_hashes, (one.known - 1) // block_size)
+            for one in self._waiting.values()
+        )
 
     @property
     def in_step(self) -> bool:
@@ -87,7 +76,7 @@ class Engine:
         if len(self._waiting) >= self.spec.max_waiting:
             raise QueueFull(len(self._waiting))
         home = self._waiting if request.stall_after != 0 else self._stalled
-        home[request.request_id] = _Sequence(request, now)
+        home[request.request_id] = TokenSequence(request, now)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request at once, in a step or out of it, and free its blocks. False if it is not here."""
@@ -103,19 +92,50 @@ class Engine:
         """Compose the next step and return its duration in seconds; None if there is nothing to compute."""
         if self._step is not None:
             raise RuntimeError("the previous step has not ended")
-        step: list[tuple[_Sequence, int]] = []
+        step: list[tuple[TokenSequence, int]] = []
         preemptions = self.stats.preemptions
         budget, decodes = self._continue_running(step)
-        if self.stats.preemptions == preemptions:
+        preempted = self.stats.preemptions > preemptions
+        if not preempted:
             self._admit(step, budget, now)
         if not step:
             return None
+        # After a preemption nobody is admitted in this step, so somebody may be in the next one.
+        self._all_decode = decodes == len(step) and not preempted
         self._step = step
         prefill_tokens = sum([tokens for _, tokens in step]) - decodes
-        return self.spec.step_duration_s(prefill_tokens, decodes)
+        self._step_s = self.spec.step_duration_s(prefill_tokens, decodes)
+        return self._step_s
 
-    def end_step(self, now: float) -> list[TokenEvent]:
-        """Apply the step that was started; events are in batch order."""
+    def steps_alike(self) -> int:
+        """How many steps, the open one first, do the same if nothing is submitted or aborted: each gives
+        every running request one more token, no block changes hands after the first, and only the last
+        finishes any.
+
+        What keeps a waiting request out of the first keeps it out of all: blocks get no fewer users.
+        """
+        if self._step is None:
+            raise RuntimeError("no step was started")
+        return min(map(self._tokens_alike, self._step)) if self._all_decode else 1
+
+    def _tokens_alike(self, entry: tuple[TokenSequence, int]) -> int:
+        sequence, _ = entry
+        request, generated = sequence.request, sequence.generated
+        if sequence.known - sequence.computed != 1:
+            # The budget's end cut a prompt that is computed again.
+            return 1
+        room = sequence.blocks * self.spec.block_size - sequence.computed
+        if len(request.block_hashes) > sequence.shared:
+            # The token that fills a block publishes it.
+            room -= 1
+        end = request.output_tokens
+        if request.stall_after is not None and generated < request.stall_after:
+            end = min(end, request.stall_after)
+        return max(1, min(room, end - generated))
+
+    def end_step(self, now: float, steps: int = 1) -> list[TokenEvent]:
+        """Apply the step that was started, and those after it if it is `steps` that `steps_alike` allows, the
+        last of which ends at `now`; events are those of the last, in batch order."""
         if self._step is None:
             raise RuntimeError("no step was started")
         step, self._step = self._step, None
@@ -124,6 +144,8 @@ class Engine:
             # Aborted since the step was composed; submitted again, it waits.
             if sequence.request.request_id not in self._running:
                 continue
+            if steps > 1:
+                self._skip(sequence, steps - 1, now)
             sequence.computed += tokens
             if sequence.computed == sequence.known:
                 events.append(self._produce(sequence, now))
@@ -132,7 +154,7 @@ class Engine:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.spec.block_size)
 
-    def _continue_running(self, step: list[tuple[_Sequence, int]]) -> tuple[int, int]:
+    def _continue_running(self, step: list[tuple[TokenSequence, int]]) -> tuple[int, int]:
         """What is left of the budget, and how many of the requests decode."""
         budget, decodes = self.spec.step_token_budget, 0
         block_size = self.spec.block_size
@@ -154,7 +176,7 @@ class Engine:
                 decodes += 1
         return budget, decodes
 
-    def _make_room(self, sequence: _Sequence, tokens: int) -> bool:
+    def _make_room(self, sequence: TokenSequence, tokens: int) -> bool:
         """Allocate the blocks for `tokens` more; False if the sequence itself was preempted for it."""
         needed = self._blocks_for(sequence.computed + tokens) - sequence.blocks
         while not self._pool.allocate(needed):
@@ -163,7 +185,7 @@ class Engine:
         sequence.blocks += needed
         return True
 
-    def _preempt_last(self) -> _Sequence:
+    def _preempt_last(self) -> TokenSequence:
         """Send the request admitted last back to the head of the queue; what it computed is lost."""
         request_id, victim = self._running.popitem()
         self._release(victim)
@@ -172,7 +194,7 @@ class Engine:
         self.stats.preemptions += 1
         return victim
 
-    def _admit(self, step: list[tuple[_Sequence, int]], budget: int, now: float) -> None:
+    def _admit(self, step: list[tuple[TokenSequence, int]], budget: int, now: float) -> None:
         while budget > 0 and self._waiting and self.running < self.spec.max_batch:
             request_id, sequence = next(iter(self._waiting.items()))
             tokens = self._place(sequence, budget)
@@ -185,7 +207,7 @@ class Engine:
             step.append((sequence, tokens))
             budget -= tokens
 
-    def _place(self, sequence: _Sequence, budget: int) -> int | None:
+    def _place(self, sequence: TokenSequence, budget: int) -> int | None:
         """Take the cached prefix and room for the first tokens to compute: their number, or None."""
         hashes = sequence.request.block_hashes
         # At least one token is computed: the next token comes out of its computation.
@@ -203,7 +225,7 @@ class Engine:
         self._publish(sequence, tokens)
         return tokens
 
-    def _publish(self, sequence: _Sequence, tokens: int) -> None:
+    def _publish(self, sequence: TokenSequence, tokens: int) -> None:
         """Share the blocks this step fills: requests after it in the same step may use them, as in vLLM."""
         full = (sequence.computed + tokens) // self.spec.block_size
         hashes = sequence.request.block_hashes
@@ -211,14 +233,14 @@ class Engine:
             self._pool.publish(block_hash)
             sequence.shared += 1
 
-    def _note_scheduled(self, sequence: _Sequence, now: float) -> None:
+    def _note_scheduled(self, sequence: TokenSequence, now: float) -> None:
         sequence.scheduled_s = now
         sequence.cached_tokens = sequence.computed
         self.stats.queue.observe(now - sequence.arrived_s)
         self.stats.prefix_queries += sequence.request.prompt_tokens
         self.stats.prefix_hits += sequence.computed
 
-    def _produce(self, sequence: _Sequence, now: float) -> TokenEvent:
+    def _produce(self, sequence: TokenSequence, now: float) -> TokenEvent:
         request, stats = sequence.request, self.stats
         if request.output_tokens:
             sequence.generated += 1
@@ -238,19 +260,29 @@ class Engine:
             self._stalled[request.request_id] = self._running.pop(request.request_id)
         return TokenEvent(request.request_id, sequence.generated, finished, sequence.cached_tokens)
 
-    def _note_first_token(self, sequence: _Sequence, now: float) -> None:
+    def _skip(self, sequence: TokenSequence, tokens: int, now: float) -> None:
+        """All tokens of several steps alike but the last, which comes out at `now`."""
+        sequence.computed += tokens
+        sequence.known += tokens
+        sequence.generated += tokens
+        self.stats.generation_tokens += tokens
+        self.stats.itl.observe(now - tokens * self._step_s - sequence.last_token_s)
+        self.stats.itl.observe(self._step_s, tokens - 1)
+        sequence.last_token_s = now - self._step_s
+
+    def _note_first_token(self, sequence: TokenSequence, now: float) -> None:
         sequence.first_token_s = now
         self.stats.prompt_tokens += sequence.request.prompt_tokens
         self.stats.ttft.observe(now - sequence.arrived_s)
         self.stats.prefill.observe(now - sequence.scheduled_s)
 
-    def _note_finished(self, sequence: _Sequence, now: float) -> None:
+    def _note_finished(self, sequence: TokenSequence, now: float) -> None:
         self.stats.finished[sequence.request.finish_reason] += 1
         self.stats.e2e.observe(now - sequence.arrived_s)
         self.stats.decode.observe(now - sequence.first_token_s)
         self.stats.inference.observe(now - sequence.scheduled_s)
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: TokenSequence) -> None:
         self._pool.release(
             sequence.request.block_hashes[: sequence.shared], sequence.blocks - sequence.shared
         )

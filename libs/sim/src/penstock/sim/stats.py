@@ -32,9 +32,9 @@ class Histogram:
     def count(self) -> int:
         return sum(self.counts)
 
-    def observe(self, value_s: float) -> None:
-        self.counts[bisect_left(self.bounds, value_s)] += 1
-        self.sum_s += value_s
+    def observe(self, value_s: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value_s)] += times
+        self.sum_s += value_s * times
 
 
 class EngineStats:

@@ -1,0 +1,1 @@
+"""`penstock replay`: a trace through the scheduler's own code, on simulated engines and virtual time."""
