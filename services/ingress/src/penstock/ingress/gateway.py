@@ -25,6 +25,7 @@ from penstock.ingress.large_bodies import Facts
 from penstock.ingress.openai import InferenceRequest
 from penstock.ingress.ports import LargeBodies, Upstreams
 from penstock.ingress.settings import IngressSettings
+from penstock.ingress.speeds import Speeds
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange, Outcome
@@ -59,6 +60,7 @@ class Gateway:
         self.settings, self.identity, self.table, self.account = settings, identity, table, account
         self.events, self.access_log, self.clock = events, access_log, clock
         self.exchanges: set[Exchange] = set()
+        self.speeds = Speeds()
         self.draining = False
         self._decision_numbers = itertools.count(1)
         self._request_numbers = itertools.count(1)

@@ -6,9 +6,9 @@ says everything. An entry leaves through `finish` and through nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from penstock.common.messages import InFlight, LoadReport
+from penstock.common.messages import InFlight, InstanceSpeed, LoadReport
 from penstock.common.model import InstanceId
 
 # Finished ids waiting for a report; past it the next report is a snapshot, which needs none of them.
@@ -18,12 +18,16 @@ PIECE_ENTRIES = 512
 
 
 class Work:
-    """One decision's work; `output_tokens` grows while its stream runs."""
+    """One decision's work; `output_tokens` grows while its stream runs, `cached_tokens` of its prompt need
+    not be computed."""
 
-    __slots__ = ("decision_id", "instance", "output_tokens", "prompt_tokens")
+    __slots__ = ("cached_tokens", "decision_id", "instance", "output_tokens", "prompt_tokens")
 
-    def __init__(self, decision_id: str, instance: InstanceId, prompt_tokens: int) -> None:
+    def __init__(
+        self, decision_id: str, instance: InstanceId, prompt_tokens: int, cached_tokens: int = 0
+    ) -> None:
         self.decision_id, self.instance, self.prompt_tokens = decision_id, instance, prompt_tokens
+        self.cached_tokens = cached_tokens
         self.output_tokens = 0
 
 
@@ -50,14 +54,21 @@ class InFlightAccount:
         """(instance, requests), those with any."""
         return iter(self._per_instance.items())
 
-    def start(self, decision_id: str, instance: InstanceId, prompt_tokens: int) -> Work:
+    def start(
+        self, decision_id: str, instance: InstanceId, prompt_tokens: int, cached_tokens: int = 0
+    ) -> Work:
         """Count a request that goes to `instance`; an id that is counted already moves there."""
         if decision_id in self._work:
             self._remove(decision_id)
-        work = self._work[decision_id] = Work(decision_id, instance, prompt_tokens)
+        work = self._work[decision_id] = Work(decision_id, instance, prompt_tokens, cached_tokens)
         self._per_instance[instance] = self._per_instance.get(instance, 0) + 1
         self._started.append(decision_id)
         return work
+
+    def began(self, work: Work) -> None:
+        """Its first token came: schedulers hear with the next report that its prompt is computed."""
+        work.output_tokens = 1
+        self._started.append(work.decision_id)
 
     def finish(self, decision_id: str) -> None:
         """Release a decision; one that was never counted here is released at the schedulers too."""
@@ -90,6 +101,11 @@ class InFlightAccount:
             )
             started, finished = started[PIECE_ENTRIES:], finished[PIECE_ENTRIES:]
 
+    def speeds(self, sums: Iterable[tuple[InstanceSpeed, ...]]) -> Iterator[LoadReport]:
+        """Reports of how fast instances serve; `sums` holds as many at a time as a report may."""
+        for some in sums:
+            yield self._report((), (), piece=0, pieces=0, speeds=some)
+
     def snapshot(self, leaving: bool = False) -> Iterator[LoadReport]:
         """Everything, in as many pieces as its size needs; at least one."""
         self.snapshot_due = False
@@ -108,12 +124,23 @@ class InFlightAccount:
         piece: int,
         pieces: int,
         leaving: bool = False,
+        speeds: tuple[InstanceSpeed, ...] = (),
     ) -> LoadReport:
         self._sequence += 1
         return LoadReport(
-            self._ingress, self._incarnation, self._sequence, entries, finished, piece, pieces, leaving
+            self._ingress,
+            self._incarnation,
+            self._sequence,
+            entries,
+            finished,
+            piece,
+            pieces,
+            leaving,
+            speeds,
         )
 
 
 def _entries(work: list[Work]) -> tuple[InFlight, ...]:
-    return tuple(InFlight(w.decision_id, w.instance, w.prompt_tokens, w.output_tokens) for w in work)
+    return tuple(
+        InFlight(w.decision_id, w.instance, w.prompt_tokens, w.output_tokens, w.cached_tokens) for w in work
+    )

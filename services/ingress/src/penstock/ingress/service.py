@@ -87,6 +87,7 @@ class IngressService:
             if account.snapshot_due or loop.time() >= next_snapshot:
                 next_snapshot = loop.time() + SNAPSHOT_EVERY_S
                 self.publish(account.snapshot())
+                self.publish(account.speeds(self._gateway.speeds.report()))
             else:
                 self.publish(account.changes())
             await asyncio.sleep(REPORT_EVERY_S)
