@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from penstock.common.model import Endpoint, Instance
 from penstock.common.records import Record, RecordError
-from penstock.discovery.etcd_table import Bounds, EtcdTable, Listing, Moment
+from penstock.discovery.etcd_table import Bounds, EtcdTable, Listing
 from penstock.discovery.etcd_wire import Header, KeyChange, KeyValue
+from penstock.discovery.moment import Moment
 
 TTL_S = 60.0
 WALL_S = 1_700_000_000.0

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from penstock.common.model import Endpoint, Instance
 from penstock.common.records import Record, RecordError
-from penstock.discovery.redis_table import MAX_RECORDS, PREFIX, Moment, Reading, RedisTable, Value
+from penstock.discovery.moment import Moment
+from penstock.discovery.redis_table import MAX_RECORDS, PREFIX, Reading, RedisTable, Value
 
 TTL_S = 60.0
 WALL_S = 1_700_000_000.0

@@ -325,6 +325,20 @@ async def test_a_stream_whose_instance_dies_before_the_first_event_ends_with_an_
     assert event_error(await client.exactly(size))["code"] == "upstream_unreachable"
 
 
+async def test_a_fault_of_the_gateway_in_the_middle_of_a_response_adds_nothing_to_it(
+    lab: Lab, engine: Engine
+) -> None:
+    client, peer = await lab.exchange(engine)
+    peer.begin_stream()
+    await client.until(peer.event("one"))
+    (exchange,) = lab.gateway.exchanges
+    exchange.broken()
+    with pytest.raises(ConnectionError):
+        await client.reader.read()
+    outcome = await lab.outcome()
+    assert (outcome["outcome"], outcome["status"]) == ("failed", 200)
+
+
 async def test_a_stream_with_crlf_lines_ends_with_an_error_event_too(lab: Lab, engine: Engine) -> None:
     client, peer = await lab.exchange(engine)
     peer.begin_stream()

@@ -101,6 +101,22 @@ class ServiceSettings(BusSettings):
     )
 
 
+class EngineKeySettings(Settings):
+    """What engines are shown by whoever probes them."""
+
+    engine_api_key: SecretStr = Field(
+        SecretStr(""), description="key sent to the engines as a bearer token by the prober"
+    )
+
+    @field_validator("engine_api_key")
+    @classmethod
+    def _header_safe(cls, key: SecretStr) -> SecretStr:
+        text = key.get_secret_value()
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError("a key holds printable ASCII characters only")
+        return key
+
+
 class EngineTlsSettings(Settings):
     """How instances with an https endpoint are verified: always, and by name."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from penstock.common.model import Instance
 from penstock.common.records import Record, RecordError
 from penstock.discovery.etcd_wire import Header, KeyChange, KeyValue
+from penstock.discovery.moment import Moment
 
 Parse = Callable[[str, bytes], Record]
 
@@ -27,14 +28,6 @@ class Listing:
     header: Header
     kvs: tuple[KeyValue, ...]
     cut: bool = False
-
-
-@dataclass(frozen=True)
-class Moment:
-    """`now_s` of the monotonic clock, `wall_s` since 1970: only timestamps are compared with it."""
-
-    now_s: float
-    wall_s: float
 
 
 @dataclass(frozen=True)

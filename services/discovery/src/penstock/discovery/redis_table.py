@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from penstock.common.model import Instance
 from penstock.common.records import Record, RecordError
+from penstock.discovery.moment import Moment
 
 Parse = Callable[[str, bytes], Record]
 # The value under a key, or why it was not read.
@@ -25,14 +26,6 @@ class Reading:
     values: Mapping[bytes, Value]
     epoch: str = ""
     cut: bool = False
-
-
-@dataclass(frozen=True)
-class Moment:
-    """`now_s` of the monotonic clock, `wall_s` since 1970: only timestamps are compared with it."""
-
-    now_s: float
-    wall_s: float
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from penstock.common.model import Instance
-from penstock.common.settings import EngineTlsSettings, ServiceSettings
+from penstock.common.settings import EngineKeySettings, EngineTlsSettings, ServiceSettings
 from penstock.discovery.allowed import AllowedHosts, parse_allowed
 from penstock.discovery.endpoints import listed_file, parse_endpoints
 from penstock.discovery.etcd_settings import EtcdSettings
@@ -20,7 +20,13 @@ AVAILABLE = (REDIS, ETCD, ENDPOINTS, KUBERNETES, NATS)
 
 
 class DiscoverySettings(
-    RedisSettings, EtcdSettings, KubernetesSettings, NatsSourceSettings, EngineTlsSettings, ServiceSettings
+    RedisSettings,
+    EtcdSettings,
+    KubernetesSettings,
+    NatsSourceSettings,
+    EngineKeySettings,
+    EngineTlsSettings,
+    ServiceSettings,
 ):
     """Finds engine instances, probes them, and keeps the registry that every service reads."""
 
@@ -61,9 +67,6 @@ class DiscoverySettings(
         "instance ready again, up to 64; 0 never asks for more than --probe-rise",
     )
     probe_concurrency: int = Field(64, ge=1, le=4096, description="probes that run at one time")
-    engine_api_key: SecretStr = Field(
-        SecretStr(""), description="key sent to the engines as a bearer token by the prober"
-    )
     discovery_forget_source_after: float = Field(
         300.0,
         ge=0,
@@ -99,14 +102,6 @@ class DiscoverySettings(
         if faults or not names:
             raise ValueError("; ".join(faults) or f"name at least one of {', '.join(AVAILABLE)}")
         return text
-
-    @field_validator("engine_api_key")
-    @classmethod
-    def _header_safe(cls, key: SecretStr) -> SecretStr:
-        text = key.get_secret_value()
-        if not (text.isascii() and text.isprintable()):
-            raise ValueError("a key holds printable ASCII characters only")
-        return key
 
     @model_validator(mode="after")
     def _endpoints_and_sources(self) -> Self:

@@ -138,9 +138,14 @@ class Exchange:
         self._fail(error, Outcome.REJECTED)
 
     def broken(self) -> None:
-        """A fault of this program met it on the way to an instance."""
-        if self.state is not State.DONE:
-            error = GatewayError("internal_error", "the gateway could not handle the request")
+        """A fault of this program met it. Once the head went out, an error could not be told from the body."""
+        text = "the gateway could not handle the request"
+        if self.state is State.RELAYING:
+            self._error = text
+            self._downstream.abort()
+            self.finish(Outcome.FAILED)
+        elif self.state is not State.DONE:
+            error = GatewayError("internal_error", text)
             self._fail(error, Outcome.FAILED)
 
     # -- upstream ----------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from penstock.common.records import etcd_prefix, parse_record
 from penstock.discovery.adapters.etcd_client import EtcdClient, EtcdError, MemberFailed, Watch
 from penstock.discovery.adapters.etcd_listing import ask_newest, list_prefix
 from penstock.discovery.etcd_settings import EtcdSettings
-from penstock.discovery.etcd_table import Bounds, EtcdTable, Moment
+from penstock.discovery.etcd_table import Bounds, EtcdTable
 from penstock.discovery.etcd_wire import KeyChange
+from penstock.discovery.moment import Moment
 from penstock.discovery.ports import Source, SourceState, bounded
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from penstock.discovery.adapters.redis_client import RedisClient, RedisFailed
 from penstock.discovery.adapters.redis_listing import read_all, read_some
 from penstock.discovery.adapters.redis_notices import Notices
 from penstock.discovery.allowed import AllowedHosts
+from penstock.discovery.moment import Moment
 from penstock.discovery.ports import Source, SourceState, bounded
 from penstock.discovery.redis_settings import RedisSettings
-from penstock.discovery.redis_table import Moment, RedisTable
+from penstock.discovery.redis_table import RedisTable
 
 log = logging.getLogger(__name__)
 

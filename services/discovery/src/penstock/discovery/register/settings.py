@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Literal, Self
 
 import msgspec
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.records import PENSTOCK, RecordError, parse_record, write_record
-from penstock.common.settings import EngineTlsSettings, ServiceSettings, flag_of
+from penstock.common.settings import EngineKeySettings, EngineTlsSettings, ServiceSettings, flag_of
 from penstock.discovery.endpoints import parse_endpoints
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.discovery.nats_settings import NatsSourceSettings
@@ -29,7 +29,13 @@ _TTLS = {
 
 
 class RegisterSettings(
-    RedisSettings, EtcdSettings, NatsSourceSettings, RecordSettings, EngineTlsSettings, ServiceSettings
+    RedisSettings,
+    EtcdSettings,
+    NatsSourceSettings,
+    RecordSettings,
+    EngineKeySettings,
+    EngineTlsSettings,
+    ServiceSettings,
 ):
     """Runs beside engines: probes them, and keeps those that are healthy registered in Redis, etcd or NATS,
     where discovery finds them. The flags of the stores are those of penstock discovery."""
@@ -96,9 +102,6 @@ class RegisterSettings(
     probe_fall: int = Field(
         2, ge=1, le=100, description="failed probes in a row after which an engine is withdrawn"
     )
-    engine_api_key: SecretStr = Field(
-        SecretStr(""), description="key sent to the engines as a bearer token by the prober"
-    )
 
     @field_validator("engine")
     @classmethod
@@ -121,14 +124,6 @@ class RegisterSettings(
             if not entry.partition("=")[0].strip() or "=" not in entry:
                 raise ValueError(f"{entry!r} is not name=value")
         return text
-
-    @field_validator("engine_api_key")
-    @classmethod
-    def _header_safe(cls, key: SecretStr) -> SecretStr:
-        text = key.get_secret_value()
-        if not (text.isascii() and text.isprintable()):
-            raise ValueError("a key holds printable ASCII characters only")
-        return key
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
