@@ -138,7 +138,7 @@ class Exchange:
         self._fail(error, Outcome.REJECTED)
 
     def broken(self) -> None:
-        """A fault of this program met it. Once the head went out, an error could not be told from the body."""
+        """A fault of this program met it. Once the head is out, an error would be taken for the body."""
         text = "the gateway could not handle the request"
         if self.state is State.RELAYING:
             self._error = text
