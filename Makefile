@@ -30,10 +30,10 @@ up: sync ## start the whole stack with simulated engines (ARGS="--sim 4 --port 9
 test: unit integration ## every test: unit, contract, integration with real servers
 
 unit: sync ## tests of the packages
-	$(BIN)/pytest libs services tests/fuzz $(ARGS)
+	$(BIN)/pytest -n 2 libs services tests/fuzz $(ARGS)
 
 integration: sync ## services as processes, real servers
-	$(BIN)/pytest tests/integration $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile tests/integration $(ARGS)
 
 soak: sync ## outages for a minute each, then at random for a minute (PENSTOCK_SOAK_SECONDS=600 PENSTOCK_SEED=1)
 	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/integration/test_failures.py tests/integration/test_outages.py tests/integration/test_etcd_failover.py tests/integration/test_leaks.py $(ARGS)
