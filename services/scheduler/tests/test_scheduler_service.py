@@ -47,6 +47,7 @@ from penstock.common.subjects import (
     event_filter,
 )
 from penstock.common.telemetry import Metrics
+from penstock.scheduler.faults import QUIET_S
 from penstock.scheduler.service import HEARTBEAT_ROUND_S, SchedulerService
 from penstock.scheduler.settings import SchedulerSettings
 
@@ -448,7 +449,9 @@ async def test_an_instance_that_goes_takes_no_more_and_its_prefixes_are_forgotte
         assert (outcome.instance, outcome.matched_blocks) == ("b", 0)
 
 
-async def test_a_policy_that_fails_is_counted_each_time_and_told_once(tmp_path: Path) -> None:
+async def test_a_policy_that_fails_is_counted_each_time_and_told_when_it_begins_and_ends(
+    tmp_path: Path,
+) -> None:
     module = tmp_path / "broken.py"
     module.write_text("POLICIES = {'broken': lambda request, pool: [pool.nothing]}")
     broker, client = wire()
@@ -464,9 +467,17 @@ async def test_a_policy_that_fails_is_counted_each_time_and_told_once(tmp_path: 
         assert running.count("penstock_scheduler_policy_faults_total", "broken", "raised") == 6
         assert await running.events.flush(2.0)
         assert len(await events_of(client, "placement", 6)) == 6
-    (event,) = await events_of(client, "degraded", 1)
-    assert event["data"]["what"] == "policy broken"
-    assert "raised: AttributeError" in event["data"]["cause"]
+        running.clock.now += QUIET_S - 1.0
+        await ask(client, request("d6"))
+        running.clock.now += QUIET_S - 1.0
+        await ask(client, request("d7"))
+        running.clock.now += QUIET_S
+        told = await events_of(client, "degraded", 2)
+    assert [(event["data"]["what"], event["data"]["active"]) for event in told] == [
+        ("policy broken", True),
+        ("policy broken", False),
+    ]
+    assert "raised: AttributeError" in told[0]["data"]["cause"]
 
 
 async def test_a_saturated_pool_says_so_and_when_to_come_back() -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from penstock.common.messages import LoadReport, Placed
 from penstock.common.model import InstanceId
+from penstock.scheduler.sums import InFlightSums, InstanceLoad, Work
 
 SILENCE_S = 5.0
 # A living ingress numbers a snapshot each second: if its numbers stay below the highest for longer, that
@@ -31,25 +32,6 @@ MAX_IN_FLIGHT = 1_048_576
 MAX_TOMBSTONES = 131_072
 MAX_PIECES = 64
 
-InstanceLoad = tuple[InstanceId, int, int, int]
-
-
-class _Work(msgspec.Struct, gc=False):
-    """One decision. `pending` are the prompt tokens to compute before its first answer, 0 after it.
-    `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
-
-    instance: InstanceId
-    tokens: int
-    pending: int
-    sequence: int
-    deadline: float = 0.0
-
-
-class _Load(msgspec.Struct, gc=False):
-    requests: int = 0
-    tokens: int = 0
-    pending: int = 0
-
 
 class _Ingress(msgspec.Struct):
     """What one incarnation of an ingress said. `missing` is the last sequence known to be lost (0: none);
@@ -59,7 +41,7 @@ class _Ingress(msgspec.Struct):
     incarnation: str
     heard_at: float
     risen_at: float
-    work: dict[str, _Work]
+    work: dict[str, Work]
     sequence: int = 0
     missing: int = 0
     floor: int = 0
@@ -72,8 +54,7 @@ class InFlightLedger:
 
     def __init__(self) -> None:
         self._ingresses: dict[str, _Ingress] = {}
-        self._loads: dict[InstanceId, _Load] = {}
-        self._changed: set[InstanceId] = set()
+        self._sums = InFlightSums()
         self._unconfirmed: list[tuple[float, str, str, str]] = []
         # Sequences by what is over: the report that finished a decision, an incarnation's last.
         self._over: dict[str | tuple[str, str], int] = {}
@@ -81,26 +62,27 @@ class InFlightLedger:
         self._turned_at = 0.0
         self._paused_at: float | None = None
         self._standstill_s = 0.0
-        self.in_flight = 0
         # What is not counted, or not any more, by reason: the outcome of every bound.
         self.dropped: Counter[str] = Counter()
 
     # Reading
 
+    @property
+    def in_flight(self) -> int:
+        """Decisions counted."""
+        return self._sums.in_flight
+
     def load(self, instance: InstanceId) -> tuple[int, int]:
         """(requests, tokens) in flight on an instance."""
-        load = self._loads.get(instance)
-        return (load.requests, load.tokens) if load else (0, 0)
+        return self._sums.load(instance)[1:3]
 
     def full_load(self, instance: InstanceId) -> InstanceLoad:
         """(instance, requests, tokens, prompt tokens to compute before a first answer)."""
-        load = self._loads.get(instance)
-        return (instance, load.requests, load.tokens, load.pending) if load else (instance, 0, 0, 0)
+        return self._sums.load(instance)
 
     def changes(self) -> list[InstanceLoad]:
         """The full load of all whose load changed since the last call."""
-        changed, self._changed = self._changed, set()
-        return [self.full_load(instance) for instance in changed]
+        return self._sums.changes()
 
     def has_snapshot_of(self, ingress: str) -> bool:
         """Whether a complete snapshot of the ingress's present incarnation was applied."""
@@ -138,13 +120,13 @@ class InFlightLedger:
         if work is None:
             if not self._has_room(source):
                 return False
-            work = source.work[decision] = self._start(
+            work = source.work[decision] = self._sums.start(
                 placed.instance, placed.tokens, placed.uncached_tokens, 0
             )
         elif work.sequence or work.instance == placed.instance:
             return False
         else:
-            self._move(work, placed.instance, placed.tokens, placed.uncached_tokens)
+            self._sums.move(work, placed.instance, placed.tokens, placed.uncached_tokens)
         work.deadline = moment + confirm_within_s
         heapq.heappush(self._unconfirmed, (work.deadline, placed.ingress, placed.incarnation, decision))
         return True
@@ -193,7 +175,7 @@ class InFlightLedger:
                 continue
             work = source.work.get(decision)
             if work is not None and not work.sequence and work.deadline <= deadline:
-                self._drop(source.work.pop(decision))
+                self._sums.drop(source.work.pop(decision))
                 self.dropped["not confirmed"] += 1
         silent = [i for i, source in self._ingresses.items() if moment - source.heard_at >= SILENCE_S]
         for ingress in silent:
@@ -225,7 +207,7 @@ class InFlightLedger:
                 over[decision] = sequence
             work = source.work.get(decision)
             if work is not None and work.sequence <= sequence:
-                self._drop(source.work.pop(decision))
+                self._sums.drop(source.work.pop(decision))
 
     def _apply(self, source: _Ingress, report: LoadReport) -> None:
         held, sequence = source.work, report.sequence
@@ -239,11 +221,11 @@ class InFlightLedger:
                     # An ingress that was given no `matched_tokens` knows less than the placement did.
                     pending = min(pending, work.pending) if work.instance == entry.instance else pending
                     if (work.tokens, work.pending, work.instance) != (tokens, pending, entry.instance):
-                        self._move(work, entry.instance, tokens, pending)
+                        self._sums.move(work, entry.instance, tokens, pending)
             elif self._is_over(decision, sequence):
                 continue
             elif self._has_room(source):
-                held[decision] = self._start(entry.instance, tokens, pending, sequence)
+                held[decision] = self._sums.start(entry.instance, tokens, pending, sequence)
 
     def _is_over(self, decision: str, sequence: int) -> bool:
         """Whether a later report than `sequence` finished it. The same report may finish and start again
@@ -261,7 +243,7 @@ class InFlightLedger:
         if source.open_pieces != (1 << report.pieces) - 1:
             return
         for decision in [d for d, work in source.work.items() if 0 < work.sequence < first]:
-            self._drop(source.work.pop(decision))
+            self._sums.drop(source.work.pop(decision))
         source.floor = first
         if source.missing < first + report.pieces:
             source.missing = 0
@@ -297,41 +279,16 @@ class InFlightLedger:
 
     def _release(self, source: _Ingress) -> None:
         for work in source.work.values():
-            self._drop(work)
+            self._sums.drop(work)
 
     def _has_room(self, source: _Ingress) -> bool:
-        if len(source.work) < MAX_PER_INGRESS and max(self.in_flight, len(self._unconfirmed)) < MAX_IN_FLIGHT:
+        if (
+            len(source.work) < MAX_PER_INGRESS
+            and max(self._sums.in_flight, len(self._unconfirmed)) < MAX_IN_FLIGHT
+        ):
             return True
         self.dropped["ledger full"] += 1
         return False
-
-    def _start(self, instance: InstanceId, tokens: int, pending: int, sequence: int) -> _Work:
-        self.in_flight += 1
-        self._add(instance, 1, tokens, pending)
-        return _Work(instance, tokens, pending, sequence)
-
-    def _move(self, work: _Work, instance: InstanceId, tokens: int, pending: int) -> None:
-        if work.instance == instance:
-            self._add(instance, 0, tokens - work.tokens, pending - work.pending)
-        else:
-            self._add(work.instance, -1, -work.tokens, -work.pending)
-            self._add(instance, 1, tokens, pending)
-        work.instance, work.tokens, work.pending = instance, tokens, pending
-
-    def _drop(self, work: _Work) -> None:
-        self.in_flight -= 1
-        self._add(work.instance, -1, -work.tokens, -work.pending)
-
-    def _add(self, instance: InstanceId, requests: int, tokens: int, pending: int) -> None:
-        load = self._loads.get(instance)
-        if load is None:
-            load = self._loads[instance] = _Load()
-        load.requests += requests
-        load.tokens += tokens
-        load.pending += pending
-        if not load.requests:
-            del self._loads[instance]
-        self._changed.add(instance)
 
     def _moment(self, now: float) -> float:
         return (now if self._paused_at is None else self._paused_at) - self._standstill_s

@@ -14,9 +14,9 @@ import numpy as np
 
 from penstock.common.instances import InstanceTable
 from penstock.common.model import EngineLoad, InstanceId, InstanceState
-from penstock.scheduler.ledger import InstanceLoad
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.pool import Pool
+from penstock.scheduler.sums import InstanceLoad
 
 # An engine that reports more is taken for broken; larger numbers would outweigh every real one.
 MAX_REQUESTS = 1_000_000

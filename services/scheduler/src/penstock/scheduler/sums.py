@@ -1,0 +1,76 @@
+"""InFlightSums: requests and tokens in flight per instance, kept as work starts, moves and ends."""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.common.model import InstanceId
+
+InstanceLoad = tuple[InstanceId, int, int, int]
+
+
+class Work(msgspec.Struct, gc=False):
+    """One decision. `pending` are the prompt tokens to compute before its first answer, 0 after it.
+    `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
+
+    instance: InstanceId
+    tokens: int
+    pending: int
+    sequence: int
+    deadline: float = 0.0
+
+
+class _Load(msgspec.Struct, gc=False):
+    requests: int = 0
+    tokens: int = 0
+    pending: int = 0
+
+
+class InFlightSums:
+    """What every counted decision adds up to; `changes` gives what changed since it was last asked."""
+
+    def __init__(self) -> None:
+        self._loads: dict[InstanceId, _Load] = {}
+        self._changed: set[InstanceId] = set()
+        self.in_flight = 0
+
+    def load(self, instance: InstanceId) -> InstanceLoad:
+        """(instance, requests, tokens, prompt tokens to compute before a first answer)."""
+        load = self._loads.get(instance)
+        return (instance, load.requests, load.tokens, load.pending) if load else (instance, 0, 0, 0)
+
+    def changes(self) -> list[InstanceLoad]:
+        """The load of all whose load changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return [self.load(instance) for instance in changed]
+
+    def start(self, instance: InstanceId, tokens: int, pending: int, sequence: int) -> Work:
+        """Count a decision."""
+        self.in_flight += 1
+        self._add(instance, 1, tokens, pending)
+        return Work(instance, tokens, pending, sequence)
+
+    def move(self, work: Work, instance: InstanceId, tokens: int, pending: int) -> None:
+        """A decision is elsewhere, or has other numbers."""
+        if work.instance == instance:
+            self._add(instance, 0, tokens - work.tokens, pending - work.pending)
+        else:
+            self._add(work.instance, -1, -work.tokens, -work.pending)
+            self._add(instance, 1, tokens, pending)
+        work.instance, work.tokens, work.pending = instance, tokens, pending
+
+    def drop(self, work: Work) -> None:
+        """A decision is over."""
+        self.in_flight -= 1
+        self._add(work.instance, -1, -work.tokens, -work.pending)
+
+    def _add(self, instance: InstanceId, requests: int, tokens: int, pending: int) -> None:
+        load = self._loads.get(instance)
+        if load is None:
+            load = self._loads[instance] = _Load()
+        load.requests += requests
+        load.tokens += tokens
+        load.pending += pending
+        if not load.requests:
+            del self._loads[instance]
+        self._changed.add(instance)
