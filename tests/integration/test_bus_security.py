@@ -17,9 +17,10 @@ from integration.servers import eventually
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Listing
 from penstock.common.permissions import AUDITOR, GRANTS, JOIN, REGISTER
-from penstock.common.routing_events import DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
+from penstock.common.routing_events import CONFIG_CHANGE, DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import (
+    CONFIG,
     EVENTS,
     HEARTBEAT,
     INSTANCES,
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.integration
 SERVICES = frozenset({"ingress", "scheduler", "discovery", "mirror"})
 TRUSTED = SERVICES | {JOIN}
 REGISTERED = REGISTRATIONS.stream
+CONFIGURED = CONFIG.stream
 NOBODY: frozenset[str] = frozenset()
 LOG, REGISTRY = EVENTS.name, INSTANCES.stream
 READ_LOG = f"$JS.API.DIRECT.GET.{LOG}"
@@ -63,9 +65,11 @@ PUBLISHING: dict[str, frozenset[str]] = {
     event_subject(OUTCOME, "m"): who("ingress"),
     event_subject(INSTANCE, "m"): who("discovery"),
     event_subject(DEGRADED, ""): TRUSTED,
+    event_subject(CONFIG_CHANGE, ""): who("ingress", "discovery", "mirror"),
     event_subject("forged", "m"): NOBODY,
     INSTANCES.subject("instance.i"): who("discovery"),
     REGISTRATIONS.subject("pod"): who("discovery", REGISTER),
+    CONFIG.subject("user.alice"): who("ingress", "discovery", "mirror"),
     "_INBOX.ingress.id.run.answers.1": who("scheduler"),
     "_INBOX.ingress.id.run.consumer.1": NOBODY,
     "_INBOX.scheduler.id.run.answers.1": NOBODY,
@@ -86,10 +90,15 @@ PUBLISHING: dict[str, frozenset[str]] = {
         f"$JS.API.{call}.{REGISTERED}": who("discovery")
         for call in ("STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.MSG.GET", "CONSUMER.CREATE")
     },
+    **{f"$JS.API.{call}.{CONFIGURED}": TRUSTED for call in ("STREAM.INFO", "CONSUMER.CREATE")},
+    **{
+        f"$JS.API.STREAM.{call}.{CONFIGURED}": who("ingress", "discovery", "mirror")
+        for call in ("CREATE", "UPDATE", "MSG.GET")
+    },
     f"$JS.API.CONSUMER.CREATE.{LOG}": NOBODY,
     **{
         f"$JS.API.STREAM.{call}.{stream}": NOBODY
-        for stream in (LOG, REGISTRY, REGISTERED)
+        for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED)
         for call in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE")
     },
     "$JS.API.STREAM.CREATE.ANOTHER": NOBODY,
@@ -113,6 +122,7 @@ SUBSCRIBING: dict[str, frozenset[str]] = {
     event_filter(OUTCOME, "m"): frozenset({JOIN, AUDITOR}),
     INSTANCES.subject(">"): NOBODY,
     REGISTRATIONS.subject(">"): NOBODY,
+    CONFIG.subject(">"): NOBODY,
     **{f"_INBOX.{service}.>": who(service) | {AUDITOR} for service in (*sorted(SERVICES), REGISTER)},
     "_INBOX.>": frozenset({JOIN, AUDITOR}),
     "$SRV.PING": TRUSTED,

@@ -6,6 +6,7 @@ import pytest
 from penstock.cli import event_lines
 from penstock.cli.event_lines import BrokenEvent
 from penstock.common.routing_events import (
+    ConfigEvent,
     DegradedEvent,
     InstanceEvent,
     OutcomeEvent,
@@ -74,6 +75,11 @@ def facts(raw: bytes) -> str:
             " tokens=10+5",
         ),
         (
+            "config",
+            ConfigEvent("drain", "req-1", "created", 3, "admin", "admin"),
+            "config    req-1 created version=3 by=admin origin=admin",
+        ),
+        (
             "instance",
             InstanceEvent("sim-1", "added", "127.0.0.1:9", "endpoints", models=("a", "b"), state="ready"),
             "instance  req-1 added 127.0.0.1:9 source=endpoints ready models=a,b",
@@ -84,7 +90,7 @@ def facts(raw: bytes) -> str:
             "degraded  req-1 ingress/i1 scheduler began no answer",
         ),
     ],
-    ids=["placement", "disaggregated", "rejection", "outcome", "instance", "degraded"],
+    ids=["placement", "disaggregated", "rejection", "outcome", "config", "instance", "degraded"],
 )
 def test_each_type_shows_what_matters(kind: str, data: object, line: str) -> None:
     assert facts(event(kind, data)) == line

@@ -21,6 +21,7 @@ from penstock.common.permissions import (
 )
 from penstock.common.subjects import (
     BUCKETS,
+    CONFIG,
     EVENTS,
     REGISTRATIONS,
     SUBJECTS,
@@ -60,9 +61,9 @@ def test_every_subject_has_a_service_that_publishes_and_one_that_subscribes(
 
 
 @pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: bucket.name)
-def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_one_by_sidecars(bucket: Any) -> None:
-    sidecar = {REGISTER} if bucket is REGISTRATIONS else set()
-    assert may_publish(bucket.subject("any.key")) == {"discovery", JOIN} | sidecar
+def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_some_by_others(bucket: Any) -> None:
+    others = {REGISTRATIONS.name: {REGISTER}, CONFIG.name: {"ingress", "mirror"}}.get(bucket.name, set())
+    assert may_publish(bucket.subject("any.key")) == {"discovery", JOIN} | others
     assert may_subscribe(bucket.subject("any.key")) == set()
 
 
@@ -74,6 +75,7 @@ def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_one_by_sid
         ("outcome", {"ingress"}),
         ("instance", {"discovery"}),
         ("degraded", {"ingress", "scheduler", "discovery", "mirror"}),
+        ("config", {"ingress", "discovery", "mirror"}),
         ("unheard-of", set()),
     ],
 )

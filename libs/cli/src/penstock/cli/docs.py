@@ -19,6 +19,7 @@ from penstock.cli.up_settings import SERVICES, UpSettings
 from penstock.common import (
     event_log,
     instances,
+    live_config,
     messages,
     model,
     permissions,
@@ -38,6 +39,7 @@ RECORDS: dict[str, dict[str, type[msgspec.Struct]]] = {
         f"{instances.COMPLETE_PREFIX}<source>": messages.CompleteMarker,
     },
     subjects.REGISTRATIONS.name: {"<name>": records.PenstockRecord},
+    subjects.CONFIG.name: {"<kind>.<name>": live_config.ConfigRecord},
 }
 EVENTS: dict[str, type[msgspec.Struct]] = {
     routing_events.PLACEMENT: routing_events.PlacementEvent,
@@ -45,6 +47,7 @@ EVENTS: dict[str, type[msgspec.Struct]] = {
     routing_events.OUTCOME: routing_events.OutcomeEvent,
     routing_events.INSTANCE: routing_events.InstanceEvent,
     routing_events.DEGRADED: routing_events.DegradedEvent,
+    routing_events.CONFIG_CHANGE: routing_events.ConfigEvent,
 }
 
 
@@ -299,6 +302,8 @@ def _type(kind: types.Type, structs: dict[str, type[msgspec.Struct]]) -> str:
             return "boolean"
         case types.NoneType():
             return "null"
+        case types.AnyType():
+            return "any JSON"
         case types.EnumType():
             return ", ".join(_code(str(member.value)) for member in kind.cls)
         case types.StructType():

@@ -9,6 +9,7 @@ import msgspec
 
 from penstock.cli.terminal import CYAN, GREEN, GREY, MAGENTA, RED, YELLOW, paint, plain
 from penstock.common.routing_events import (
+    ConfigEvent,
     DegradedEvent,
     InstanceEvent,
     OutcomeEvent,
@@ -18,7 +19,7 @@ from penstock.common.routing_events import (
 
 SINGLE_TYPE, BATCH_TYPE = "application/cloudevents+json", "application/cloudevents-batch+json"
 
-Data = PlacementEvent | RejectionEvent | OutcomeEvent | InstanceEvent | DegradedEvent
+Data = PlacementEvent | RejectionEvent | OutcomeEvent | InstanceEvent | DegradedEvent | ConfigEvent
 
 _KINDS: dict[str, tuple[type[Data], str]] = {
     "placement": (PlacementEvent, CYAN),
@@ -26,6 +27,7 @@ _KINDS: dict[str, tuple[type[Data], str]] = {
     "outcome": (OutcomeEvent, GREEN),
     "instance": (InstanceEvent, MAGENTA),
     "degraded": (DegradedEvent, RED),
+    "config": (ConfigEvent, YELLOW),
 }
 MAX_SHOWN_DATA = 200
 # penstock.ingress.exchange.Outcome.COMPLETED; importing the ingress costs a command line tool too much.
@@ -128,6 +130,8 @@ def _facts(data: Data) -> list[str]:
         case DegradedEvent():
             state = "began" if data.active else "ended"
             return [f"{data.service}/{data.id}", data.what, state, data.cause]
+        case ConfigEvent():
+            return [data.change, f"version={data.version}", f"by={data.by}", f"origin={data.origin}"]
 
 
 def _outcome(data: OutcomeEvent) -> list[str]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.common.routing_events import DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
+from penstock.common.routing_events import CONFIG_CHANGE, DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
 from penstock.common.subjects import (
+    CONFIG,
     EVENTS,
     HEARTBEAT,
     INSTANCES,
@@ -79,13 +80,16 @@ def _keeping(bucket: Bucket) -> Grant:
 _READING = Grant((_READ_LOG,), EVENTS.subjects)
 
 SERVICES: Mapping[str, Grant] = {
-    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME)
+    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE)
     + _watching(INSTANCES)
+    + _watching(CONFIG)
+    + _keeping(CONFIG)
     + Grant(
         (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern), (HEARTBEAT.name("scheduler"),)
     ),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION)
     + _watching(INSTANCES)
+    + _watching(CONFIG)
     + Grant(
         (PLACED.pattern, f"{_INBOX}.ingress.{_ANSWERS}"),
         (
@@ -93,13 +97,15 @@ SERVICES: Mapping[str, Grant] = {
             *(subject.pattern for subject in (SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT)),
         ),
     ),
-    "discovery": _process("discovery", INSTANCE)
+    "discovery": _process("discovery", INSTANCE, CONFIG_CHANGE)
     + _watching(INSTANCES)
     + _keeping(INSTANCES)
     + _watching(REGISTRATIONS)
     + _keeping(REGISTRATIONS)
+    + _watching(CONFIG)
+    + _keeping(CONFIG)
     + Grant((STATUS.pattern,)),
-    "mirror": _process("mirror"),
+    "mirror": _process("mirror", CONFIG_CHANGE) + _watching(CONFIG) + _keeping(CONFIG),
 }
 
 # The sidecar beside an engine writes registrations, hears that they are written, and nothing else.

@@ -1,18 +1,20 @@
 """What the routing log says: the data of each event type. Ids and counts only, never prompt text or keys.
 
-The event's `subject` is the request id (the instance id for `instance`, the service for `degraded`).
+The event's `subject` is the request id (the instance id for `instance`, the service for `degraded`,
+kind and name for `config`).
 """
 
 from __future__ import annotations
 
 import msgspec
 
-PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED = (
+PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
     "placement",
     "rejection",
     "outcome",
     "instance",
     "degraded",
+    "config",
 )
 
 
@@ -102,3 +104,15 @@ class DegradedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     what: str
     active: bool
     cause: str = ""
+
+
+class ConfigEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Live configuration was changed (`change`: created, updated or deleted), by whom and through what. Never
+    the content, which may hold secrets."""
+
+    kind: str
+    name: str
+    change: str
+    version: int
+    by: str
+    origin: str

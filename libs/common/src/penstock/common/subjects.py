@@ -118,6 +118,8 @@ INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB)
 REGISTRATIONS = Bucket(
     "penstock-v1-registrations", max_value_bytes=64 * KIB, max_bytes=128 * MIB, max_age_s=86_400
 )
+# What people change while everything runs (penstock.common.live_config).
+CONFIG = Bucket("penstock-v1-config", max_value_bytes=256 * KIB, max_bytes=64 * MIB)
 
 EVENTS = Stream(
     "PENSTOCK_ROUTING",
@@ -129,7 +131,7 @@ EVENTS = Stream(
 
 _MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
-BUCKETS = (INSTANCES, REGISTRATIONS)
+BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
 STREAMS = (EVENTS,)
 
 # The one shard there is by default; models travel inside the message (DESIGN D3).
