@@ -12,7 +12,7 @@ from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.engine_client import EngineClient, Pool
 from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.http_wire import CHUNKED, ResponseHead
-from penstock.ingress.ports import Upstream
+from penstock.ingress.ports import ResponseListener, Upstream
 from penstock.ingress.settings import IngressSettings
 
 _BLANK_BEFORE_EXTENSION = re.compile(rb"[0-9A-Fa-f][ \t]+;")
@@ -43,9 +43,10 @@ class Listener:
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)
 
-    def upstream_head(self, head: ResponseHead) -> None:
+    def upstream_head(self, head: ResponseHead) -> ResponseListener:
         assert self.head is None, "two heads"
         self.head = head
+        return self
 
     def upstream_flush(self) -> None: ...
 

@@ -7,7 +7,7 @@ from integration.servers import eventually
 from penstock.common.model import Instance
 from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.http_wire import ResponseHead
-from penstock.ingress.ports import Upstream
+from penstock.ingress.ports import ResponseListener, Upstream
 
 from .ingress_lab import Engine, Lab
 
@@ -24,7 +24,8 @@ class Listener:
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)
 
-    def upstream_head(self, head: ResponseHead) -> None: ...
+    def upstream_head(self, head: ResponseHead) -> ResponseListener:
+        return self
 
     def upstream_flush(self) -> None: ...
 

@@ -18,7 +18,7 @@ from penstock.ingress.adapters.engine_connection import (
 )
 from penstock.ingress.chunked_body import PIECE_BYTES
 from penstock.ingress.http_wire import LAST_CHUNK, ResponseHead
-from penstock.ingress.ports import Upstream
+from penstock.ingress.ports import ResponseListener, Upstream
 
 from .ingress_lab import Lab
 
@@ -79,8 +79,8 @@ class Listener:
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)
 
-    def upstream_head(self, head: ResponseHead) -> None:
-        pass
+    def upstream_head(self, head: ResponseHead) -> ResponseListener:
+        return self
 
     def upstream_flush(self) -> None:
         pass

@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[type[Data], str]] = {
     "config": (ConfigEvent, YELLOW),
 }
 MAX_SHOWN_DATA = 200
-# penstock.ingress.exchange.Outcome.COMPLETED; importing the ingress costs a command line tool too much.
+# penstock.ingress.outcomes.Outcome.COMPLETED; importing the ingress costs a command line tool too much.
 COMPLETED = "completed"
 
 

@@ -60,7 +60,7 @@ class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How an admitted request ended. `outcome` is one of penstock.ingress.exchange.Outcome; times in ms."""
+    """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms."""
 
     request_id: str
     model: str

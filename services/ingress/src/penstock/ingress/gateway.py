@@ -28,7 +28,8 @@ from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
 
 if TYPE_CHECKING:
-    from penstock.ingress.exchange import Exchange, Outcome
+    from penstock.ingress.exchange import Exchange
+    from penstock.ingress.outcomes import Outcome
     from penstock.ingress.placing import Placer
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")

@@ -48,17 +48,8 @@ class Upstream(Protocol):
         """Cancel the request: the instance sees its client go."""
 
 
-class UpstreamListener(Protocol):
-    """What hears of an instance's connection; the exchange."""
-
-    def upstream_connected(self, upstream: Upstream) -> None:
-        """A connection is there."""
-
-    def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
-        """No connection could be had; `overflow`: the pool's bound."""
-
-    def upstream_head(self, head: ResponseHead) -> None:
-        """The response's head came; `upstream_flush` follows once what came with it has been told."""
+class ResponseListener(Protocol):
+    """What hears of a response's body."""
 
     def upstream_flush(self) -> None:
         """Nothing more is at hand: what was held back to be written in one go has to go out."""
@@ -71,6 +62,23 @@ class UpstreamListener(Protocol):
 
     def upstream_lost(self, cause: str, *, answered: bool) -> None:
         """The connection ended, or sent what is not HTTP; `answered` if any byte of a response had come."""
+
+
+class UpstreamListener(Protocol):
+    """What hears of an instance's connection until there is a response; the attempt."""
+
+    def upstream_connected(self, upstream: Upstream) -> None:
+        """A connection is there."""
+
+    def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
+        """No connection could be had; `overflow`: the pool's bound."""
+
+    def upstream_head(self, head: ResponseHead) -> ResponseListener | None:
+        """The response's head came: who hears of its body, whose `upstream_flush` follows once what came with
+        the head has been told. None: the connection was let go of."""
+
+    def upstream_lost(self, cause: str, *, answered: bool) -> None:
+        """As of `ResponseListener`, before a head came."""
 
 
 class Upstreams(Protocol):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from penstock.ingress.chunked_body import PIECE_BYTES, ChunkedBody
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, BadFraming, HeadMemo, parse_response
-from penstock.ingress.ports import UpstreamListener
+from penstock.ingress.ports import ResponseListener, UpstreamListener
 
 if TYPE_CHECKING:
     from penstock.ingress.adapters.engine_client import Pool
@@ -39,6 +39,7 @@ class EngineConnection(asyncio.Protocol):
         "_paused",
         "_pool",
         "_remaining",
+        "_response",
         "_transport",
         "_unsent",
         "_writing_paused",
@@ -49,7 +50,9 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._transport: asyncio.Transport | None = None
+        # Who waits for a head, and then who hears of the body.
         self._listener: UpstreamListener | None = None
+        self._response: ResponseListener | None = None
         self._chunked: ChunkedBody | None = None
         self._buffer = b""
         self._remaining = 0
@@ -106,7 +109,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def release(self) -> None:
-        self._listener = None
+        self._listener = self._response = None
         transport = self._transport
         if transport is None:
             return
@@ -120,7 +123,7 @@ class EngineConnection(asyncio.Protocol):
         self._pool.give_back(self)
 
     def abort(self) -> None:
-        self._listener = self._unsent = None
+        self._listener = self._response = self._unsent = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -140,16 +143,18 @@ class EngineConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._unsent = None
         self._pool.forget(self)
-        listener, self._listener = self._listener, None
+        listener, response = self._listener, self._response
+        self._listener = self._response = None
         if listener is None:
             return
-        if self._head_done and self._chunked is None and self._remaining == UNTIL_CLOSE and exc is None:
-            listener.upstream_done()
+        if response and self._chunked is None and self._remaining == UNTIL_CLOSE and exc is None:
+            response.upstream_done()
         else:
             answered = self._head_done or bool(self._buffer) or self._interim > 0
             if self.reused and not answered:
                 self._pool.close_idle()
-            listener.upstream_lost(str(exc) if exc else "it closed the connection", answered=answered)
+            cause = str(exc) if exc else "it closed the connection"
+            (response or listener).upstream_lost(cause, answered=answered)
 
     def data_received(self, data: bytes) -> None:
         listener = self._listener
@@ -157,15 +162,17 @@ class EngineConnection(asyncio.Protocol):
             # An idle connection that speaks is broken: what it says belongs to nobody.
             self.abort()
             return
+        response = self._response
         try:
-            if self._head_done:
-                self._body(listener, data)
+            if response is not None:
+                self._body(response, data)
             else:
                 self._heads(listener, data)
         except BadFraming as exc:
+            response = self._response
             self.abort()
             self._pool.metrics_bad_framing.value += 1
-            listener.upstream_lost(f"it broke HTTP: {exc}", answered=True)
+            (response or listener).upstream_lost(f"it broke HTTP: {exc}", answered=True)
             return
         if len(data) >= FULL_READ_BYTES and self._listener is listener:
             self._breathe()
@@ -188,6 +195,7 @@ class EngineConnection(asyncio.Protocol):
 
     def _heads(self, listener: UpstreamListener, data: bytes) -> None:
         buffer = self._buffer + data if self._buffer else data
+        response: ResponseListener | None = None
         while not self._head_done:
             end = buffer.find(b"\r\n\r\n")
             if end < 0 or end > self._pool.max_header_bytes:
@@ -207,17 +215,17 @@ class EngineConnection(asyncio.Protocol):
             self._remaining = head.length
             self._chunked = ChunkedBody() if head.length == CHUNKED else None
             self._buffer = b""
-            listener.upstream_head(head)
-        # The exchange may have turned to another instance at the sight of the head.
-        if self._listener is listener:
-            if self._remaining == 0:
-                self._done(listener, buffer)
-            elif buffer:
-                self._body(listener, buffer)
-        if self._listener is listener:
-            listener.upstream_flush()
+            response = self._response = listener.upstream_head(head)
+        if response is None:
+            return
+        if self._remaining == 0:
+            self._done(response, buffer)
+        elif buffer:
+            self._body(response, buffer)
+        if self._response is response:
+            response.upstream_flush()
 
-    def _body(self, listener: UpstreamListener, data: bytes) -> None:
+    def _body(self, response: ResponseListener, data: bytes) -> None:
         chunked = self._chunked
         if chunked is not None:
             if len(data) > PIECE_BYTES or chunked.more:
@@ -229,25 +237,25 @@ class EngineConnection(asyncio.Protocol):
             if chunked.done:
                 wire += LAST_CHUNK
             if wire:
-                listener.upstream_data(wire, chunked.between_chunks)
-            if chunked.done and self._listener is listener:
-                self._done(listener, chunked.rest)
+                response.upstream_data(wire, chunked.between_chunks)
+            if chunked.done and self._response is response:
+                self._done(response, chunked.rest)
         elif self._remaining == UNTIL_CLOSE:
-            listener.upstream_data(data, True)
+            response.upstream_data(data, True)
         else:
             rest = data[self._remaining :]
             if rest:
                 data = data[: self._remaining]
             self._remaining -= len(data)
-            listener.upstream_data(data, self._remaining == 0)
-            if self._remaining == 0 and self._listener is listener:
-                self._done(listener, rest)
+            response.upstream_data(data, self._remaining == 0)
+            if self._remaining == 0 and self._response is response:
+                self._done(response, rest)
 
-    def _done(self, listener: UpstreamListener, rest: bytes) -> None:
+    def _done(self, response: ResponseListener, rest: bytes) -> None:
         if rest:
             # Bytes after the end could be taken for the next exchange's response.
             self._keep_alive = False
-        listener.upstream_done()
+        response.upstream_done()
 
     @property
     def usable(self) -> bool:

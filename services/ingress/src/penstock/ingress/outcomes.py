@@ -1,0 +1,75 @@
+"""What is said of a request that ended: its outcome event, access log line, and metrics."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from penstock.common.routing_events import OUTCOME, OutcomeEvent
+
+if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange
+    from penstock.ingress.gateway import Gateway
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CLIENT_GONE = "client_gone"
+    SHUTDOWN = "shutdown"
+
+
+def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
+    """Count one exchange that ends; log it if it ever asked for a placement."""
+    now, relay, attempt = gateway.clock(), exchange.relay, exchange.attempt
+    first_byte_at = relay.first_byte_at if relay is not None else 0.0
+    gateway.count(outcome, exchange.status, exchange.received_at, first_byte_at, now)
+    if not exchange.decisions:
+        return
+    request = exchange.request
+    status, received_at, stream = exchange.status, exchange.received_at, exchange.stream
+    prompt = completion = cached = bytes_out = chunks = 0
+    if relay is not None:
+        bytes_out, chunks = relay.bytes_out, relay.chunks
+        if status == 200:
+            prompt, completion, cached = relay.usage()
+            if outcome is Outcome.COMPLETED and attempt is not None:
+                gateway.speeds.answered(
+                    attempt.instance.id,
+                    prompt or request.prompt_tokens,
+                    completion or (chunks if stream else 0),
+                    first_byte_at if stream else attempt.sent_at,
+                    now,
+                )
+    # In the order of its fields: by name, the 19 of them cost 0.8 us more.
+    event = OutcomeEvent(
+        exchange.request_id,
+        request.model,
+        outcome.value,
+        status,
+        exchange.head.path.decode("ascii", "replace"),
+        gateway.identity.id,
+        exchange.decisions,
+        attempt.instance.id if attempt is not None else "",
+        1 + exchange.retries + exchange.free_moves,
+        stream,
+        _ms(received_at, exchange.placed_at),
+        _ms(received_at, first_byte_at),
+        _ms(received_at, now),
+        bytes_out,
+        chunks,
+        prompt or request.prompt_tokens,
+        completion,
+        cached,
+        exchange.error,
+    )
+    gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
+    gateway.access_log.add(event)
+
+
+def _ms(start: float, end: float) -> float:
+    return int((end - start) * 1e6) / 1000 if end else 0.0
