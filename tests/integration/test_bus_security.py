@@ -17,14 +17,26 @@ from integration.servers import eventually
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Listing
 from penstock.common.permissions import AUDITOR, GRANTS, JOIN, REGISTER
-from penstock.common.routing_events import CONFIG_CHANGE, DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
+from penstock.common.routing_events import (
+    COMPARISON,
+    CONFIG_CHANGE,
+    DEGRADED,
+    INSTANCE,
+    MIRRORED,
+    OUTCOME,
+    PLACEMENT,
+    REJECTION,
+)
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import (
     CONFIG,
+    COPIES,
     EVENTS,
     HEARTBEAT,
     INSTANCES,
     LOAD,
+    MIRROR,
+    MIRROR_PRIMARY,
     PLACED,
     REGISTRATIONS,
     SCHEDULE,
@@ -58,6 +70,22 @@ PUBLISHING: dict[str, frozenset[str]] = {
     LOAD.name("i"): who("ingress"),
     PLACED.name("0"): who("scheduler"),
     STATUS.name("i"): who("discovery"),
+    MIRROR.name("m"): who("ingress"),
+    MIRROR_PRIMARY.name("i"): who("ingress"),
+    **{
+        f"$JS.API.{call}": who("mirror")
+        for call in (
+            f"CONSUMER.MSG.NEXT.{COPIES.name}.mirror",
+            f"CONSUMER.CREATE.{COPIES.name}.mirror",
+            f"STREAM.INFO.{COPIES.name}",
+            f"STREAM.CREATE.{COPIES.name}",
+            f"STREAM.UPDATE.{COPIES.name}",
+        )
+    },
+    f"$JS.API.CONSUMER.MSG.NEXT.{COPIES.name}.another": NOBODY,
+    f"$JS.API.CONSUMER.CREATE.{COPIES.name}": NOBODY,
+    f"$JS.API.DIRECT.GET.{COPIES.name}": NOBODY,
+    f"$JS.API.STREAM.MSG.GET.{COPIES.name}": NOBODY,
     **{HEARTBEAT.name(service): who(service) for service in sorted(SERVICES)},
     HEARTBEAT.name("impostor"): NOBODY,
     event_subject(PLACEMENT, "m"): who("ingress", "scheduler"),
@@ -66,6 +94,8 @@ PUBLISHING: dict[str, frozenset[str]] = {
     event_subject(INSTANCE, "m"): who("discovery"),
     event_subject(DEGRADED, ""): TRUSTED,
     event_subject(CONFIG_CHANGE, ""): who("ingress", "discovery", "mirror"),
+    event_subject(MIRRORED, "m"): who("ingress", "mirror"),
+    event_subject(COMPARISON, "m"): who("mirror"),
     event_subject("forged", "m"): NOBODY,
     INSTANCES.subject("instance.i"): who("discovery"),
     REGISTRATIONS.subject("pod"): who("discovery", REGISTER),
@@ -98,7 +128,7 @@ PUBLISHING: dict[str, frozenset[str]] = {
     f"$JS.API.CONSUMER.CREATE.{LOG}": NOBODY,
     **{
         f"$JS.API.STREAM.{call}.{stream}": NOBODY
-        for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED)
+        for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED, COPIES.name)
         for call in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE")
     },
     "$JS.API.STREAM.CREATE.ANOTHER": NOBODY,
@@ -116,6 +146,9 @@ SUBSCRIBING: dict[str, frozenset[str]] = {
     PLACED.pattern: who("scheduler"),
     LOAD.pattern: who("scheduler"),
     STATUS.pattern: who("scheduler"),
+    MIRROR.pattern: NOBODY,
+    f"{MIRROR.pattern} {MIRROR.queue_group}": NOBODY,
+    MIRROR_PRIMARY.pattern: who("mirror"),
     HEARTBEAT.pattern: who("scheduler"),
     HEARTBEAT.name("scheduler"): who("scheduler", "ingress"),
     EVENTS.subjects[0]: frozenset({JOIN, AUDITOR}),

@@ -6,12 +6,15 @@ import pytest
 from penstock.cli import event_lines
 from penstock.cli.event_lines import BrokenEvent
 from penstock.common.routing_events import (
+    ComparisonEvent,
     ConfigEvent,
     DegradedEvent,
     InstanceEvent,
+    MirroredEvent,
     OutcomeEvent,
     PlacementEvent,
     RejectionEvent,
+    ResponseFigures,
 )
 
 BATCH, SINGLE = "application/cloudevents-batch+json", "application/cloudevents+json"
@@ -89,8 +92,34 @@ def facts(raw: bytes) -> str:
             DegradedEvent("ingress", "i1", "scheduler", True, "no answer"),
             "degraded  req-1 ingress/i1 scheduler began no answer",
         ),
+        (
+            "mirrored",
+            MirroredEvent("c", "req-1", "m", "sent", "m1", status=200, total_ms=12.34),
+            "mirrored  req-1 sent 200 12.3 ms",
+        ),
+        (
+            "comparison",
+            ComparisonEvent(
+                "c",
+                "req-1",
+                "m",
+                ResponseFigures(200, 1.0, 20.0, 900, 7, "stop"),
+                ResponseFigures(502, total_ms=3.0, bytes_out=1),
+            ),
+            "comparison req-1 primary 200 20.0 ms ttft=1.0 7 tokens stop, shadow 502 3.0 ms ttft=0.0 1 bytes",
+        ),
     ],
-    ids=["placement", "disaggregated", "rejection", "outcome", "config", "instance", "degraded"],
+    ids=[
+        "placement",
+        "disaggregated",
+        "rejection",
+        "outcome",
+        "config",
+        "instance",
+        "degraded",
+        "mirrored",
+        "comparison",
+    ],
 )
 def test_each_type_shows_what_matters(kind: str, data: object, line: str) -> None:
     assert facts(event(kind, data)) == line

@@ -22,7 +22,9 @@ from penstock.common.permissions import (
 from penstock.common.subjects import (
     BUCKETS,
     CONFIG,
+    COPIES,
     EVENTS,
+    MIRROR,
     REGISTRATIONS,
     SUBJECTS,
     Subject,
@@ -57,7 +59,11 @@ def test_every_subject_has_a_service_that_publishes_and_one_that_subscribes(
 ) -> None:
     name = subject.name(*["scheduler"] * subject.pattern.count("*"))
     assert may_publish(name) & SERVICES.keys()
-    assert may_subscribe(name) & SERVICES.keys()
+    if subject is MIRROR:
+        take = f"$JS.API.CONSUMER.MSG.NEXT.{COPIES.name}.{MIRROR.queue_group}"
+        assert (may_subscribe(name), may_publish(take)) == (set(), {"mirror", JOIN})
+    else:
+        assert may_subscribe(name) & SERVICES.keys()
 
 
 @pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: bucket.name)
@@ -76,6 +82,8 @@ def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_some_by_ot
         ("instance", {"discovery"}),
         ("degraded", {"ingress", "scheduler", "discovery", "mirror"}),
         ("config", {"ingress", "discovery", "mirror"}),
+        ("mirrored", {"ingress", "mirror"}),
+        ("comparison", {"mirror"}),
         ("unheard-of", set()),
     ],
 )
@@ -87,7 +95,7 @@ def test_an_event_is_written_by_the_services_that_have_it(event_type: str, write
 
 @pytest.mark.parametrize("call", ["DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE", "LEADER.STEPDOWN"])
 def test_nobody_may_destroy_what_is_stored(call: str) -> None:
-    for stream in (EVENTS.name, *(bucket.stream for bucket in BUCKETS)):
+    for stream in (EVENTS.name, COPIES.name, *(bucket.stream for bucket in BUCKETS)):
         assert may_publish(f"$JS.API.STREAM.{call}.{stream}") == set()
 
 

@@ -48,6 +48,8 @@ EVENTS: dict[str, type[msgspec.Struct]] = {
     routing_events.INSTANCE: routing_events.InstanceEvent,
     routing_events.DEGRADED: routing_events.DegradedEvent,
     routing_events.CONFIG_CHANGE: routing_events.ConfigEvent,
+    routing_events.MIRRORED: routing_events.MirroredEvent,
+    routing_events.COMPARISON: routing_events.ComparisonEvent,
 }
 
 
@@ -199,19 +201,21 @@ def _stores(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
     )
     yield from _table(("bucket", "key", "record", "bytes of a record at most", "bytes at most"), rows)
     yield "## Streams\n"
-    yield "File storage; at either bound the oldest messages go. Content: [events](events.md).\n"
+    yield "At either bound the oldest messages go. Content: [events](events.md), and copies of requests.\n"
     streams = (
         (
             _code(s.name),
             ", ".join(map(_code, s.subjects)),
             f"{s.max_message_bytes:,}",
             f"{s.max_bytes:,}",
-            f"{s.max_age_s / 86400:g} days",
+            f"{s.max_age_s / 86400:g} days" if s.max_age_s >= 86400 else f"{s.max_age_s:g} s",
+            s.storage,
         )
         for s in subjects.STREAMS
     )
     yield from _table(
-        ("stream", "subjects", "bytes of a message at most", "bytes at most", "age at most"), streams
+        ("stream", "subjects", "bytes of a message at most", "bytes at most", "age at most", "kept in"),
+        streams,
     )
 
 

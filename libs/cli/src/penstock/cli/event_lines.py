@@ -9,17 +9,29 @@ import msgspec
 
 from penstock.cli.terminal import CYAN, GREEN, GREY, MAGENTA, RED, YELLOW, paint, plain
 from penstock.common.routing_events import (
+    ComparisonEvent,
     ConfigEvent,
     DegradedEvent,
     InstanceEvent,
+    MirroredEvent,
     OutcomeEvent,
     PlacementEvent,
     RejectionEvent,
+    ResponseFigures,
 )
 
 SINGLE_TYPE, BATCH_TYPE = "application/cloudevents+json", "application/cloudevents-batch+json"
 
-Data = PlacementEvent | RejectionEvent | OutcomeEvent | InstanceEvent | DegradedEvent | ConfigEvent
+Data = (
+    PlacementEvent
+    | RejectionEvent
+    | OutcomeEvent
+    | InstanceEvent
+    | DegradedEvent
+    | MirroredEvent
+    | ComparisonEvent
+    | ConfigEvent
+)
 
 _KINDS: dict[str, tuple[type[Data], str]] = {
     "placement": (PlacementEvent, CYAN),
@@ -28,6 +40,8 @@ _KINDS: dict[str, tuple[type[Data], str]] = {
     "instance": (InstanceEvent, MAGENTA),
     "degraded": (DegradedEvent, RED),
     "config": (ConfigEvent, YELLOW),
+    "mirrored": (MirroredEvent, GREY),
+    "comparison": (ComparisonEvent, GREY),
 }
 MAX_SHOWN_DATA = 200
 # penstock.ingress.outcomes.Outcome.COMPLETED; importing the ingress costs a command line tool too much.
@@ -132,6 +146,19 @@ def _facts(data: Data) -> list[str]:
             return [f"{data.service}/{data.id}", data.what, state, data.cause]
         case ConfigEvent():
             return [data.change, f"version={data.version}", f"by={data.by}", f"origin={data.origin}"]
+        case MirroredEvent():
+            status = str(data.status) if data.status else ""
+            return [data.result, status, data.reason, f"{data.total_ms:.1f} ms" if data.total_ms else ""]
+        case ComparisonEvent():
+            return [f"primary {_figures(data.primary)},", f"shadow {_figures(data.shadow)}"]
+
+
+def _figures(figures: ResponseFigures) -> str:
+    length = (
+        f"{figures.completion_tokens} tokens" if figures.completion_tokens else f"{figures.bytes_out} bytes"
+    )
+    words = (f"{figures.status}", f"{figures.total_ms:.1f} ms", f"ttft={figures.ttft_ms:.1f}", length)
+    return " ".join((*words, figures.finish_reason)).rstrip()
 
 
 def _outcome(data: OutcomeEvent) -> list[str]:

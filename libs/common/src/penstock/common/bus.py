@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -63,6 +64,15 @@ class Stored(msgspec.Struct, frozen=True):
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Taken(Generic[M]):
+    """A message that nobody else is given; `left` counts those that went from the stream untaken (it was
+    full, or they were too old) since its queue group was made, the same number for every process."""
+
+    message: M
+    left: int
+
+
 class Subscription(Protocol):
     """Interest in a subject."""
 
@@ -87,8 +97,8 @@ class Bus(Protocol):
         """Call `listener` at every change of `connected`."""
 
     def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
-        """Send without waiting, at most once. False if it was dropped (and counted): no connection, or
-        the bounded send buffer is full.
+        """Send without waiting, at most once; a stream that covers the subject stores it. False if it was
+        dropped (and counted): no connection, or the subject's bound of unsent bytes.
 
         Raises:
             MessageTooLarge: over the subject's bound.
@@ -142,6 +152,11 @@ class Bus(Protocol):
     def follow(self, stream: Stream, subject: str, since_s: float | None) -> AsyncGenerator[Stored, None]:
         """Messages stored under the filter `subject`: those of the last `since_s` seconds (None: of none),
         then every one to come, across reconnects."""
+
+    def take(self, stream: Stream, subject: Subject[M]) -> AsyncGenerator[Taken[M], None]:
+        """Messages of `subject` out of the stream that holds them, each to one process of the subject's queue
+        group, at most once, oldest first. The next one is asked for when this is advanced: what nobody has
+        hands for stays in the stream, within its bounds. The stream is made, and made anew, as needed."""
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         """Create the bucket unless it exists; True if it was created. Raises BusError."""

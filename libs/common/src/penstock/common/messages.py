@@ -19,6 +19,8 @@ MAX_REPORT_ENTRIES = 4096
 MAX_REPORT_SPEEDS = 256
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Copied = Annotated[bytes, msgspec.Meta(max_length=512 * 1024)]
+Elapsed = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 PackedHashes = Annotated[bytes, msgspec.Meta(max_length=MAX_BLOCKS * 8)]
 
 
@@ -212,3 +214,29 @@ class CompleteMarker(msgspec.Struct, frozen=True):
 
     source: ShortName
     sources: tuple[ShortName, ...]
+
+
+class MirrorCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request as its shadow is to get it: `target` is path and query, `headers` whole lines, without those
+    of one hop, host, length and request id. `id` names this copy; with `compared` a MirrorPrimary follows."""
+
+    id: ShortName
+    request_id: ShortName
+    model: Name
+    method: Annotated[bytes, msgspec.Meta(max_length=32)]
+    target: Copied
+    headers: Copied
+    body: Copied
+    compared: bool = False
+
+
+class MirrorPrimary(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How a copied request itself ended; times in ms since it was received, 0 for never."""
+
+    id: ShortName
+    status: Annotated[int, msgspec.Meta(ge=0, le=999)] = 0
+    ttft_ms: Elapsed = 0.0
+    e2e_ms: Elapsed = 0.0
+    bytes_out: Count = 0
+    completion_tokens: Count = 0
+    finish_reason: ShortName = ""

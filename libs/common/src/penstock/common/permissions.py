@@ -13,19 +13,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.common.routing_events import CONFIG_CHANGE, DEGRADED, INSTANCE, OUTCOME, PLACEMENT, REJECTION
+from penstock.common.routing_events import (
+    COMPARISON,
+    CONFIG_CHANGE,
+    DEGRADED,
+    INSTANCE,
+    MIRRORED,
+    OUTCOME,
+    PLACEMENT,
+    REJECTION,
+)
 from penstock.common.subjects import (
     CONFIG,
+    COPIES,
     EVENTS,
     HEARTBEAT,
     INSTANCES,
     LOAD,
+    MIRROR,
+    MIRROR_PRIMARY,
     PLACED,
     REGISTRATIONS,
     SCHEDULE,
     SCHEDULE_BY,
     STATUS,
     Bucket,
+    Stream,
     event_filter,
 )
 
@@ -77,16 +90,24 @@ def _keeping(bucket: Bucket) -> Grant:
     return Grant((bucket.subject(">"), *(f"$JS.API.{call}.{bucket.stream}" for call in calls)))
 
 
+def _sharing(stream: Stream, group: str) -> Grant:
+    """Making the stream, and taking from it as one of a queue group."""
+    calls = (f"STREAM.{call}.{stream.name}" for call in ("INFO", "CREATE", "UPDATE"))
+    takes = (f"CONSUMER.{call}.{stream.name}.{group}" for call in ("CREATE", "MSG.NEXT"))
+    return Grant(tuple(f"$JS.API.{call}" for call in (*calls, *takes)))
+
+
 _READING = Grant((_READ_LOG,), EVENTS.subjects)
 
 SERVICES: Mapping[str, Grant] = {
-    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE)
+    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE, MIRRORED)
     + _watching(INSTANCES)
     + _watching(CONFIG)
     + _keeping(CONFIG)
     + Grant(
         (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern), (HEARTBEAT.name("scheduler"),)
-    ),
+    )
+    + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern)),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION)
     + _watching(INSTANCES)
     + _watching(CONFIG)
@@ -105,7 +126,11 @@ SERVICES: Mapping[str, Grant] = {
     + _watching(CONFIG)
     + _keeping(CONFIG)
     + Grant((STATUS.pattern,)),
-    "mirror": _process("mirror", CONFIG_CHANGE) + _watching(CONFIG) + _keeping(CONFIG),
+    "mirror": _process("mirror", CONFIG_CHANGE, MIRRORED, COMPARISON)
+    + _watching(CONFIG)
+    + _keeping(CONFIG)
+    + _sharing(COPIES, MIRROR.queue_group)
+    + Grant((), (MIRROR_PRIMARY.pattern,)),
 }
 
 # The sidecar beside an engine writes registrations, hears that they are written, and nothing else.

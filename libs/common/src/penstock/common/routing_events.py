@@ -16,6 +16,7 @@ PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
     "degraded",
     "config",
 )
+MIRRORED, COMPARISON = "mirrored", "comparison"
 
 
 class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -116,3 +117,41 @@ class ConfigEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int
     by: str
     origin: str
+
+
+class MirroredEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a copy of a request: `sent` (its shadow answered with `status`), `failed`, `timed_out`
+    or `dropped`, with the reason. `total_ms` counts from sending the copy; written by an ingress for copies
+    that it could not send on, else by a mirror."""
+
+    copy_id: str
+    request_id: str
+    model: str
+    result: str
+    by: str
+    reason: str = ""
+    status: int = 0
+    total_ms: float = 0.0
+
+
+class ResponseFigures(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is compared of two responses: times in ms, 0 for never; the length as bytes of the body and, where
+    the engine reports it, tokens."""
+
+    status: int = 0
+    ttft_ms: float = 0.0
+    total_ms: float = 0.0
+    bytes_out: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+
+
+class ComparisonEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request and its copy, both answered. The primary's times count from receiving the request, the
+    shadow's from sending the copy."""
+
+    copy_id: str
+    request_id: str
+    model: str
+    primary: ResponseFigures
+    shadow: ResponseFigures

@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -42,8 +42,9 @@ def _bytes(text: str) -> bytes:
 class Subject(Generic[M]):
     """One kind of message: `pattern` ends in one `*` per token that `name` takes.
 
-    Over `max_bytes` a message is not sent; a subscriber holds at most `pending_messages` undecoded
-    ones and drops and counts what comes on top.
+    Over `max_bytes` a message is not sent, and while more than `unsent_bytes` of any kind wait to be sent
+    it is dropped and counted; a subscriber holds at most `pending_messages` undecoded ones and drops and
+    counts what comes on top.
     """
 
     pattern: str
@@ -51,6 +52,7 @@ class Subject(Generic[M]):
     queue_group: str = ""
     max_bytes: int = 256 * KIB
     pending_messages: int = 8192
+    unsent_bytes: int = 8 * MIB
 
     def name(self, *tokens: str) -> str:
         """The concrete subject; tokens are escaped."""
@@ -90,13 +92,14 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream with file storage; at either bound the oldest messages go."""
+    """A stream; at either bound the oldest messages go. One in `memory` ends with its server."""
 
     name: str
     subjects: tuple[str, ...]
     max_bytes: int
     max_age_s: float
     max_message_bytes: int
+    storage: Literal["file", "memory"] = "file"
 
 
 SCHEDULE = Service(
@@ -112,6 +115,18 @@ PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
 HEARTBEAT = Subject(f"{_ROOT}.heartbeat.*", messages.Heartbeat, max_bytes=4 * KIB)
+# Copies of requests, the one place where prompts are on the bus; and how the requests themselves ended. What
+# schedules must not wait behind them: they are dropped while a sixteenth of other messages' bound is unsent.
+MIRROR = Subject(
+    f"{_ROOT}.mirror.*",
+    messages.MirrorCopy,
+    queue_group="mirror",
+    max_bytes=512 * KIB,
+    unsent_bytes=512 * KIB,
+)
+MIRROR_PRIMARY = Subject(
+    f"{_ROOT}.mirror-primary.*", messages.MirrorPrimary, max_bytes=4 * KIB, unsent_bytes=512 * KIB
+)
 
 INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB)
 # What `penstock register` says of its engines, again and again: a source of discovery like any other store.
@@ -128,11 +143,20 @@ EVENTS = Stream(
     max_age_s=7 * 86400,
     max_message_bytes=512 * KIB,
 )
+# In memory: prompts are never on the server's disk.
+COPIES = Stream(
+    "PENSTOCK_MIRROR",
+    (MIRROR.pattern,),
+    max_bytes=64 * MIB,
+    max_age_s=60,
+    max_message_bytes=512 * KIB,
+    storage="memory",
+)
 
-_MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT
+_MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
-STREAMS = (EVENTS,)
+STREAMS = (EVENTS, COPIES)
 
 # The one shard there is by default; models travel inside the message (DESIGN D3).
 DEFAULT_SHARD = "0"

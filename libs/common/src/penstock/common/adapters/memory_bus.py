@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import itertools
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, WatchEvent
+from penstock.common.adapters.memory_streams import MemoryStream, MemoryStreams
+from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, Taken, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.subjects import Bucket, Service, Stream, Subject
@@ -30,11 +30,15 @@ class MemoryBroker:
         self.up = True
         self.subscriptions: list[_Subscription] = []
         self.buckets: dict[str, _Bucket] = {}
-        self.streams: dict[str, _Stream] = {}
+        self.stored = MemoryStreams()
         self.services: dict[tuple[str, str], Mapping[str, str]] = {}
         self.buses: list[MemoryBus] = []
-        self.followers: set[asyncio.Event] = set()
         self._turns = itertools.count()
+
+    @property
+    def streams(self) -> dict[str, MemoryStream]:
+        """Streams by name."""
+        return self.stored.by_name
 
     def set_up(self, up: bool) -> None:
         """Take the broker down, or bring it back; buses notice at once."""
@@ -42,6 +46,7 @@ class MemoryBroker:
             self.up = up
             for bus in self.buses:
                 bus.connection_changed(up)
+            self.stored.wake()
             for bucket in self.buckets.values():
                 bucket.reconnected() if up else bucket.lost("the bus is down")
 
@@ -134,13 +139,6 @@ class _Bucket:
             queue.put_nowait(event)
 
 
-class _Stream:
-    def __init__(self, stream: Stream) -> None:
-        self.patterns = [s.replace(">", "*") for s in stream.subjects]
-        self.messages: list[Stored] = []
-        self.seen: dict[str, int] = {}
-
-
 class MemoryBus:
     """One process's connection to a MemoryBroker."""
 
@@ -174,7 +172,9 @@ class MemoryBus:
         if not self._broker.up:
             self._dropped.inc(subject.pattern, "disconnected")
             return False
-        self._broker.deliver(subject.name(*tokens), payload, None)
+        name = subject.name(*tokens)
+        self._broker.deliver(name, payload, None)
+        self._broker.stored.store(name, payload, {})
         return True
 
     async def request(self, service: Service[M, R], message: M, *tokens: str, deadline_s: float) -> R:
@@ -265,55 +265,38 @@ class MemoryBus:
 
     async def ensure_stream(self, stream: Stream) -> None:
         self._require_up(stream.name)
-        self._broker.streams.setdefault(stream.name, _Stream(stream))
+        self._broker.stored.ensure(stream)
 
     def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        stream = next(
-            (
-                s
-                for s in self._broker.streams.values()
-                if any(fnmatch.fnmatchcase(subject, p) for p in s.patterns)
-            ),
-            None,
-        )
-        if not self._broker.up or stream is None:
+        sequence = self._broker.stored.store(subject, payload, headers) if self._broker.up else None
+        if sequence is None:
             future.set_exception(BusUnavailable(subject, "no stream covers it"))
-            return future
-        message_id = headers.get("Nats-Msg-Id", "")
-        sequence = stream.seen.get(message_id, 0)
-        if not sequence:
-            sequence = len(stream.messages) + 1
-            stream.messages.append(Stored(subject, sequence, time.time(), dict(headers), payload))
-            for follower in self._broker.followers:
-                follower.set()
-            if message_id:
-                stream.seen[message_id] = sequence
-        future.set_result(sequence)
+        else:
+            future.set_result(sequence)
         return future
 
     async def follow(
         self, stream: Stream, subject: str, since_s: float | None
     ) -> AsyncGenerator[Stored, None]:
-        start = time.time() - since_s if since_s is not None else None
-        held = self._broker.streams.get(stream.name)
-        position = len(held.messages) if held is not None and start is None else 0
-        arrived = asyncio.Event()
-        self._broker.followers.add(arrived)
-        try:
-            while True:
-                if self._broker.streams.get(stream.name) is not held:
-                    held, position = self._broker.streams.get(stream.name), 0
-                while held is not None and position < len(held.messages):
-                    message = held.messages[position]
-                    position += 1
-                    wanted = fnmatch.fnmatchcase(message.subject, subject)
-                    if wanted and (start is None or message.time_s >= start):
-                        yield message
-                arrived.clear()
-                await arrived.wait()
-        finally:
-            self._broker.followers.discard(arrived)
+        async for stored in self._broker.stored.follow(stream.name, subject, since_s):
+            yield stored
+
+    async def take(self, stream: Stream, subject: Subject[M]) -> AsyncGenerator[Taken[M], None]:
+        streams = self._broker.stored
+        while True:
+            taken = None
+            if self._broker.up:
+                streams.ensure(stream)
+                taken = streams.by_name[stream.name].take(subject.queue_group)
+            if taken is None:
+                await streams.stored()
+                continue
+            stored, left = taken
+            messages: list[M] = []
+            self._guarded(subject, stored.payload, messages.append)
+            for message in messages:
+                yield Taken(message, left)
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         self._require_up(bucket.name)

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,8 +18,9 @@ from penstock.common.adapters.nats_connection import NatsConnection, RawSubscrip
 from penstock.common.adapters.nats_directory import Directory
 from penstock.common.adapters.nats_log import follow
 from penstock.common.adapters.nats_streams import api, watch_bucket
+from penstock.common.adapters.nats_taking import take
 from penstock.common.adapters.nats_wire import Message
-from penstock.common.bus import M, R, Stored, WatchEvent
+from penstock.common.bus import M, R, Stored, Taken, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.settings import BusSettings
@@ -56,7 +58,9 @@ class NatsBus:
 
     def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
         payload = _checked(subject, message)
-        trouble = self._connection.send(subject.name(*tokens), payload)
+        trouble = self._connection.send(
+            subject.name(*tokens), payload, unsent_bytes=subject.unsent_bytes + len(payload)
+        )
         if trouble:
             self._dropped.inc(subject.pattern, trouble)
         return not trouble
@@ -146,13 +150,13 @@ class NatsBus:
             "name": stream.name,
             "subjects": list(stream.subjects),
             "retention": "limits",
-            "storage": "file",
+            "storage": stream.storage,
             "discard": "old",
             "max_bytes": stream.max_bytes,
             "max_age": int(stream.max_age_s * 1e9),
             "max_msg_size": stream.max_message_bytes,
             "num_replicas": self._replicas,
-            "duplicate_window": int(120e9),
+            "duplicate_window": int(min(120, stream.max_age_s) * 1e9),
             "allow_direct": True,
         }
         await self._ensure(stream.name, config)
@@ -250,6 +254,14 @@ class NatsBus:
     ) -> AsyncGenerator[Stored, None]:
         async for stored in follow(self._connection, stream, subject, since_s):
             yield stored
+
+    async def take(self, stream: Stream, subject: Subject[M]) -> AsyncGenerator[Taken[M], None]:
+        ensure = partial(self.ensure_stream, stream)
+        async for message, left in take(self._connection, stream.name, subject.queue_group, ensure):
+            messages: list[M] = []
+            self._guarded(subject, message.data, messages.append)
+            for taken in messages:
+                yield Taken(taken, left)
 
     async def register(self, service: str, instance: str, version: str, metadata: Mapping[str, str]) -> None:
         await Directory(self._connection, f"penstock-{service}", instance, version, metadata).open()

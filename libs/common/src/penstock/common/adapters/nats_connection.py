@@ -142,12 +142,19 @@ class NatsConnection:
         if self._client is not None:
             self._lose(self._client)
 
-    def send(self, subject: str, payload: bytes, reply: str = "", headers: Headers | None = None) -> str:
+    def send(
+        self,
+        subject: str,
+        payload: bytes,
+        reply: str = "",
+        headers: Headers | None = None,
+        unsent_bytes: int = MAX_UNSENT_BYTES,
+    ) -> str:
         """Send with the other messages of this turn. Returns "" or the reason why it was dropped."""
         client = self._client
         if client is None:
             return "disconnected"
-        if client.unsent_bytes + len(payload) > MAX_UNSENT_BYTES:
+        if client.unsent_bytes + len(payload) > unsent_bytes:
             return "send buffer full"
         try:
             client.publish(subject, payload, reply, headers)

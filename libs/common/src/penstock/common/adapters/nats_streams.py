@@ -52,7 +52,7 @@ class _Gap(BusError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Delivered:
+class Delivered:
     """A message of a consumer, with the sequences that its reply subject carries."""
 
     message: Message
@@ -61,7 +61,7 @@ class _Delivered:
     pending: int
 
     @classmethod
-    def parse(cls, message: Message) -> _Delivered:
+    def parse(cls, message: Message) -> Delivered:
         """`$JS.ACK[.domain.account].stream.consumer.delivered.sseq.cseq.time.pending[.token]` (ADR-15)."""
         tokens = message.reply.split(".")
         fields = tokens[4:9] if len(tokens) == 9 else tokens[6:11]
@@ -127,7 +127,7 @@ class _Consumer:
         else:
             self.unread.put_nowait(message)
 
-    async def next(self, timeout_s: float) -> _Delivered | None:
+    async def next(self, timeout_s: float) -> Delivered | None:
         """The next message in order, None after `timeout_s`. Raises _Gap."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -143,7 +143,7 @@ class _Consumer:
                 if message.reply:
                     self.connection.send(message.reply, b"")
                 continue
-            delivered = _Delivered.parse(message)
+            delivered = Delivered.parse(message)
             if delivered.consumer_sequence != self.expected:
                 raise _Gap(f"message {self.expected} of the watch is missing")
             self.expected += 1
@@ -218,7 +218,7 @@ def _last_sequence(info: dict[str, Any] | None) -> int:
     return int((info or {}).get("state", {}).get("last_seq", 0))
 
 
-def _entry(bucket: Bucket, delivered: _Delivered) -> tuple[str, Entry | None]:
+def _entry(bucket: Bucket, delivered: Delivered) -> tuple[str, Entry | None]:
     message = delivered.message
     key = message.subject.removeprefix(bucket.subject(""))
     if message.headers and message.headers.get("KV-Operation"):
