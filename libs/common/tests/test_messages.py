@@ -16,12 +16,16 @@ from penstock.common import messages
 from penstock.common.codec import DecodeError, decode, decode_record, encode, encode_record
 from penstock.common.messages import CompleteMarker, ScheduleBatch, ScheduleRequest
 from penstock.common.model import Instance
-from penstock.common.subjects import SCHEDULE, SUBJECTS
+from penstock.common.subjects import SCHEDULE, SNAPSHOT, SUBJECTS
 
 Kind = type[msgspec.Struct]
 
 # CompleteMarker is a record of a bucket; the parts of other messages cross the wire inside them.
-ON_THE_WIRE: tuple[Kind, ...] = (*(subject.message for subject in SUBJECTS), SCHEDULE.reply)
+ON_THE_WIRE: tuple[Kind, ...] = (
+    *(subject.message for subject in SUBJECTS),
+    SCHEDULE.reply,
+    SNAPSHOT.reply,
+)
 RECORDS: tuple[Kind, ...] = (Instance, CompleteMarker)
 
 

@@ -17,6 +17,11 @@ MAX_BATCH = 32
 MAX_BLOCKS = 2048
 MAX_REPORT_ENTRIES = 4096
 MAX_REPORT_SPEEDS = 256
+MAX_WRITERS = 256
+# Of one piece of a snapshot. Masks are bits over the piece's own list of instances.
+MAX_PIECE_BLOCKS = 4096
+MAX_PIECE_INSTANCES = 4096
+MAX_PIECE_FIGURES = 256
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Copied = Annotated[bytes, msgspec.Meta(max_length=512 * 1024)]
@@ -135,6 +140,74 @@ class PlacedFeed(msgspec.Struct, frozen=True, array_like=True):
     first_sequence: Count
     placed: Annotated[tuple[Placed, ...], msgspec.Meta(max_length=MAX_BATCH)]
     confirm_within_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 1.0
+
+
+class SnapshotCursor(msgspec.Struct, frozen=True, array_like=True):
+    """Where a snapshot goes on; the giver keeps nothing of it. `part` is 0 for instances' figures, 1 for
+    blocks; `generation` is one of the giver's prefix index."""
+
+    part: Count = 0
+    generation: Count = 0
+    position: Count = 0
+
+
+class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True):
+    """A replica that is not warm asks a sibling for the next piece of what it knows."""
+
+    replica: ShortName
+    cursor: SnapshotCursor | None = None
+
+
+class WriterPosition(msgspec.Struct, frozen=True, array_like=True):
+    """The last placement of a writer of the `placed` feed that is part of a snapshot."""
+
+    replica: ShortName
+    incarnation: ShortName
+    sequence: Count
+
+
+Fading = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+
+
+class InstanceFigures(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What was learned of an instance over time; the fading sums and means of the scheduler's Loads."""
+
+    instance: Name
+    prefill_ms: Fading = 0.0
+    prefill_tokens: Fading = 0.0
+    decode_ms: Fading = 0.0
+    decode_tokens: Fading = 0.0
+    answers: Fading = 0.0
+    answer_tokens: Fading = 0.0
+    served: Fading = 0.0
+    busy: Fading = 0.0
+    usual: Fading = 0.0
+    kv_tokens: Fading = 0.0
+
+
+class SnapshotPiece(msgspec.Struct, frozen=True, array_like=True):
+    """A part of what a replica knows, of use by itself. `next` asks for what follows, None at the end.
+
+    The first piece has `writers`. Blocks are packed little-endian u64 in `hashes`; `runs` are pairs of
+    little-endian u16, (mask, count): so many blocks in turn are held by the instances of that mask, whose
+    bits are places in `instances`. `older`: they belong to the previous generation of the index.
+    `refused`: the giver is not warm itself, or its loop lags.
+    """
+
+    replica: ShortName
+    incarnation: ShortName
+    next: SnapshotCursor | None = None
+    refused: bool = False
+    writers: Annotated[tuple[WriterPosition, ...], msgspec.Meta(max_length=MAX_WRITERS)] = ()
+    figures: Annotated[tuple[InstanceFigures, ...], msgspec.Meta(max_length=MAX_PIECE_FIGURES)] = ()
+    instances: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_PIECE_INSTANCES)] = ()
+    masks: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_PIECE_INSTANCES // 8)], ...],
+        msgspec.Meta(max_length=MAX_PIECE_BLOCKS),
+    ] = ()
+    runs: Annotated[bytes, msgspec.Meta(max_length=MAX_PIECE_BLOCKS * 4)] = b""
+    hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_PIECE_BLOCKS * 8)] = b""
+    older: bool = False
 
 
 class InFlight(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -36,6 +36,7 @@ from penstock.common.subjects import (
     REGISTRATIONS,
     SCHEDULE,
     SCHEDULE_BY,
+    SNAPSHOT,
     STATUS,
     Bucket,
     Stream,
@@ -112,10 +113,17 @@ SERVICES: Mapping[str, Grant] = {
     + _watching(INSTANCES)
     + _watching(CONFIG)
     + Grant(
-        (PLACED.pattern, f"{_INBOX}.ingress.{_ANSWERS}"),
+        (
+            PLACED.pattern,
+            SNAPSHOT.request.pattern,
+            *(f"{_INBOX}.{service}.{_ANSWERS}" for service in ("ingress", "scheduler")),
+        ),
         (
             f"{SCHEDULE.request.pattern} {SCHEDULE.request.queue_group}",
-            *(subject.pattern for subject in (SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT)),
+            *(
+                subject.pattern
+                for subject in (SCHEDULE_BY.request, SNAPSHOT.request, PLACED, LOAD, STATUS, HEARTBEAT)
+            ),
         ),
     ),
     "discovery": _process("discovery", INSTANCE, CONFIG_CHANGE)

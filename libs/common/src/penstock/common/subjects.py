@@ -111,6 +111,11 @@ SCHEDULE_BY = Service(
     Subject(f"{_ROOT}.schedule.*.*", messages.ScheduleBatch, pending_messages=1024),
     messages.ScheduleReply,
 )
+# What a scheduler knows, piece by piece, asked of one replica by its id (shard, id).
+SNAPSHOT = Service(
+    Subject(f"{_ROOT}.snapshot.*.*", messages.SnapshotRequest, max_bytes=4 * KIB, pending_messages=16),
+    messages.SnapshotPiece,
+)
 PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
@@ -153,7 +158,8 @@ COPIES = Stream(
     storage="memory",
 )
 
-_MESSAGES = SCHEDULE.request, SCHEDULE_BY.request, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
+_ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request
+_MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
 STREAMS = (EVENTS, COPIES)

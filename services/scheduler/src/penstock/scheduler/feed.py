@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 from penstock.common.identity import Identity
-from penstock.common.messages import MAX_BATCH, Placed, PlacedFeed
+from penstock.common.messages import MAX_BATCH, MAX_WRITERS, Placed, PlacedFeed, WriterPosition
 
 # Half of what the subject allows: one placement is at most 17 KiB, its names included.
 MAX_FEED_BYTES = 128 * 1024
-MAX_WRITERS = 256
+# Placements that wait for a snapshot; with 64 new blocks each they take 35 MB.
+MAX_BACKLOG = 65_536
 
 
 class FeedWriter:
@@ -18,6 +20,10 @@ class FeedWriter:
     def __init__(self, own: Identity) -> None:
         self._own = own
         self._next = 1
+
+    def position(self) -> WriterPosition:
+        """The last placement told."""
+        return WriterPosition(self._own.id, self._own.incarnation, self._next - 1)
 
     def messages(self, placed: Sequence[Placed], confirm_within_s: float) -> Iterator[PlacedFeed]:
         """As few messages as their bounds allow."""
@@ -55,3 +61,44 @@ class FeedReader:
             del self._next[next(iter(self._next))]
         self._next[writer] = max(expected, feed.first_sequence + len(feed.placed))
         return max(0, feed.first_sequence - expected)
+
+    def positions(self) -> tuple[WriterPosition, ...]:
+        """The last placement heard of each writer."""
+        return tuple(WriterPosition(*writer, expected - 1) for writer, expected in self._next.items())
+
+    def start_from(self, positions: Iterable[WriterPosition]) -> None:
+        """What these name is known; what follows is expected."""
+        for one in positions:
+            writer = one.replica, one.incarnation
+            if writer == (self._own.id, self._own.incarnation):
+                continue
+            self._next[writer] = max(one.sequence + 1, self._next.get(writer, 0))
+            if len(self._next) > MAX_WRITERS:
+                del self._next[next(iter(self._next))]
+
+
+class Backlog:
+    """Messages of the feed that wait until a snapshot is in; past the bound the oldest wait no longer."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[PlacedFeed] = deque()
+        self.placements = 0
+
+    def put(self, feed: PlacedFeed) -> Iterator[PlacedFeed]:
+        """Let `feed` wait; those that cannot any more."""
+        self._waiting.append(feed)
+        self.placements += len(feed.placed)
+        while self.placements > MAX_BACKLOG:
+            yield self._next()
+
+    def take(self, placements: int) -> Iterator[PlacedFeed]:
+        """The oldest, until they hold so many placements."""
+        while self._waiting and placements > 0:
+            feed = self._next()
+            placements -= len(feed.placed)
+            yield feed
+
+    def _next(self) -> PlacedFeed:
+        feed = self._waiting.popleft()
+        self.placements -= len(feed.placed)
+        return feed

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from penstock.common.instances import expose
 from penstock.common.messages import Placement
 from penstock.common.telemetry import Metrics
+from penstock.scheduler.intake import Intake
+from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
+from penstock.scheduler.warming import Warming
 
 DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
@@ -20,7 +23,7 @@ class Instruments:
     def __init__(
         self, metrics: Metrics, replica: Replica, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._replica, self._clock = replica, clock
+        self._metrics, self._replica, self._clock = metrics, replica, clock
         self._decisions = metrics.counter(
             "penstock_scheduler_decisions_total",
             "Decisions by policy and outcome: placement, or why not",
@@ -57,6 +60,11 @@ class Instruments:
             ("in_flight_requests", "Requests in flight, by the ledger", lambda: ledger.in_flight),
             ("ingresses", "Ingresses whose work is counted", lambda: ledger.ingresses),
             ("dirty_ingresses", "Ingresses of which a report is missing", lambda: ledger.dirty),
+            (
+                "behind_placements",
+                "Placements of other replicas that this one knows of and has not applied, or missed",
+                lambda: replica.behind,
+            ),
             ("replicas", "Schedulers alive, this one included", lambda: replica.peers.replicas),
             ("discoveries", "Replicas of discovery alive", lambda: replica.peers.discoveries),
         ):
@@ -66,6 +74,24 @@ class Instruments:
             "Age of an engine's own numbers",
             lambda: [((i,), age) for i, age in replica.view.status_ages(self._clock())],
             "instance",
+        )
+
+    def follow(self, warming: Warming, pulse: Pulse, intake: Intake) -> None:
+        """Read what makes the replica take requests."""
+        metrics = self._metrics
+        metrics.gauge(
+            "penstock_scheduler_loop_lags",
+            "1 while requests are left to the siblings since the event loop lags",
+            lambda: float(pulse.lags),
+        )
+        metrics.gauge(
+            "penstock_scheduler_taking_requests", "1 while requests are taken", lambda: float(intake.open)
+        )
+        metrics.gauge(
+            "penstock_scheduler_warm_ups",
+            "Ends of warming up so far: with a snapshot, without one that was asked for, alone; and refusals",
+            lambda: [((end,), float(count)) for end, count in warming.ends.items()],
+            "end",
         )
 
     def decided(self, decision: Decision, seconds: float) -> None:

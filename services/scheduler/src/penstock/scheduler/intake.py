@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from penstock.common.bus import Bus, Subscription
 from penstock.common.messages import ScheduleBatch, ScheduleReply
 from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
+from penstock.scheduler.telling import Teller
+
+log = logging.getLogger(__name__)
 
 
 class Intake:
-    """Begun and ended at will, until `close`. What was delivered before an end is still answered."""
+    """Open or not, until `close`. What was delivered before an end is still answered."""
 
     def __init__(
-        self, bus: Bus, replica: str, answer: Callable[[ScheduleBatch], ScheduleReply | None]
+        self,
+        bus: Bus,
+        replica: str,
+        answer: Callable[[ScheduleBatch], ScheduleReply | None],
+        teller: Teller,
     ) -> None:
-        self._bus, self._replica, self._answer = bus, replica, answer
+        self._bus, self._replica, self._answer, self._teller = bus, replica, answer, teller
         self._subscriptions: tuple[Subscription, ...] = ()
-        self._closed = False
-
-    def closed(self) -> bool:
-        """Whether it was closed for good."""
-        return self._closed
+        self._closed = self._lagged = False
 
     @property
     def open(self) -> bool:
         """Whether requests are taken."""
         return bool(self._subscriptions)
 
-    async def begin(self) -> None:
-        """Join the queue group and answer to the replica's id; nothing once closed."""
-        if self.closed() or self.open:
+    async def set(self, able: bool, *, lags: bool) -> None:
+        """Take requests if this replica is able to and its loop does not lag; nothing once closed."""
+        if lags is not self._lagged:
+            self._lagged = lags
+            text = "the loop lags, requests are left to the siblings" if lags else "the loop keeps up again"
+            self._teller.degraded("event loop", lags, "it lags" if lags else "", text)
+        if (able and not lags) is self.open or self._closed:
             return
-        subscriptions = (
+        if self.open:
+            await self._end()
+        else:
+            await self._begin()
+            log.info("taking requests")
+
+    async def _begin(self) -> None:
+        """Join the queue group and answer to the replica's id."""
+        self._subscriptions = (
             await self._bus.serve(SCHEDULE_BY, self._answer, DEFAULT_SHARD, self._replica),
             await self._bus.serve(SCHEDULE, self._answer, DEFAULT_SHARD),
         )
-        self._subscriptions = subscriptions
-        if self.closed():
-            await self.end()
+        if self._is_closed():
+            await self._end()
 
-    async def end(self) -> None:
-        """Leave both."""
+    def _is_closed(self) -> bool:
+        return self._closed
+
+    async def _end(self) -> None:
         subscriptions, self._subscriptions = self._subscriptions, ()
         for subscription in subscriptions:
             await subscription.close()
@@ -49,4 +66,4 @@ class Intake:
     async def close(self) -> None:
         """End, for good."""
         self._closed = True
-        await self.end()
+        await self._end()

@@ -184,6 +184,11 @@ class InFlightLedger:
             self._over_before, self._over, self._turned_at = self._over, {}, moment
         return silent
 
+    @property
+    def paused(self) -> bool:
+        """Whether its clock stands still."""
+        return self._paused_at is not None
+
     def pause(self, now: float) -> None:
         """The bus is lost: silence proves nothing from here on."""
         if self._paused_at is None:

@@ -49,6 +49,10 @@ class Peers:
                 self.lost_schedulers.add(key[1])
         self._count()
 
+    def grace(self, now: float) -> None:
+        """Everybody counts as heard now."""
+        self._heard = dict.fromkeys(self._heard, now)
+
     def _count(self) -> None:
         others = {id_ for service, id_ in self._heard if service == SCHEDULER}
         self.schedulers = tuple(sorted(others | {self.own}))

@@ -13,7 +13,7 @@ again; when the current one is full it becomes the previous one, whose content g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import islice, repeat
 
 import msgspec
 
@@ -99,6 +99,32 @@ class PrefixIndex:
             kept = 0
         self._mark(hashes, kept, 1 << slot)
         return kept
+
+    def page(self, generation: int, position: int, count: int) -> tuple[list[int], list[int]]:
+        """(blocks, the slots that hold each) of a generation, `count` from `position` on, in the order in
+        which they came, which never changes; `turnovers` numbers them, the last two are held."""
+        blocks = self._numbered(generation).blocks
+        page = list(islice(blocks, position, position + count))
+        return page, [blocks[block].slots for block in page]
+
+    def restore(self, hashes: Sequence[int], slots: int, *, older: bool = False) -> int:
+        """Mark all of `slots` as given these blocks, in the current or in the older generation: as many as
+        there is room for, from the front on."""
+        generation = self._previous if older else self._current
+        blocks = generation.blocks
+        if len(generation.made) >= MAX_MASKS:
+            return 0
+        hashes = hashes[: max(0, self._limit - len(blocks))]
+        mask = generation.mask(slots)
+        for block in hashes:
+            held = blocks.get(block)
+            blocks[block] = mask if held is None else generation.mask(held.slots | slots)
+        return len(hashes)
+
+    def _numbered(self, generation: int) -> _Generation:
+        if generation == self.turnovers:
+            return self._current
+        return self._previous if generation == self.turnovers - 1 else _Generation()
 
     def forget(self, slots: int) -> None:
         """Take these slots' bits out of every mask; they may stand for other instances afterwards."""

@@ -18,12 +18,13 @@ from penstock.common.messages import (
 )
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
-from penstock.scheduler.feed import FeedReader, FeedWriter
+from penstock.scheduler.feed import Backlog, FeedReader, FeedWriter
 from penstock.scheduler.ledger import InFlightLedger
 from penstock.scheduler.peers import Peers
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.scheduler import HASH_BYTES, Decision, schedule, unpack
+from penstock.scheduler.snapshot import Giver, Taker
 from penstock.scheduler.speeds import Speeds
 from penstock.scheduler.view import ClusterView
 
@@ -52,7 +53,11 @@ class Replica:
         self.peers = Peers(own)
         self._writer, self._reader = FeedWriter(own), FeedReader(own)
         self._ranked_for: tuple[str, ...] = ()
-        self.feed_missed = 0
+        self._backlog, self._holds = Backlog(), False
+        # Placements of siblings that never arrived: in all, and since a snapshot last made up for them.
+        self.feed_missed = self.missing = 0
+        self.giver = Giver(own, self.view, self.index, self._writer, self._reader)
+        self.taker = Taker(self.view, self.index, self._reader)
 
     def decide(self, request: ScheduleRequest, now: float) -> Decision:
         """One decision on the numbers of `now`; nothing else is changed by it. Reserve a placement before
@@ -104,8 +109,16 @@ class Replica:
         """Count what a sibling placed; one's own placements, coming back, are skipped."""
         if self._reader.is_own(feed):
             self._echo.came_back(len(feed.placed))
-            return
-        self.feed_missed += self._reader.missed(feed)
+        elif self._holds:
+            for one in self._backlog.put(feed):
+                self._follow(one, now)
+        else:
+            self._follow(feed, now)
+
+    def _follow(self, feed: PlacedFeed, now: float) -> None:
+        missed = self._reader.missed(feed)
+        self.feed_missed += missed
+        self.missing += missed
         # Time that passed before must not be taken off the prefill that arrives here.
         self.view.advance(now)
         window = min(feed.confirm_within_s, MAX_CONFIRM_S)
@@ -117,6 +130,29 @@ class Replica:
             if len(placed.tail) % HASH_BYTES == 0:
                 self.index.insert(unpack(placed.tail), slot)
         self.view.take(self.ledger.changes())
+
+    @property
+    def behind(self) -> int:
+        """Placements of siblings that are not part of what this replica knows: held back, or missed."""
+        return self._backlog.placements + self.missing
+
+    def hold(self) -> None:
+        """A snapshot comes in: what siblings place from here on waits for it."""
+        self._holds, self.missing = True, 0
+
+    def catch_up(self, now: float, placements: int) -> bool:
+        """Apply so many of the placements held back; False once none are left, and no more are held."""
+        for feed in self._backlog.take(placements):
+            self._follow(feed, now)
+        self._holds = self._backlog.placements > 0
+        return self._holds
+
+    def stood_still(self, seconds: float, now: float) -> None:
+        """The process did not run until now: nobody's silence in that time means anything."""
+        if not self.ledger.paused:
+            self.ledger.pause(now - seconds)
+            self.ledger.resume(now)
+        self.peers.grace(now)
 
     def report(self, report: LoadReport, now: float) -> None:
         """Take an ingress's word."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -25,6 +26,8 @@ from penstock.common.messages import (
     Rejection,
     ScheduleBatch,
     ScheduleReply,
+    SnapshotPiece,
+    SnapshotRequest,
 )
 from penstock.common.subjects import (
     DEFAULT_SHARD,
@@ -32,6 +35,7 @@ from penstock.common.subjects import (
     INSTANCES,
     LOAD,
     PLACED,
+    SNAPSHOT,
     STATUS,
 )
 from penstock.common.telemetry import Metrics
@@ -41,9 +45,11 @@ from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.peers import SILENCE_S
 from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.settings import SchedulerSettings
 from penstock.scheduler.telling import Teller
+from penstock.scheduler.warming import Warming
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +57,10 @@ WARM_UP_S = 1.5
 # By then each living process has sent a heartbeat, so that silence means nobody.
 HEARTBEAT_ROUND_S = 1.1
 TICK_S = 0.1
+# A replica that stood still for so long is warmed again.
+REWARM_S = 5.0
+# How often at most a snapshot makes up for placements that were missed.
+REPAIR_EVERY_S = 60.0
 
 
 class SchedulerService:
@@ -67,7 +77,9 @@ class SchedulerService:
         *,
         warm_up_s: float = WARM_UP_S,
         clock: Callable[[], float] = time.monotonic,
+        loop_clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`loop_clock` tells how late the event loop is."""
         self._bus, self._own, self._clock = bus, own, clock
         self._warm_up_s = warm_up_s
         self.replica = Replica(
@@ -81,8 +93,14 @@ class SchedulerService:
         self._absences = Absences(self._teller, self.replica.table, self.replica.peers)
         self._instruments = Instruments(metrics, self.replica, clock)
         self._faults = PolicyFaults(self._teller, self._instruments.policy_faults)
-        self._intake = Intake(bus, own.id, self._on_schedule)
         self._connected_at = clock()
+        self._pulse = Pulse(TICK_S, settings.max_loop_lag_ms / 1000, loop_clock())
+        self._loop_clock = loop_clock
+        self._warming = Warming(bus, own, self.replica, clock)
+        self._intake = Intake(bus, own.id, self._on_schedule, self._teller)
+        self._instruments.follow(self._warming, self._pulse, self._intake)
+        self._warm = self._stale = False
+        self._repaired_at = -math.inf
         lifecycle.require("bus", lambda: "" if bus.connected else "not connected")
         lifecycle.require("requests", self._not_taken)
         self._lifecycle = lifecycle
@@ -95,8 +113,11 @@ class SchedulerService:
         await self._bus.subscribe(PLACED, self._on_placed, DEFAULT_SHARD)
         await self._bus.subscribe(STATUS, self._on_status)
         await self._bus.subscribe(HEARTBEAT, self._on_heartbeat)
+        await self._bus.serve(SNAPSHOT, self._on_snapshot, DEFAULT_SHARD, self._own.id)
         self._lifecycle.add_loop("instances", self._watch_instances())
         self._lifecycle.add_loop("housekeeping", self._keep_house())
+        self._lifecycle.add_loop("warming", self._keep_warm())
+        self._lifecycle.add_loop("intake", self._keep_intake())
 
     async def drain(self) -> None:
         """Leave the queue group; what was delivered before is still answered."""
@@ -106,7 +127,7 @@ class SchedulerService:
     # What the bus brings
 
     def _on_schedule(self, batch: ScheduleBatch) -> ScheduleReply | None:
-        if batch.budget_ms <= 0:
+        if batch.budget_ms <= 0 or self._stood_still():
             self._instruments.expired.value += 1
             return None
         placed: list[Placed] = []
@@ -124,6 +145,10 @@ class SchedulerService:
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)
         return ScheduleReply(self._own.id, tuple(outcomes))
+
+    def _on_snapshot(self, request: SnapshotRequest) -> SnapshotPiece:
+        giver = self.replica.giver
+        return giver.piece(request.cursor) if self._intake.open else giver.refusal()
 
     def _on_placed(self, feed: PlacedFeed) -> None:
         self.replica.follow(feed, self._clock())
@@ -170,20 +195,60 @@ class SchedulerService:
 
     async def _keep_house(self) -> None:
         while True:
+            self._stood_still()
             if silent := self.replica.expire(self._clock()):
                 fields = {"ingresses": len(silent), "ids": silent[:LOGGED_IDS]}
                 log.warning("ingresses are silent, their work is released", extra={"fields": fields})
             self._absences.listen(self._hears())
             self._faults.expire(self._clock())
             self._instruments.refresh()
-            if not self._intake.open and not self._intake.closed() and not self._awaited():
-                await self._intake.begin()
-                log.info("taking requests", extra={"fields": {"instances": len(self.replica.table)}})
             await asyncio.sleep(TICK_S)
+
+    async def _keep_warm(self) -> None:
+        """Warm up once, and again when placements of siblings were missed."""
+        while True:
+            now = self._clock()
+            if not self._warm and not self._awaited():
+                await self._warming.run()
+                self._warm = True
+            elif self._warm and self.replica.missing and now - self._repaired_at >= REPAIR_EVERY_S:
+                self._repaired_at = now
+                await self._warming.run()
+            await asyncio.sleep(TICK_S)
+
+    async def _keep_intake(self) -> None:
+        """Take requests while warm, and while the loop keeps up."""
+        while True:
+            self._stood_still()
+            self._pulse.turn(self._loop_clock())
+            await self._intake.set(self._warm and not self._stale, lags=self._pulse.lags)
+            self._stale = False
+            await asyncio.sleep(TICK_S)
+
+    def _stood_still(self) -> bool:
+        """Whether what comes in may have waited in a buffer while the process did not run. Silence then
+        proves nothing, and after a long time this replica knows no more than a new one."""
+        stalled_s = self._pulse.stalled_s(self._loop_clock())
+        if stalled_s:
+            self._pulse.forgive(self._loop_clock())
+            now = self._clock()
+            self._stale, self._connected_at = True, now
+            self.replica.stood_still(stalled_s, now)
+            self._warm = self._warm and stalled_s < REWARM_S
+            log.warning("the loop stood still", extra={"fields": {"seconds": round(stalled_s, 3)}})
+        return self._stale
 
     def _not_taken(self) -> str:
         """Why no requests are taken, in words; empty once they are."""
-        return "" if self._intake.open else self._awaited() or "the queue group is being joined"
+        if self._intake.open:
+            return ""
+        if self._pulse.lags:
+            return "the event loop lags"
+        return (
+            (not self._warm and self._awaited())
+            or self._warming.progress
+            or "the queue group is being joined"
+        )
 
     def _awaited(self) -> str:
         """What a cold replica waits for before it takes requests."""

@@ -55,6 +55,13 @@ class SchedulerSettings(ServiceSettings):
         le=100_000_000,
         description="prompt blocks the prefix index remembers, about 100 bytes each",
     )
+    max_loop_lag_ms: float = Field(
+        250.0,
+        ge=0,
+        le=60_000,
+        description="milliseconds that the event loop may be late; three times in a row above it, requests "
+        "are left to the other replicas until it has kept within half of it for 2 s; 0: never",
+    )
     imbalance_requests: float = Field(
         16.0,
         gt=0,

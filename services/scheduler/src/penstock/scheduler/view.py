@@ -50,6 +50,10 @@ class ClusterView:
         """The slot of an instance, None if the registry does not hold it."""
         return self._slots.get(instance)
 
+    def names(self) -> dict[int, InstanceId]:
+        """The instance of each slot."""
+        return {slot: instance for instance, slot in self._slots.items()}
+
     def slots_in_order(self) -> list[int]:
         """All slots, by the id of their instance: the same order in every replica."""
         return [self._slots[instance] for instance in sorted(self._slots)]
