@@ -77,7 +77,7 @@ def test_a_name_fits_its_pattern_and_takes_as_many_tokens(subject: Subject[msgsp
     stars = subject.pattern.count("*")
     name = subject.name(*["a.b*"] * stars)
     assert re.fullmatch(subject.pattern.replace(".", r"\.").replace("*", r"[^.*> ]+"), name)
-    for wrong in (stars - 1, stars + 1):
+    for wrong in {stars - 1, stars + 1} - {-1}:
         with pytest.raises(ValueError, match="tokens"):
             subject.name(*["a"] * wrong)
 

@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.bus import Change, Listing
 from penstock.common.codec import encode_record
+from penstock.common.config_keeping import ConfigWriter, follow_config
+from penstock.common.errors import BusTimeout
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable, encode_instance, instance_key
-from penstock.common.messages import EngineStatus
+from penstock.common.live_config import DRAIN, MAPPING, LiveConfig
+from penstock.common.messages import DiscoverRequest, EngineStatus
 from penstock.common.model import Endpoint, EngineLoad, Instance, Role
-from penstock.common.subjects import INSTANCES, STATUS
+from penstock.common.subjects import DISCOVER, INSTANCES, STATUS
 from penstock.common.telemetry import Metrics
 from penstock.discovery.adapters.prober import http_prober
 from penstock.discovery.adapters.static_source import StaticSource
 from penstock.discovery.leases import LeaseRecord, lease_key
 from penstock.discovery.ports import Source, SourceState
+from penstock.discovery.reconcile import OWNER_LABEL
 from penstock.discovery.service import Discovery
 from penstock.discovery.surroundings import ProbePolicy, Timing
 
@@ -143,11 +148,13 @@ class Stage:
         self.statuses: list[EngineStatus] = []
         self._eventually = eventually
         self._replicas: list[Replica] = []
+        self.on_change: Callable[[], None] = lambda: None
 
     async def watch(self) -> None:
         async for event in self.bus.watch(INSTANCES):
             self.table.apply(event)
             self.sizes.add(len(self.table))
+            self.on_change()
             if isinstance(event, Change):
                 self.keys.append(event.key)
             elif isinstance(event, Listing):
@@ -684,3 +691,113 @@ async def test_another_address_under_the_same_id_is_one_update_without_a_gap(
     await stage.until(lambda: [change for _, change, _ in stage.told()] == ["added", "updated"])
     assert stage.sizes <= {0, 1}
     assert stage.keys.count(instance_key("a")) == 2
+
+
+# -- orders of administrators -----------------------------------------------------------------------------
+
+
+async def administrator(stage: Stage) -> tuple[ConfigWriter, asyncio.Task[None]]:
+    """Somebody who writes live configuration, and the loop that follows it for him."""
+    config = LiveConfig(keeps=True)
+    task = asyncio.create_task(follow_config(stage.bus, config))
+    await stage.until(lambda: config.synced)
+    return ConfigWriter(stage.bus, config), task
+
+
+async def test_what_an_administrator_drains_takes_no_work_until_he_takes_it_back(
+    stage: Stage, engine: Engine
+) -> None:
+    instance = listed(engine)
+    await stage.replica(instance)
+    await stage.until(lambda: stage.states() == {instance.id: "ready"})
+    admin, follower = await administrator(stage)
+    await admin.put(DRAIN, instance.id, {"reason": "new driver"}, "ops", "admin")
+    await stage.until(lambda: stage.states() == {instance.id: "draining"})
+    await admin.delete(DRAIN, instance.id, "ops", "admin")
+    await stage.until(lambda: stage.states() == {instance.id: "ready"})
+    reason = "drained by ops: new driver"
+    wanted = [(instance.id, "added", ""), (instance.id, "draining", reason), (instance.id, "recovered", "")]
+    await stage.until(lambda: stage.told() == wanted)
+    follower.cancel()
+
+
+async def test_a_drain_outlives_discovery_and_is_never_lifted_for_a_moment(
+    stage: Stage, engine: Engine
+) -> None:
+    instance = listed(engine)
+    admin, follower = await administrator(stage)
+    await admin.put(DRAIN, instance.id, {}, "ops", "admin")
+    first = await stage.replica(instance)
+    await stage.until(lambda: stage.states() == {instance.id: "draining"})
+    await first.stop()
+    seen: set[str] = set()
+    stage.on_change = lambda: seen.update(stage.states().values())
+    second = await stage.replica(instance, name="b", timing=BRISK)
+    await stage.until(lambda: not second.discovery.missing() and second.discovery.keepers[0].held)
+    assert seen <= {"draining"}
+    await admin.delete(DRAIN, instance.id, "ops", "admin")
+    await stage.until(lambda: stage.states() == {instance.id: "ready"})
+    await stage.until(lambda: [change for _, change, _ in stage.told()].count("recovered") == 1)
+    follower.cancel()
+
+
+async def test_a_mapping_says_whose_a_model_is_and_survives_listing_again(
+    stage: Stage, engine: Engine
+) -> None:
+    instance = listed(engine)
+    replica = await stage.replica(instance)
+    admin, follower = await administrator(stage)
+    value = {"model": "m", "owned_by": "team", "service_name": str(engine.endpoint)}
+    await admin.put(MAPPING, "team/m", value, "ops", "admin")
+    await stage.until(lambda: [i.owned_by("m") for i in stage.table.instances()] == ["team"])
+    await replica.discovery.refresh()
+    await replica.stop()
+    await stage.replica(instance, name="b")
+    await stage.until(lambda: stage.keys.count("listing") and stage.record(instance).owned_by("m") == "team")
+    await admin.delete(MAPPING, "team/m", "ops", "admin")
+    await stage.until(lambda: stage.record(instance).owned_by("m") == "vllm")
+    follower.cancel()
+
+
+async def test_whoever_asks_hears_what_listing_again_found(stage: Stage, new_engine: NewEngine) -> None:
+    one, other = listed(await new_engine()), listed(await new_engine())
+
+    class Asked(ChangingSource):
+        async def refresh(self) -> None:
+            self.list(other)
+
+    source = Asked()
+    await stage.replica_of(source)
+    source.list(one)
+    await stage.until(lambda: stage.states() == {one.id: "ready"})
+    reply = await stage.bus.request(DISCOVER, DiscoverRequest(), deadline_s=5)
+    assert (reply.done, reply.discovered, reply.replica) == (False, 1, "a")
+    replies = [reply]
+
+    async def ask() -> None:
+        again = DiscoverRequest(reply.ticket, "a")
+        while not replies[-1].done:
+            replies.append(await stage.bus.request(DISCOVER, again, deadline_s=5))
+
+    await asyncio.wait_for(ask(), 10)
+    found = replies[-1]
+    assert (found.discovered, found.added, found.removed, found.unchanged) == (1, (other.id,), (one.id,), 0)
+    with pytest.raises(BusTimeout):
+        await stage.bus.request(DISCOVER, DiscoverRequest("1", "another"), deadline_s=0.05)
+
+
+async def test_an_owner_is_said_by_record_label_model_list_or_engine(
+    stage: Stage, new_engine: NewEngine
+) -> None:
+    said, labelled, told, silent = [await new_engine() for _ in range(4)]
+    silent.models = [{"id": "m"}]
+    instances = (
+        structs.replace(listed(said), owner="record", labels={OWNER_LABEL: "label"}),
+        structs.replace(listed(labelled), labels={OWNER_LABEL: "label"}),
+        listed(told),
+        structs.replace(listed(silent), engine="trtllm"),
+    )
+    await stage.replica(*instances)
+    await stage.until(lambda: len(stage.table) == 4)
+    owners = [stage.record(instance).owner for instance in instances]
+    assert owners == ["record", "label", "vllm", "trtllm"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 from msgspec import inspect as types
 from pydantic import Field
 
@@ -30,6 +31,7 @@ from penstock.common import (
 from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
 from penstock.discovery.register.settings import RegisterSettings
 from penstock.discovery.settings import DiscoverySettings
+from penstock.ingress.admin.service import api_document
 from penstock.sim.settings import SimSettings
 
 GENERATED = "<!-- written by `make docs`; change the code that it describes -->\n"
@@ -79,7 +81,7 @@ def pages() -> dict[str, str]:
         name: "\n".join([GENERATED, *lines, ""])
         for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
     }
-    return tables | {"record.schema.json": _record_schema()}
+    return tables | {"record.schema.json": _record_schema(), "openapi-admin.yaml": _admin_api()}
 
 
 def _record_schema() -> str:
@@ -92,6 +94,11 @@ def _record_schema() -> str:
     instance["weight"]["maximum"] = records.MAX_WEIGHT
     schema = {"$comment": "written by `make docs`", "title": "Penstock record", **schema}
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _admin_api() -> str:
+    """What `/admin/api/openapi.json` says."""
+    return "# written by `make docs`\n" + yaml.safe_dump(api_document(), sort_keys=False, width=110)
 
 
 def _holds(path: Path, text: str, write: bool) -> bool:

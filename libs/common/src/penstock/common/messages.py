@@ -313,3 +313,27 @@ class MirrorPrimary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     bytes_out: Count = 0
     completion_tokens: Count = 0
     finish_reason: ShortName = ""
+
+
+class DiscoverRequest(msgspec.Struct, frozen=True):
+    """List every source again. With a `ticket`, how far the `replica` that gave it is with that."""
+
+    ticket: ShortName = ""
+    replica: ShortName = ""
+
+
+Named = Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)]
+
+
+class DiscoverReply(msgspec.Struct, frozen=True):
+    """What a replica of discovery lists over all sources: `discovered` instances, and once `done` what
+    changed by listing again, at most 256 names each; `errors` name the sources that cannot be read."""
+
+    replica: ShortName
+    ticket: ShortName
+    done: bool
+    discovered: Count = 0
+    added: Named = ()
+    removed: Named = ()
+    unchanged: Count = 0
+    errors: Named = ()

@@ -78,11 +78,17 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     state: InstanceState = InstanceState.READY
     reason: Name = ""
     source: ShortName = ""
+    # By model, whose it is here by an administrator's mapping; the others are `owner`'s.
+    owners: dict[Name, Name] = msgspec.field(default_factory=dict)
 
     @property
     def takes_work(self) -> bool:
         """Whether new requests may be placed here."""
         return self.state in TAKES_WORK
+
+    def owned_by(self, model: str) -> str:
+        """Whose `model` it serves; empty if nobody says."""
+        return self.owners.get(model, self.owner) if self.owners else self.owner
 
     def serves(self, model: str) -> bool:
         """Whether `model` is one of its models or LoRA adapters."""

@@ -26,6 +26,7 @@ from penstock.common.routing_events import (
 from penstock.common.subjects import (
     CONFIG,
     COPIES,
+    DISCOVER,
     EVENTS,
     HEARTBEAT,
     INSTANCES,
@@ -106,7 +107,8 @@ SERVICES: Mapping[str, Grant] = {
     + _watching(CONFIG)
     + _keeping(CONFIG)
     + Grant(
-        (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern), (HEARTBEAT.name("scheduler"),)
+        (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern, DISCOVER.request.pattern),
+        (HEARTBEAT.name("scheduler"),),
     )
     + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern)),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION)
@@ -133,7 +135,7 @@ SERVICES: Mapping[str, Grant] = {
     + _keeping(REGISTRATIONS)
     + _watching(CONFIG)
     + _keeping(CONFIG)
-    + Grant((STATUS.pattern,)),
+    + Grant((STATUS.pattern, f"{_INBOX}.ingress.{_ANSWERS}"), (DISCOVER.request.pattern,)),
     "mirror": _process("mirror", CONFIG_CHANGE, MIRRORED, COMPARISON)
     + _watching(CONFIG)
     + _keeping(CONFIG)

@@ -26,7 +26,7 @@ MAX_WEIGHT = 1e6
 _MAX_TIMESTAMP_MS = 2**53
 _INT32 = range(-(2**31), 2**31)
 # What discovery finds out, and a record cannot say.
-DERIVED = ("source", "reason")
+DERIVED = ("source", "reason", "owners")
 RECORDED_STATES = (InstanceState.READY, InstanceState.DRAINING)
 
 
@@ -123,7 +123,7 @@ def _check(record: Record) -> None:
 
 def _parse_penstock(value: bytes) -> Record:
     said = decode_record(PenstockRecord, value)
-    derived = dict.fromkeys(DERIVED, "")
+    derived = {name: _UNSAID[name] for name in DERIVED}
     return Record(
         tuple(msgspec.structs.replace(instance, **derived) for instance in said.instances),
         said.timestamp_ms,

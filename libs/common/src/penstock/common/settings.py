@@ -7,6 +7,7 @@ file named by `--config`, then the default. All faults of all sources are report
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import ssl
 import sys
@@ -28,6 +29,7 @@ from pydantic import (
 )
 
 ENV_PREFIX = "PENSTOCK_"
+MAX_TOKEN = 4096
 
 
 class SettingsError(Exception):
@@ -86,6 +88,9 @@ class ServiceSettings(BusSettings):
         "127.0.0.1", description="address of the admin listener (/livez /readyz /metrics)"
     )
     admin_port: int = Field(0, ge=0, le=65535, description="port of the admin listener; 0 picks a free one")
+    metrics_token: SecretStr = Field(
+        SecretStr(""), description="bearer token that /metrics asks for; none if empty"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
     )
@@ -137,6 +142,35 @@ class EngineTlsSettings(Settings):
     def engine_tls(self) -> ssl.SSLContext:
         """For connections to engines. Raises OSError if the file is gone."""
         return ssl.create_default_context(cafile=self.engine_tls_ca)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener on `host` is reached from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def sane_token(token: str) -> str:
+    """A token that a header can carry. Raises ValueError."""
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError("a token holds printable ASCII characters only, and no spaces")
+    return token
+
+
+def read_token(path: Path) -> str:
+    """The token in a file: its one line. Raises ValueError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_TOKEN + 2).strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"cannot be read: {exc.strerror if isinstance(exc, OSError) else exc}") from exc
+    if not 0 < len(text) <= MAX_TOKEN:
+        raise ValueError(f"holds no token of 1 to {MAX_TOKEN} characters")
+    return sane_token(text)
 
 
 T = TypeVar("T", bound=Settings)

@@ -116,6 +116,11 @@ SNAPSHOT = Service(
     Subject(f"{_ROOT}.snapshot.*.*", messages.SnapshotRequest, max_bytes=4 * KIB, pending_messages=16),
     messages.SnapshotPiece,
 )
+# Every replica of discovery lists again and answers; who asks takes the first answer.
+DISCOVER = Service(
+    Subject(f"{_ROOT}.discover", messages.DiscoverRequest, max_bytes=4 * KIB, pending_messages=64),
+    messages.DiscoverReply,
+)
 PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
@@ -158,7 +163,7 @@ COPIES = Stream(
     storage="memory",
 )
 
-_ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request
+_ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.request
 _MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)

@@ -31,6 +31,10 @@ class Listings:
         """How many instances the source lists."""
         return len(self._listed.get(source, ()))
 
+    def all(self) -> set[InstanceId]:
+        """Every instance that some source lists."""
+        return set().union(*self._listed.values())
+
     def speaker(self, instance_id: InstanceId) -> str:
         """The source whose description of the instance counts; empty if none lists it."""
         return next((name for name in self.order if instance_id in self._listed.get(name, ())), "")

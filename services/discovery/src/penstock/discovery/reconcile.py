@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from penstock.common.instances import encode_instance, instance_key
 from penstock.common.model import Endpoint, Instance, InstanceId, InstanceState
+from penstock.common.orders import DRAINED_BY
 from penstock.common.routing_events import InstanceEvent
 from penstock.common.subjects import INSTANCES
 from penstock.discovery.flaps import Flaps
@@ -16,8 +17,13 @@ from penstock.discovery.flaps import Flaps
 RETRY_FIRST_S = 0.5
 # `penstock.io/drain: "true"` on a record: no new work, running requests finish.
 DRAIN_LABEL = "penstock.io/drain"
+# Whose the instance is, on a record that does not say it otherwise.
+OWNER_LABEL = "penstock.io/owned-by"
 NOT_LISTED = "its source does not list it"
 _MAX_ADAPTERS = 4096
+
+
+Amend = Callable[[Instance], Instance]
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,18 @@ class Fleet:
     """The instances of one source. `version` moves whenever a record changes. Times are seconds of one
     clock; one that jumps only changes how long flaps are remembered."""
 
-    def __init__(self, source: str, rise: int, fall: int, flaps: Flaps | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        rise: int,
+        fall: int,
+        flaps: Flaps | None = None,
+        amend: Amend = lambda record: record,
+    ) -> None:
         """`rise` good probes in a row end an unhealthy state (more for one that flaps), `fall` failed ones a
-        healthy one. The first verdict on an instance nothing is known of decides alone."""
+        healthy one. The first verdict on an instance nothing is known of decides alone. `amend` carries out
+        what administrators ordered."""
+        self._amend = amend
         self._source, self._rise, self._fall = source, rise, fall
         self._flaps = flaps or Flaps(0)
         self._held: dict[InstanceId, _Health] = {}
@@ -99,7 +114,7 @@ class Fleet:
             self._unjudged.add(record.id)
             found = Verdict("", "", record.models, record.lora_adapters, record.owner)
             self._held[record.id] = _Health(
-                msgspec.structs.replace(record, state=_lasting(record), reason=""),
+                msgspec.structs.replace(record, state=_lasting(record), reason="", owners={}),
                 healthy=record.state is not InstanceState.UNHEALTHY,
                 reason=record.reason,
                 last=found,
@@ -131,6 +146,11 @@ class Fleet:
                 self._admit(base)
             elif not same or health.adopted or health.base != base:
                 events.append(self._redescribe(health, base))
+        return [event for event in events if event is not None]
+
+    def amended(self) -> list[InstanceEvent]:
+        """The orders of administrators have changed."""
+        events = [self._update(health) for health in self._held.values()]
         return [event for event in events if event is not None]
 
     def judge(
@@ -229,16 +249,18 @@ class Fleet:
         models = _served(base, last)
         adapters = sorted({*base.lora_adapters, *last.lora_adapters} - {*models})
         state, reason = self._state(health, models)
-        return msgspec.structs.replace(
+        engine = base.engine or last.engine or health.metrics_engine
+        record = msgspec.structs.replace(
             base,
             source=self._source,
             models=models or base.models,
             lora_adapters=tuple(adapters[:_MAX_ADAPTERS]),
-            owner=base.owner or last.owner,
-            engine=base.engine or last.engine or health.metrics_engine,
+            owner=base.owner or base.labels.get(OWNER_LABEL, "") or last.owner or engine,
+            engine=engine,
             state=state,
             reason=reason,
         )
+        return self._amend(record)
 
     def _state(self, health: _Health, models: tuple[str, ...]) -> tuple[InstanceState, str]:
         base = health.base
@@ -275,6 +297,8 @@ def event_of(record: Instance, change: str, reason: str) -> InstanceEvent:
 
 def _lasting(record: Instance) -> InstanceState:
     """The part of a record's state that came from its source, as far as can be told."""
+    if record.reason.startswith(DRAINED_BY):
+        return InstanceState.READY
     return InstanceState.DRAINING if record.state is InstanceState.DRAINING else InstanceState.READY
 
 

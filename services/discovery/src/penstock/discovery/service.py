@@ -9,10 +9,13 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from penstock.common.bus import Bus
+from penstock.common.config_keeping import follow_config
 from penstock.common.errors import BusError
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import complete_key
+from penstock.common.live_config import DRAIN, MAPPING, Changed, LiveConfig, expose_config
+from penstock.common.orders import Orders
 from penstock.common.subjects import INSTANCES
 from penstock.common.telemetry import Metrics
 from penstock.discovery.allowed import AllowedHosts
@@ -23,6 +26,7 @@ from penstock.discovery.orphans import Orphans
 from penstock.discovery.ports import Prober, Source
 from penstock.discovery.probing import Slots
 from penstock.discovery.reconcile import event_of
+from penstock.discovery.refreshing import Refreshing
 from penstock.discovery.registry import RegistryView, Write, plan
 from penstock.discovery.registry_writer import RegistryWriter
 from penstock.discovery.source_keeper import WRITES_AT_ONCE, SourceKeeper, wait_at_most
@@ -72,15 +76,23 @@ class Discovery:
             policy=policy,
             timing=self._timing,
             allowed=allowed or AllowedHosts(),
+            orders=Orders(),
         )
+        self.config = LiveConfig(keeps=True)
+        self._configured = asyncio.Event()
         self.keepers = [SourceKeeper(source, shared) for source in sources]
         for keeper in self.keepers:
             keeper.neighbours = [other for other in self.keepers if other is not keeper]
+        readers = [keeper.reader for keeper in self.keepers]
+        self._refreshing = Refreshing(bus, identity.id, readers, self.refresh, self._listings.all)
+        expose_config(self.config, metrics)
         self._export(metrics)
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The eternal loops, by name."""
+        yield "config", follow_config(self._bus, self.config, self._on_config)
         yield "registry", self._follow_registry()
+        yield "discover", self._refreshing.run()
         yield "bucket", self._keep_bucket()
         yield "orphans", self._forget_sources()
         for keeper in self.keepers:
@@ -90,6 +102,8 @@ class Discovery:
         """Why the registry is not known to be complete; empty when it is."""
         if not self._bus.connected:
             return "no connection to the bus"
+        if not self.config.synced:
+            return "the live configuration is not listed"
         if not self._view.live:
             return self._bucket_trouble or "it is not listed"
         return "; ".join(filter(None, (keeper.missing() for keeper in self.keepers)))
@@ -107,7 +121,16 @@ class Discovery:
         """Close the sources; the loops have ended."""
         await asyncio.gather(*(keeper.reader.close() for keeper in self.keepers))
 
+    def _on_config(self, changed: Changed) -> None:
+        self._configured.set()
+        if not self._view.live or any(kind in (DRAIN, MAPPING) for kind, _ in changed):
+            self._shared.orders.take(self.config)
+            for keeper in self.keepers:
+                keeper.obey()
+
     async def _follow_registry(self) -> None:
+        # What administrators drain must not take work for the moment in which that is not known.
+        await self._configured.wait()
         async for event in self._bus.watch(INSTANCES):
             self._view.apply(event)
             self._orphans.see(event, self._shared.clock())

@@ -113,7 +113,13 @@ class SourceKeeper:
                     log.warning("lease of %s not released: %s", self.name, exc)
 
     def _empty_fleet(self) -> Fleet:
-        return Fleet(self.name, self._shared.policy.rise, self._shared.policy.fall, self._flaps)
+        policy, orders = self._shared.policy, self._shared.orders
+        return Fleet(self.name, policy.rise, policy.fall, self._flaps, orders.amend)
+
+    def obey(self) -> None:
+        """What administrators ordered has changed."""
+        self._shared.tell(self._fleet.amended())
+        self._dirty.set()
 
     def settle(self) -> None:
         """Bring fleet, probing and writer in line with the lease, the source and the other sources.

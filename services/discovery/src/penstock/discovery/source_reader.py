@@ -35,6 +35,9 @@ class SourceReader:
         self._screen, self._told = Screen(shared.allowed), Told()
         self._listed_at = shared.clock()
         self.known: Known | None = None
+        self.name = source.name
+        # How many states it has said.
+        self.states = 0
 
     @property
     def stale(self) -> str:
@@ -93,6 +96,7 @@ class SourceReader:
             log.warning("source %s: record %s is passed over: %s", name, key, reason)
 
     def _take(self, state: SourceState) -> None:
+        self.states += 1
         passed, refused = self._screen.sift(state.instances)
         skipped = {printable(key): printable(why) for key, why in {**state.skipped, **refused}.items()}
         stale = printable(state.stale)

@@ -12,6 +12,7 @@ import msgspec
 from penstock.common.bus import Bus
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
+from penstock.common.orders import Orders
 from penstock.common.routing_events import INSTANCE, InstanceEvent
 from penstock.discovery.allowed import AllowedHosts
 from penstock.discovery.instruments import Instruments
@@ -67,6 +68,7 @@ class Surroundings:
     policy: ProbePolicy
     timing: Timing
     allowed: AllowedHosts
+    orders: Orders
     clock: Callable[[], float] = time.monotonic
 
     def tell(self, events: Iterable[InstanceEvent]) -> None:

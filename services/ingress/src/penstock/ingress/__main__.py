@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
+from penstock.common.event_log import EventWriter
+from penstock.common.identity import new_identity
 from penstock.common.lifecycle import Lifecycle, run_service
-from penstock.common.settings import exit_with_faults, load_or_exit
-from penstock.common.telemetry import configure_logging
+from penstock.common.live_config import expose_config
+from penstock.common.settings import exit_with_faults, load_or_exit, read_token
+from penstock.common.telemetry import Metrics, configure_logging
+from penstock.ingress.adapters.admin_http import mount
 from penstock.ingress.adapters.listening import reserve_port
+from penstock.ingress.admin.access import Access
+from penstock.ingress.admin.service import AdminService
 from penstock.ingress.parent import Parent
 from penstock.ingress.settings import IngressSettings
 
+log = logging.getLogger(__name__)
+
 PROG = "penstock ingress"
+FLUSH_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,18 +43,60 @@ async def serve(settings: IngressSettings) -> None:
         exit_with_faults(PROG, [f"{fault}; choose another port"])
     with held:
         lifecycle = Lifecycle()
-        parent = Parent(settings, held.getsockname()[1], lifecycle)
-        admin = AdminListener(settings.admin_host, settings.admin_port, lifecycle.missing, parent.snapshot)
+        identity = new_identity("ingress", settings.ingress_id)
+        writer, metrics = f"{identity.writer}-admin", Metrics()
+        bus = NatsBus(settings, writer, metrics)
+        events = EventWriter(bus, writer, identity.incarnation, metrics)
+        api = AdminService(bus, events, Access(_token_of(settings)))
+        parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
+        expose_config(api.config, parent.metrics)
+        admin = AdminListener(
+            settings.admin_host,
+            settings.admin_port,
+            lifecycle.missing,
+            parent.snapshot,
+            metrics_token=settings.metrics_token.get_secret_value(),
+        )
+        mount(admin.app, api.router.handle)
         try:
             await admin.start()
         except OSError as exc:
+            lifecycle.abandon()
             exit_with_faults(
                 PROG, [f"--admin-port {settings.admin_port}: {exc.strerror or exc}; choose another port"]
             )
+        await bus.start()
+        for name, loop in api.loops():
+            lifecycle.add_loop(name, loop)
+        lifecycle.add_loop("admin-events", events.run())
+
+        async def drain() -> None:
+            await parent.drain()
+            await events.flush(FLUSH_S if bus.connected else 0)
+
         try:
-            await lifecycle.run(parent.drain)
+            await lifecycle.run(drain)
         finally:
+            await bus.close()
             await admin.close()
+
+
+def _token_of(settings: IngressSettings) -> Callable[[], str]:
+    """The admin API's token. A file is read again for each request, which are few; its last token counts
+    while it cannot be read."""
+    path = settings.admin_token_file
+    held = read_token(path) if path else settings.admin_token.get_secret_value()
+
+    def token() -> str:
+        nonlocal held
+        if path:
+            try:
+                held = read_token(path)
+            except ValueError as exc:
+                log.warning("--admin-token-file %s %s; the last token counts", path, exc)
+        return held
+
+    return token
 
 
 if __name__ == "__main__":

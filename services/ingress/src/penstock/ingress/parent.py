@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.settings import reveal
 from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
+from penstock.ingress.adapters.admin_relay import AdminCall, AdminReply
 from penstock.ingress.adapters.channel import Channel
 from penstock.ingress.adapters.connection_limit import SharedCounts, counts_file
+from penstock.ingress.admin_messages import AdminRequest, AdminResponse
 from penstock.ingress.settings import IngressSettings
-from penstock.ingress.worker import Report, Start
+from penstock.ingress.worker import FromWorker, Report, Start
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ RESTART_FIRST_S, RESTART_MOST_S = 0.1, 5.0
 STEADY_S = 10.0
 # What a worker gets on top of its own drain before it is killed.
 KILL_GRACE_S = 5.0
+
+
+AnswerAdmin = Callable[[AdminRequest], Awaitable[AdminResponse]]
 
 
 class Worker:
@@ -44,18 +49,26 @@ class Worker:
 class Parent:
     """Starts, watches and sums up the workers of one ingress."""
 
-    def __init__(self, settings: IngressSettings, port: int, lifecycle: Lifecycle) -> None:
-        self._settings, self._port, self._lifecycle = settings, port, lifecycle
-        self.id = settings.ingress_id or secrets.token_hex(4)
+    def __init__(
+        self,
+        settings: IngressSettings,
+        ingress_id: str,
+        port: int,
+        lifecycle: Lifecycle,
+        answer: AnswerAdmin,
+    ) -> None:
+        """`answer` is the admin API, for what comes to it through the public port."""
+        self._settings, self._port, self._lifecycle, self._answer = settings, port, lifecycle, answer
+        self.id = ingress_id
         self._workers = [Worker(index) for index in range(settings.workers)]
         self._counts_file = counts_file(settings.workers)
         self._counts = SharedCounts(self._counts_file.fileno(), settings.workers)
         self._past: Snapshot = []
-        self._metrics = Metrics()
-        self._restarts = self._metrics.counter(
+        self.metrics = Metrics()
+        self._restarts = self.metrics.counter(
             "penstock_ingress_worker_restarts_total", "Workers that ended early"
         )
-        self._metrics.gauge(
+        self.metrics.gauge(
             "penstock_ready", "1 while the service takes work", lambda: float(not lifecycle.missing())
         )
         lifecycle.require("workers", self._missing)
@@ -67,7 +80,7 @@ class Parent:
         """Metrics summed over the workers, those of ended ones included."""
         await asyncio.gather(*(self._ask(worker) for worker in self._workers))
         reports = [worker.report.snapshot for worker in self._workers if worker.report is not None]
-        own = self._metrics.snapshot()
+        own = self.metrics.snapshot()
         names = {family.name for family in own}
         merged = [family for family in merge([*reports, self._past]) if family.name not in names]
         return [*merged, *own]
@@ -141,10 +154,23 @@ class Parent:
         return process, channel
 
     async def _listen(self, worker: Worker, channel: Channel) -> None:
-        while (report := await channel.receive(Report)) is not None:
-            worker.report = report
-            worker.asked = False
-            worker.heard.set()
+        message: FromWorker | None
+        async with asyncio.TaskGroup() as calls:
+            while (message := await channel.receive(FromWorker)) is not None:
+                if isinstance(message, AdminCall):
+                    calls.create_task(self._relay(message, channel), name="admin-call")
+                    continue
+                worker.report = message
+                worker.asked = False
+                worker.heard.set()
+
+    async def _relay(self, call: AdminCall, channel: Channel) -> None:
+        """The worker bounds how many of these there are at a time."""
+        response = await self._answer(call.request)
+        try:
+            await channel.send(AdminReply(call.number, response))
+        except OSError as exc:
+            log.debug("the worker that asked is gone: %s", exc)
 
     async def _keep_asking(self, worker: Worker) -> None:
         while True:

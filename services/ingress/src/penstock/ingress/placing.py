@@ -257,7 +257,7 @@ class Placer:
             self._account.finish(request.decision_id)
             return
         pool = self._table.serving(request.model)
-        candidates = [i for i in pool if eligible(i, request.owner) and i.id not in request.excluded]
+        candidates = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
         affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
         instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
         if instance is None:
@@ -319,9 +319,10 @@ class Placer:
         self._events.emit(DEGRADED, "", self._identity.service, event)
 
 
-def eligible(instance: Instance, owner: str) -> bool:
+def eligible(instance: Instance, request: ScheduleRequest) -> bool:
     """Whether this ingress may send an undivided request there by itself."""
-    return instance.takes_work and instance.role is Role.NEUTRAL and owner in ("", instance.owner)
+    owned = not request.owner or request.owner == instance.owned_by(request.model)
+    return owned and instance.takes_work and instance.role is Role.NEUTRAL
 
 
 def no_candidate(request: ScheduleRequest, known: bool) -> Rejection:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+from pathlib import Path
+from typing import Self
 
-from penstock.common.settings import EngineTlsSettings, ServiceSettings
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from penstock.common.settings import EngineTlsSettings, ServiceSettings, is_loopback, read_token, sane_token
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -16,6 +19,16 @@ class IngressSettings(EngineTlsSettings, ServiceSettings):
     port: int = Field(8080, ge=0, le=65535, description="port of the public listener; 0 picks a free one")
     admin_port: int = Field(
         8081, ge=0, le=65535, description="port of the admin listener, for all workers; 0 picks a free one"
+    )
+    admin_token: SecretStr = Field(
+        SecretStr(""),
+        description="bearer token of the admin API; needed where --admin-host is wider than loopback",
+    )
+    admin_token_file: Path | None = Field(
+        None, description="file with that token, read again when it changes; instead of --admin-token"
+    )
+    admin_on_public_port: bool = Field(
+        False, description="answer /admin/ on the public port too; needs a token"
     )
     workers: int = Field(1, ge=1, le=256, description="processes that share the port")
     ingress_id: str = Field("", max_length=64, description="name of this ingress on the bus; random if empty")
@@ -78,3 +91,33 @@ class IngressSettings(EngineTlsSettings, ServiceSettings):
         True, description="tell clients routing-strategy, target-pod and target-pod-ip"
     )
     access_log: bool = Field(True, description="one log line per request")
+
+    @field_validator("admin_token")
+    @classmethod
+    def _sane_token(cls, token: SecretStr) -> SecretStr:
+        sane_token(token.get_secret_value())
+        return token
+
+    @field_validator("admin_token_file")
+    @classmethod
+    def _readable_token(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_token(path)
+        return path
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        token = bool(self.admin_token.get_secret_value())
+        if token and self.admin_token_file:
+            raise ValueError("--admin-token and --admin-token-file exclude each other: give one")
+        if token or self.admin_token_file:
+            return self
+        wanted = "set --admin-token or --admin-token-file"
+        if not is_loopback(self.admin_host):
+            raise ValueError(
+                f"--admin-host {self.admin_host} is wider than loopback, where the admin API needs a token: "
+                f"{wanted}, or --admin-host 127.0.0.1"
+            )
+        if self.admin_on_public_port:
+            raise ValueError(f"--admin-on-public-port needs a token: {wanted}")
+        return self

@@ -21,6 +21,7 @@ from penstock.common.instances import InstanceTable
 from penstock.common.lifecycle import run_service
 from penstock.common.telemetry import FamilySnapshot
 from penstock.ingress.access_log import AccessLog
+from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
 from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.channel import Channel
 from penstock.ingress.adapters.connection_limit import SharedCounts
@@ -51,11 +52,16 @@ class Start(msgspec.Struct):
     ended: str = ""
 
 
-class Report(msgspec.Struct):
+class Report(msgspec.Struct, tag="report"):
     """What a worker answers: why it is not ready, and its metrics."""
 
     missing: list[str]
     snapshot: list[FamilySnapshot]
+
+
+# What comes over the channel, to the parent and from it: "?" asks for a report.
+FromWorker = Report | AdminCall
+FromParent = str | AdminReply
 
 
 def main() -> int:
@@ -67,7 +73,7 @@ def main() -> int:
 async def serve(channel: Channel, counts_fd: int) -> None:
     """Assemble one worker and run it."""
     await channel.open()
-    start = await channel.receive(Start)
+    start: Start | None = await channel.receive(Start)
     if start is None:
         return
     settings = IngressSettings.model_validate(start.settings)
@@ -96,8 +102,16 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
+    if settings.admin_on_public_port:
+        server.admin = AdminRelay(channel.send)
+
     async def answer_parent() -> None:
-        while await channel.receive(str) is not None:
+        message: FromParent | None
+        while (message := await channel.receive(FromParent)) is not None:
+            if isinstance(message, AdminReply):
+                if server.admin is not None:
+                    server.admin.answered(message)
+                continue
             await channel.send(Report(host.lifecycle.missing(), host.metrics.snapshot()))
         host.lifecycle.stopping.set()
         await asyncio.Event().wait()

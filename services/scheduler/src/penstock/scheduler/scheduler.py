@@ -129,7 +129,8 @@ def _terms(candidates: Candidates, scores: Floats, chosen: int, matched: int) ->
 def _none_left(request: ScheduleRequest, profile: Profile, candidates: Candidates) -> Decision:
     pool, excluded = candidates.kept.pool, candidates.kept.excluded
     if excluded.get(OwnedBy.name) == len(pool):
-        owners = ", ".join(sorted({instance.owner for instance in pool.instances} - {""})) or "none"
+        known = {instance.owned_by(request.model) for instance in pool.instances} - {""}
+        owners = ", ".join(sorted(known)) or "none"
         message = f"model {request.model!r} is not served by owner {request.owner!r}; owners: {owners}"
         return _reject(request, profile.name, Reason.UNKNOWN_MODEL, message, excluded)
     dropped = ", ".join(f"{name} {count}" for name, count in excluded.items())

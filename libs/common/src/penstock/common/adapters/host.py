@@ -61,6 +61,7 @@ class Host:
             self.settings.admin_port,
             self.lifecycle.missing,
             snapshot or local(self.metrics.snapshot),
+            metrics_token=self.settings.metrics_token.get_secret_value(),
         )
 
     async def run(self, drain: Callable[[], Awaitable[None]], admin: AdminListener | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 from collections.abc import Awaitable, Callable, Iterator
 
 from aiohttp import web
@@ -14,15 +16,27 @@ from prometheus_client.registry import Collector
 
 from penstock.common.telemetry import FamilySnapshot, Snapshot
 
+# Of requests to an admin API: a value of live configuration, and a byte to tell that it is over.
+MAX_BODY_BYTES = 256 * 1024 + 1
 GetSnapshot = Callable[[], Awaitable[Snapshot]]
 
 
 class AdminListener:
     """Serves probes and metrics; routes of an admin API can be added to `app` before `start`."""
 
-    def __init__(self, host: str, port: int, missing: Callable[[], list[str]], snapshot: GetSnapshot) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        missing: Callable[[], list[str]],
+        snapshot: GetSnapshot,
+        *,
+        metrics_token: str = "",
+    ) -> None:
+        """/metrics asks for `metrics_token` if there is one."""
         self._host, self._port, self._missing, self._snapshot = host, port, missing, snapshot
-        self.app = web.Application(client_max_size=64 * 1024)
+        self._metrics_token = metrics_token
+        self.app = web.Application(client_max_size=MAX_BODY_BYTES)
         self.app.add_routes(
             [
                 web.get("/livez", self._livez),
@@ -54,8 +68,24 @@ class AdminListener:
         return web.json_response({"status": "ready"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        if self._metrics_token and not _bears(request, self._metrics_token):
+            error = {
+                "message": "/metrics needs its token: authorization: Bearer ...",
+                "param": "authorization",
+            }
+            error |= {"type": "authentication_error", "code": "invalid_metrics_token"}
+            return web.json_response({"error": error}, status=401, headers={"www-authenticate": "Bearer"})
         text = generate_latest(_registry(await self._snapshot()))
         return web.Response(body=text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _bears(request: web.Request, token: str) -> bool:
+    """Whether the request shows the token; the time that it takes does not tell how much of it is right."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    digests = [
+        hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in (given.strip(), token)
+    ]
+    return scheme.lower() == "bearer" and hmac.compare_digest(*digests)
 
 
 def local(snapshot: Callable[[], Snapshot]) -> GetSnapshot:

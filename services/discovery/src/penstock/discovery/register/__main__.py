@@ -77,7 +77,11 @@ async def _serve(settings: RegisterSettings) -> None:
         for name, loop in registrar.loops():
             lifecycle.add_loop(name, loop)
         admin = AdminListener(
-            settings.admin_host, settings.admin_port, lifecycle.missing, local(metrics.snapshot)
+            settings.admin_host,
+            settings.admin_port,
+            lifecycle.missing,
+            local(metrics.snapshot),
+            metrics_token=settings.metrics_token.get_secret_value(),
         )
         await _listen(admin, settings, lifecycle)
         try:

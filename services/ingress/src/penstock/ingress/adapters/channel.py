@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from penstock.common.codec import DecodeError, decode
-
-T = TypeVar("T")
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
@@ -36,8 +34,8 @@ class Channel:
         self._writer.write(len(payload).to_bytes(4, "big") + payload)
         await self._writer.drain()
 
-    async def receive(self, kind: type[T]) -> T | None:
-        """The next frame; None when the channel ended."""
+    async def receive(self, kind: Any) -> Any:
+        """The next frame, of a class or a union of classes; None when the channel ended."""
         if self._reader is None:
             return None
         try:

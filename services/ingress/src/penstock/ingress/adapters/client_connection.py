@@ -8,6 +8,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, cast
 
+from penstock.ingress.adapters.admin_relay import PREFIX, AdminExchange
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.exchange import Exchange
 from penstock.ingress.failures import GatewayError
@@ -71,7 +72,7 @@ class ClientConnection(asyncio.Protocol):
         self._body_bytes = 0
         # When the body that is being read has to be whole; 0 before its first piece.
         self._body_until = 0.0
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | AdminExchange | None = None
         self._reading_paused = self._writing_paused = self._closing = False
         # The next request waits for its turn: until the loop comes round, or the client reads.
         self._held_back = False
@@ -231,10 +232,14 @@ class ClientConnection(asyncio.Protocol):
         path = head.path
         if path in GENERATION and head.method == b"POST":
             self.deadline = 0.0
-            self._exchange = Exchange(self._gateway, self, head, body)
-            self._exchange.start()
+            exchange = self._exchange = Exchange(self._gateway, self, head, body)
+            exchange.start()
             return
         request_id = self._gateway.request_id(head.read.get(b"x-request-id"))
+        if self._server.admin is not None and path.startswith(PREFIX):
+            self.deadline = 0.0
+            self._exchange = self._server.admin.start(self, head, body, request_id)
+            return
         self._server.answers.value += 1
         try:
             self.write(self._server.answer(head, path, request_id))

@@ -8,6 +8,7 @@ import socket
 import msgspec
 
 from penstock.common.telemetry import Metrics
+from penstock.ingress.adapters.admin_relay import AdminRelay
 from penstock.ingress.adapters.client_connection import GENERATION, ClientConnection
 from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCounts
 from penstock.ingress.failures import GatewayError
@@ -28,6 +29,8 @@ class HttpServer:
         most = gateway.settings.connection_limit
         self._limit = ConnectionLimit(counts or SharedCounts.alone(), most, metrics, gateway.clock)
         self._server: asyncio.Server | None = None
+        # Set where the admin API is on the public port too.
+        self.admin: AdminRelay | None = None
         self.connections: set[ClientConnection] = set()
         self.refused = metrics.counter(
             "penstock_ingress_refused_total", "Bytes that were no request, by error code", "code"

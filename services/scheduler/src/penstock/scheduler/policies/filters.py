@@ -61,7 +61,8 @@ class OwnedBy:
         owner, instances = case.request.owner, candidates.kept.pool.instances
         if not owner:
             return None
-        return _flags(instances[row].owner == owner for row in candidates.kept.rows)
+        model = case.request.model
+        return _flags(instances[row].owned_by(model) == owner for row in candidates.kept.rows)
 
 
 @dataclass(frozen=True)
