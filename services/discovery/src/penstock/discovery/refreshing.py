@@ -1,4 +1,4 @@
-"""Listing every source again because somebody asks (`penstock.v1.discover`), and what that changed."""
+"""Listing every source again because somebody asks, and what that changed."""
 
 from __future__ import annotations
 
