@@ -30,7 +30,7 @@ up: sync ## start the whole stack with simulated engines (ARGS="--sim 4 --port 9
 test: unit integration ## every test: unit, contract, integration with real servers
 
 unit: sync ## tests of the packages
-	$(BIN)/pytest -n 2 libs services tests/fuzz $(ARGS)
+	$(BIN)/pytest -n 2 libs services tests/fuzz tests/deploy $(ARGS)
 
 integration: sync ## services as processes, real servers
 	$(BIN)/pytest -n 4 --dist loadfile tests/integration $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m penstock.cli.docs`: the tables of docs/reference, out of the code that they describe."""
+"""`python -m penstock.cli.docs`: what is written out of the code: docs/reference, and the users of NATS."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from msgspec import inspect as types
 from pydantic import Field
 
 from penstock.cli import event_lines
+from penstock.cli.nats_accounts import accounts_config
 from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.tap import TapSettings
 from penstock.cli.up_settings import SERVICES, UpSettings
@@ -34,6 +35,8 @@ from penstock.discovery.settings import DiscoverySettings
 from penstock.ingress.admin.service import api_document
 from penstock.sim.settings import SimSettings
 
+TABLES = "docs/reference"
+NATS_ACCOUNTS = "deploy/k8s/base/nats/accounts.conf"
 GENERATED = "<!-- written by `make docs`; change the code that it describes -->\n"
 RECORDS: dict[str, dict[str, type[msgspec.Struct]]] = {
     subjects.INSTANCES.name: {
@@ -59,7 +62,7 @@ class DocsSettings(Settings):
     """Write the generated tables of the documentation."""
 
     check: bool = Field(False, description="write nothing; exit code 1 if a file differs")
-    folder: Path = Field(Path("docs/reference"), description="where the files are")
+    folder: Path = Field(Path("."), description="root of the tree that the files are in")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pages() -> dict[str, str]:
-    """File name to content."""
+    """Path in the tree to content."""
     tables = {
-        name: "\n".join([GENERATED, *lines, ""])
+        f"{TABLES}/{name}": "\n".join([GENERATED, *lines, ""])
         for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
     }
-    return tables | {"record.schema.json": _record_schema(), "openapi-admin.yaml": _admin_api()}
+    others = {"record.schema.json": _record_schema(), "openapi-admin.yaml": _admin_api()}
+    tables |= {f"{TABLES}/{name}": text for name, text in others.items()}
+    return tables | {NATS_ACCOUNTS: accounts_config()}
 
 
 def _record_schema() -> str:

@@ -1,0 +1,1 @@
+"""Images, compose file and manifests, held against the code that they start."""
