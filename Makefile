@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-mirror fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=
 
 bench-discovery: sync ## what discovery costs with 2,000 engines, and how soon a change in each store counts (ARGS="--source etcd")
 	PYTHONPATH=tests $(BIN)/python -m discovery_bench $(ARGS)
+
+bench-mirror: sync ## what clients notice of the mirror, off, on and in trouble (ARGS="--rate 200 --rounds 3")
+	PYTHONPATH=tests $(BIN)/python -m mirror_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
 	$(BIN)/python -m penstock.cli.docs

@@ -9,9 +9,10 @@ from typing import Any
 from penstock.common.codec import DecodeError, decode, decode_record, encode
 from penstock.common.messages import LoadReport, Placement, ScheduleBatch, ScheduleReply, ScheduleRequest
 from penstock.common.model import Instance
+from penstock.common.response_tail import usage_in
 from penstock.ingress.block_hash import chain, condense
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.openai import parse, usage_in
+from penstock.ingress.openai import parse
 
 KINDS = (ScheduleBatch, ScheduleReply, LoadReport, ScheduleRequest, Placement)
 CHAT, AUDIO = b"/v1/chat/completions", b"/v1/audio/transcriptions"

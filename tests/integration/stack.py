@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -49,6 +50,7 @@ class Stack:
     schedulers: list[Process] = field(default_factory=list)
     scheduler_ports: list[int] = field(default_factory=list)
     ingresses: list[Ingress] = field(default_factory=list)
+    mirrors: list[Process] = field(default_factory=list)
     exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -87,6 +89,12 @@ class Stack:
         port = free_port()
         self.schedulers.append(self._service("scheduler", *flags, admin_port=port))
         self.scheduler_ports.append(port)
+
+    def start_mirror(self, config: Path, *flags: str) -> int:
+        """One more mirror, which reads `config`; its admin port."""
+        port = free_port()
+        self.mirrors.append(self._service("mirror", "--mirror-config", str(config), *flags, admin_port=port))
+        return port
 
     def start_ingress(self, *flags: str) -> Ingress:
         """One more ingress."""

@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
+from penstock.cli import docs
 from penstock.cli.tap import Tap, TapSettings
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.event_log import EventWriter
@@ -22,6 +23,11 @@ def settings(*argv: str) -> TapSettings:
 
 def placement(number: int, model: str = "m") -> PlacementEvent:
     return PlacementEvent(f"d{number}", f"req-{number}", model, "sim-1", "random", "r1")
+
+
+@pytest.mark.parametrize("kind", docs.EVENTS)
+def test_every_type_of_event_can_be_asked_for(kind: str) -> None:
+    assert settings("--type", kind).type == kind
 
 
 class Log:

@@ -116,6 +116,19 @@ def error(answer: tuple[int, Any]) -> tuple[int, str, str | None]:
     return status, body["error"]["code"], body["error"]["param"]
 
 
+async def test_the_mirror_configuration_is_one_document_that_is_checked() -> None:
+    path = "/admin/api/mirror"
+    async with running() as lab:
+        assert error(await lab.ask("GET", path)) == (404, "not_found", "name")
+        assert error(await lab.ask("PUT", path, {"Ratio": 101}))[:2] == (400, "invalid_request")
+        assert error(await lab.ask("PUT", path, {"Target": "ftp://a"}))[:2] == (400, "invalid_request")
+        wanted = {"Enable": True, "Target": "http://a", "Ratio": 5.0, "Authorization": "Bearer a"}
+        status, shown = await lab.ask("PUT", path, wanted)
+        assert (status, shown["value"], shown["origin"]) == (201, wanted, "admin")
+        assert (await lab.ask("GET", path))[1] == shown
+        assert (await lab.ask("DELETE", path))[0] == 200
+
+
 # -- who may ask ------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, InferenceRequest, parse, usage_in
+from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, InferenceRequest, parse
 
 CHAT = b"/v1/chat/completions"
 TRANSCRIPTION = b"/v1/audio/transcriptions"
@@ -259,33 +259,3 @@ def test_a_form_without_a_usable_model_is_refused(content_type: str, body: bytes
 def test_a_hostile_form_of_4_mib_is_refused_at_once(body: bytes) -> None:
     # Each takes a few ms; a pattern over the whole body takes minutes for the first.
     refused(TRANSCRIPTION, body, FORM)
-
-
-# -- usage ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("tail", "usage"),
-    [
-        (b"", (0, 0, 0)),
-        (b'data: {"usage":null}\n\ndata: [DONE]\n\n', (0, 0, 0)),
-        (b'{"usage":{"prompt_tokens":5,"total_tokens":12,"completion_tokens":7}}', (5, 7, 0)),
-        (b'{"usage": {"prompt_tokens": 5, "completion_tokens" : 0}}', (5, 0, 0)),
-        (
-            b'"usage":{"prompt_tokens":50,"prompt_tokens_details":{"cached_tokens":48},"completion_tokens":7}',
-            (50, 7, 48),
-        ),
-        (
-            b'"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":1},"output_tokens":2}',
-            (9, 2, 1),
-        ),
-        (b'data: {"usage":{"prompt_tokens":1}}\n\ndata: {"usage":{"prompt_tokens":3}}\n\n', (3, 0, 0)),
-        (b'{"prompt_tokens":5,"completion_tokens":7}', (0, 0, 0)),
-        (b'"content":"my \\"usage\\": {\\"prompt_tokens\\":5}"', (0, 0, 0)),
-        (b'_tokens":5,"completion_tokens":7},"usage', (0, 0, 0)),
-        (b'"usage":{"prompt_tokens":-5,"completion_tokens":"7"}', (0, 0, 0)),
-        (b'"usage":{"prompt_tokens":' + b"9" * 1000, (999_999_999_999, 0, 0)),
-    ],
-)
-def test_usage_is_read_from_the_end_of_a_response(tail: bytes, usage: tuple[int, int, int]) -> None:
-    assert usage_in(tail) == usage

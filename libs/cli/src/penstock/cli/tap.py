@@ -32,6 +32,10 @@ PROG = "penstock tap"
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])")
 
+EventType = Literal[
+    "placement", "rejection", "outcome", "instance", "degraded", "config", "mirrored", "comparison"
+]
+
 with warnings.catch_warnings():
     # pydantic warns that `json` hides a deprecated method of its base, which nothing calls.
     warnings.simplefilter("ignore", UserWarning)
@@ -40,9 +44,7 @@ with warnings.catch_warnings():
         """Follow the routing events: placements, rejections, outcomes, and what happens to the fleet."""
 
         model: str = Field("", description="only events of this model")
-        type: Literal["placement", "rejection", "outcome", "instance", "degraded"] | None = Field(
-            None, description="only placement, rejection, outcome, instance or degraded events"
-        )
+        type: EventType | None = Field(None, description="only events of this type")
         since: float | None = Field(
             None, description="start with the events of this long ago, as in 30s, 10m, 2h or 1d"
         )

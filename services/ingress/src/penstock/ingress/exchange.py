@@ -7,6 +7,7 @@ from enum import Enum
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt, Failure
+from penstock.ingress.capture import Copied
 from penstock.ingress.failures import REJECTIONS, GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
@@ -41,6 +42,7 @@ class Exchange:
     policy = error = ""
     placed_at = 0.0
     stream = False
+    copied: Copied | None = None
     retries = free_moves = status = 0
     _paused = _stale = False
 
@@ -73,6 +75,8 @@ class Exchange:
         except GatewayError as exc:
             self._fail(exc, Outcome.REJECTED)
             return
+        if gateway.capture is not None:
+            self.copied = gateway.capture.copy(self.head, self._body, inference.model, self.request_id)
         self.decisions.append(self.request.decision_id)
         gateway.placer.submit(self)
 

@@ -28,6 +28,7 @@ from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
 
 if TYPE_CHECKING:
+    from penstock.ingress.capture import Capture
     from penstock.ingress.exchange import Exchange
     from penstock.ingress.outcomes import Outcome
     from penstock.ingress.placing import Placer
@@ -46,6 +47,8 @@ class Gateway:
     placer: Placer
     upstreams: Upstreams
     large_bodies: LargeBodies
+    # While requests are to be copied for the mirror.
+    capture: Capture | None = None
 
     def __init__(
         self,

@@ -35,7 +35,6 @@ _FIELD_NAME = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
-_USAGE = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,12})')
 # Without a tokenizer: English text and code run at about four bytes a token.
 BYTES_PER_TOKEN = 4
 
@@ -145,19 +144,3 @@ def _form_fields(delimiter: bytes, body: bytes | bytearray) -> dict[bytes, bytes
                 body[head_end + 4 : min(start, head_end + 4 + MAX_PART_VALUE_BYTES)]
             )
     return fields
-
-
-def usage_in(tail: bytes) -> tuple[int, int, int]:
-    """(prompt, completion, cached) tokens of the usage object near the end of a response; 0 if absent."""
-    start = tail.rfind(b'"usage"')
-    if start < 0:
-        return 0, 0, 0
-    prompt = completion = cached = 0
-    for of_prompt, of_completion, digits in _USAGE.findall(tail, start):
-        if of_prompt:
-            prompt = prompt or int(digits)
-        elif of_completion:
-            completion = completion or int(digits)
-        else:
-            cached = cached or int(digits)
-    return prompt, completion, cached

@@ -69,6 +69,8 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
     )
     gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
     gateway.access_log.add(event)
+    if exchange.copied is not None:
+        exchange.copied.ended(event, relay.tail() if relay is not None else b"")
 
 
 def _ms(start: float, end: float) -> float:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from penstock.common.response_tail import TAIL_BYTES, usage_in
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import LAST_CHUNK, ResponseHead
 from penstock.ingress.in_flight import Work
-from penstock.ingress.openai import usage_in
 from penstock.ingress.ports import Downstream
 from penstock.ingress.responses import client_head, last_event
 
 if TYPE_CHECKING:
     from penstock.ingress.gateway import Gateway
-
-# Enough for a usage object with every detail field, at the end of a response.
-TAIL_BYTES = 2048
 
 
 class RelayOwner(Protocol):
@@ -116,8 +113,12 @@ class Relay:
             self._downstream.write(event)
         return event
 
-    def usage(self) -> tuple[int, int, int]:
-        """(prompt, completion, cached) tokens as the response's end tells; 0 if it does not."""
+    def tail(self) -> bytes:
+        """The end of what came."""
         last = self._last
         tail = last if len(last) >= TAIL_BYTES else self._previous[-TAIL_BYTES:] + last
-        return usage_in(tail[-TAIL_BYTES:])
+        return tail[-TAIL_BYTES:]
+
+    def usage(self) -> tuple[int, int, int]:
+        """(prompt, completion, cached) tokens as the response's end tells; 0 if it does not."""
+        return usage_in(self.tail())

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from penstock.common.bus import Bus, Listing, Lost
+from penstock.common.config_keeping import follow_config
 from penstock.common.errors import MessageTooLarge
 from penstock.common.instances import InstanceTable, expose
 from penstock.common.lifecycle import Lifecycle
+from penstock.common.live_config import MIRROR, Changed, LiveConfig
 from penstock.common.messages import LoadReport
+from penstock.common.mirroring import NAME, BadMirrorConfig, of_document
 from penstock.common.subjects import HEARTBEAT, INSTANCES, LOAD
 from penstock.common.telemetry import Metrics
+from penstock.ingress.capture import Capture
 from penstock.ingress.exchange import Exchange
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
@@ -73,6 +77,18 @@ class IngressService:
                 self._log_table(table, cause)
             if was_known and table.lost is not was_lost:
                 self._gateway.degraded("registry", table.lost, cause)
+
+    async def follow_config(self, live: LiveConfig, capture: Capture) -> None:
+        """Keep up with the live configuration."""
+
+        def apply(changed: Changed) -> None:
+            try:
+                capture.config = of_document(live.get(MIRROR, NAME))
+            except BadMirrorConfig as exc:
+                log.error("the live mirror configuration is not valid, the last good one stays: %s", exc)
+            self._gateway.capture = capture if capture.config.active else None
+
+        await follow_config(self._bus, live, apply)
 
     def _log_table(self, table: InstanceTable, lost: str) -> None:
         taking = sum(instance.takes_work for instance in table.instances())

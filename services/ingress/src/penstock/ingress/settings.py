@@ -78,6 +78,9 @@ class IngressSettings(EngineTlsSettings, ServiceSettings):
         60.0, gt=0, le=3600, description="seconds an unused connection to an instance is kept"
     )
 
+    mirror_forward_credentials: bool = Field(
+        False, description="leave clients' credentials in the copies that the mirror sends on"
+    )
     block_bytes: int = Field(
         256,
         ge=16,

@@ -19,6 +19,7 @@ from penstock.common.adapters.host import Host
 from penstock.common.identity import new_identity
 from penstock.common.instances import InstanceTable
 from penstock.common.lifecycle import run_service
+from penstock.common.live_config import LiveConfig
 from penstock.common.telemetry import FamilySnapshot
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
@@ -28,6 +29,7 @@ from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.listening import listening_socket
+from penstock.ingress.capture import Capture
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Setup
@@ -99,6 +101,14 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     )
     if start.ended:
         gateway.degraded("worker", False, start.ended)
+    capture = Capture(
+        host.bus,
+        host.events,
+        host.identity,
+        host.metrics,
+        forward_credentials=settings.mirror_forward_credentials,
+    )
+    live = LiveConfig()
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
@@ -133,6 +143,8 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         ("load-report", service.report()),
         ("sweep", service.sweep((server, upstreams), time.monotonic)),
         ("large-bodies", large_bodies.run()),
+        ("live-config", service.follow_config(live, capture)),
+        ("mirror-copies", capture.run()),
         ("parent", answer_parent()),
     ):
         host.lifecycle.add_loop(name, loop)

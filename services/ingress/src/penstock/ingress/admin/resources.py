@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from penstock.common.live_config import MIRROR
+from penstock.common.mirroring import MirrorConfig
+
 
 @dataclass(frozen=True)
 class Resource:
@@ -24,4 +27,6 @@ class Resource:
     singleton: bool = False
 
 
-RESOURCES: tuple[Resource, ...] = ()
+RESOURCES: tuple[Resource, ...] = (
+    Resource("mirror", MIRROR, MirrorConfig, "mirror configuration", singleton=True),
+)

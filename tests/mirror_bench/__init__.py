@@ -1,0 +1,1 @@
+"""What clients notice of the mirror, measured."""
