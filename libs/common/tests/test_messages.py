@@ -16,7 +16,7 @@ from penstock.common import messages
 from penstock.common.codec import DecodeError, decode, decode_record, encode, encode_record
 from penstock.common.messages import CompleteMarker, ScheduleBatch, ScheduleRequest
 from penstock.common.model import Instance
-from penstock.common.subjects import DISCOVER, SCHEDULE, SNAPSHOT, SUBJECTS
+from penstock.common.subjects import DISCOVER, EXPLAIN, SCHEDULE, SNAPSHOT, SUBJECTS
 
 Kind = type[msgspec.Struct]
 
@@ -26,6 +26,7 @@ ON_THE_WIRE: tuple[Kind, ...] = (
     SCHEDULE.reply,
     SNAPSHOT.reply,
     DISCOVER.reply,
+    EXPLAIN.reply,
 )
 RECORDS: tuple[Kind, ...] = (Instance, CompleteMarker)
 

@@ -18,6 +18,8 @@ MAX_BLOCKS = 2048
 MAX_REPORT_ENTRIES = 4096
 MAX_REPORT_SPEEDS = 256
 MAX_WRITERS = 256
+# Of an answer to what is asked about decisions, and of the decisions in it.
+MAX_EXPLANATION_BYTES, MAX_EXPLAINED = 512 * 1024, 16
 # Of one piece of a snapshot. Masks are bits over the piece's own list of instances.
 MAX_PIECE_BLOCKS = 4096
 MAX_PIECE_INSTANCES = 4096
@@ -280,6 +282,23 @@ class Heartbeat(msgspec.Struct, frozen=True):
     incarnation: ShortName
     ready: bool
     version: ShortName = ""
+
+
+class ExplainRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Which decisions were made for a request, or what was decided under this id?"""
+
+    name: Name
+
+
+class ExplainReply(msgspec.Struct, frozen=True, array_like=True):
+    """Each of `decisions` is JSON, a penstock.common.routing_events.Explained; a replica that knows none does
+    not answer."""
+
+    replica: ShortName
+    decisions: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_EXPLANATION_BYTES)], ...],
+        msgspec.Meta(max_length=MAX_EXPLAINED),
+    ] = ()
 
 
 class CompleteMarker(msgspec.Struct, frozen=True):

@@ -28,6 +28,8 @@ from penstock.common.subjects import (
     COPIES,
     DISCOVER,
     EVENTS,
+    EXPLAIN,
+    EXPLAIN_NOW,
     HEARTBEAT,
     INSTANCES,
     LOAD,
@@ -110,7 +112,7 @@ SERVICES: Mapping[str, Grant] = {
         (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern, DISCOVER.request.pattern),
         (HEARTBEAT.name("scheduler"),),
     )
-    + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern)),
+    + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern, EXPLAIN.request.pattern, EXPLAIN_NOW.request.pattern)),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION)
     + _watching(INSTANCES)
     + _watching(CONFIG)
@@ -121,10 +123,18 @@ SERVICES: Mapping[str, Grant] = {
             *(f"{_INBOX}.{service}.{_ANSWERS}" for service in ("ingress", "scheduler")),
         ),
         (
-            f"{SCHEDULE.request.pattern} {SCHEDULE.request.queue_group}",
+            *(f"{one.request.pattern} {one.request.queue_group}" for one in (SCHEDULE, EXPLAIN_NOW)),
             *(
                 subject.pattern
-                for subject in (SCHEDULE_BY.request, SNAPSHOT.request, PLACED, LOAD, STATUS, HEARTBEAT)
+                for subject in (
+                    SCHEDULE_BY.request,
+                    SNAPSHOT.request,
+                    EXPLAIN.request,
+                    PLACED,
+                    LOAD,
+                    STATUS,
+                    HEARTBEAT,
+                )
             ),
         ),
     ),

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
+from penstock.common.messages import ScheduleRequest
+from penstock.common.model import Instance
+
 PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
     "placement",
     "rejection",
@@ -19,13 +22,50 @@ PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
 MIRRORED, COMPARISON = "mirrored", "comparison"
 
 
-class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One of the best candidates of a decision and what spoke for it."""
+class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """One of the best candidates of a decision and what spoke for it: `terms` are its scores, 0..1, by
+    scorer; weighted by the event's `weights` and summed up they are `score`."""
 
     instance: str
     score: float
     in_flight: int = 0
     matched_blocks: int = 0
+    terms: dict[str, float] = {}
+
+
+class ViewAge(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How old a replica's knowledge was at a decision, in ms; -1 for never heard. `registry_ms` is 0 while
+    the watch vouches for it; `load_ms` is that of the ingress silent for longest, `engine_ms` that of the
+    oldest engine status; `feed_ms` since a sibling's placements came last, of which `behind` are known missing."""
+
+    registry_ms: float = 0.0
+    load_ms: float = -1.0
+    engine_ms: float = -1.0
+    feed_ms: float = -1.0
+    behind: int = 0
+
+
+class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All that a choice among candidates followed from; re-computed, it gives the same one, bit for bit.
+
+    `request` is without user and session, for which `session_seed` stands. `policy` is the one that decided,
+    `thresholds` what it was built with. `instances` are the candidates that the filters left, in order;
+    `numbers` are little-endian f64 arrays aligned with them, by name in the scheduler's Loads; `steps` are
+    pairs of leading blocks and the candidates that hold so many, as little-endian bits. `records` are there
+    for policies of the operator's own, which may read them.
+    """
+
+    request: ScheduleRequest
+    policy: str
+    seed: int
+    turn: int
+    replicas: int
+    session_seed: int = 0
+    thresholds: dict[str, int | float] = {}
+    instances: list[str] = []
+    numbers: dict[str, bytes] = {}
+    steps: list[tuple[int, bytes]] = []
+    records: list[Instance] = []
 
 
 class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,6 +85,10 @@ class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     candidates: list[CandidateTerms] = []
     excluded: dict[str, int] = {}
     seed: int = 0
+    weights: dict[str, float] = {}
+    view: ViewAge | None = None
+    fault: str = ""
+    inputs: Inputs | None = None
 
 
 class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,6 +102,19 @@ class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     ingress: str = ""
     message: str = ""
     excluded: dict[str, int] = {}
+    policy: str = ""
+    seed: int = 0
+    view: ViewAge | None = None
+    inputs: Inputs | None = None
+
+
+class Explained(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A decision as its replica tells it when asked: one of the two, with every candidate; and whether the
+    same came out when it was made again, in words."""
+
+    recomputed: str
+    placement: PlacementEvent | None = None
+    rejection: RejectionEvent | None = None
 
 
 class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):

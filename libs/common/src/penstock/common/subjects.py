@@ -121,6 +121,16 @@ DISCOVER = Service(
     Subject(f"{_ROOT}.discover", messages.DiscoverRequest, max_bytes=4 * KIB, pending_messages=64),
     messages.DiscoverReply,
 )
+# Asked of every replica: the one that decided it answers.
+EXPLAIN = Service(
+    Subject(f"{_ROOT}.explain.*", messages.ExplainRequest, max_bytes=4 * KIB, pending_messages=64),
+    messages.ExplainReply,
+)
+# Where a request would go now; nothing is placed.
+EXPLAIN_NOW = Service(
+    Subject(f"{_ROOT}.explain-now.*", messages.ScheduleRequest, queue_group="scheduler", pending_messages=64),
+    messages.ExplainReply,
+)
 PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
@@ -163,7 +173,8 @@ COPIES = Stream(
     storage="memory",
 )
 
-_ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.request
+_EXPLAINED = EXPLAIN.request, EXPLAIN_NOW.request
+_ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.request, *_EXPLAINED
 _MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)

@@ -9,6 +9,7 @@ import numpy as np
 
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import InstanceId
+from penstock.scheduler.draws import seed_of
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.pool import Floats, Kept
 
@@ -28,6 +29,14 @@ class Case(msgspec.Struct, frozen=True, gc=False):
     seed: int
     turn: int = 0
     replicas: int = 1
+    # Stands for the request's session where that is not told; 0: see `session_key`.
+    session_seed: int = 0
+
+    @property
+    def session_key(self) -> int:
+        """64 bits that stand for the session, 0 without one."""
+        session = self.request.session
+        return self.session_seed or (seed_of(session) if session else 0)
 
 
 class Candidates:

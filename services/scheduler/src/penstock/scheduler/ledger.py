@@ -11,6 +11,7 @@ older reports and for placements.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 
 import msgspec
@@ -98,6 +99,11 @@ class InFlightLedger:
     def dirty(self) -> int:
         """Ingresses of which a report is missing that no snapshot has made good."""
         return sum(source.missing > 0 for source in self._ingresses.values())
+
+    def silent_s(self, now: float) -> float:
+        """How long ago the ingress that is silent for longest was heard, inf without one."""
+        heard = (source.heard_at for source in self._ingresses.values())
+        return self._moment(now) - min(heard, default=-math.inf)
 
     # Applying
 

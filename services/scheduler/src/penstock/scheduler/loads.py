@@ -13,7 +13,7 @@ Every feature has a maximum age and a fallback:
 from __future__ import annotations
 
 import math
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from typing import cast
 
 import numpy as np
@@ -130,6 +130,10 @@ class Loads:
             self._cells = _Cells(self)
         for name in self.NAMES:
             getattr(self, name)[slot] = self._START.get(name, 0.0)
+
+    def copies(self, names: Sequence[str]) -> list[bytes]:
+        """Arrays as they stand, little-endian f64 by slot."""
+        return [getattr(self, name).tobytes() for name in names]
 
     def take(self, slot: int, requests: int, tokens: int, pending: int) -> None:
         """In flight on a slot, absolute."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -21,8 +23,8 @@ from penstock.scheduler.policies.filters import (
 )
 from penstock.scheduler.policies.pickers import Picker
 from penstock.scheduler.policies.scorers import Scorer
+from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.pool import Floats, Kept, Pool, whole
-from penstock.scheduler.prefix_index import PrefixIndex
 
 # Owners come from a request header: past so many, what was worked out for them goes.
 MAX_STANDING = 256
@@ -41,6 +43,27 @@ class Profile:
     by_prefix: bool = False
     # In metrics, whose labels clients must not multiply; empty: `name`.
     label: str = ""
+    # What the log calls the scorers, one by one.
+    names: tuple[str, ...] = ()
+    # What the policy was built with.
+    thresholds: Thresholds = Thresholds()  # noqa: RUF009  # frozen
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The scorers' weights by name."""
+        weights = (weight for _, weight in self.scorers)
+        return dict(zip(self.names, weights, strict=True))
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """What of Loads a decision cannot be computed again without; `requests` is for its readers."""
+        names = (name for scorer, _ in self.scorers for name in scorer.reads)
+        return tuple(dict.fromkeys(("requests", *names)))
+
+    @cached_property
+    def arrays(self) -> tuple[str, ...]:
+        """`reads` without the instances' records."""
+        return tuple(name for name in self.reads if name in Loads.NAMES)
 
     def candidates(self, case: Case, pool: Pool, loads: Loads) -> Candidates:
         """Whom the filters leave."""
@@ -59,18 +82,32 @@ class Profile:
 
     def scores(self, case: Case, candidates: Candidates) -> Floats:
         """The weighted sum, aligned with the candidates."""
+        return self.parts(case, candidates)[0]
+
+    def parts(self, case: Case, candidates: Candidates) -> tuple[Floats, list[Floats]]:
+        """(weighted sum, each scorer's scores); of a single scorer of weight 1 both are the same array."""
         if not self.scorers:
-            return np.zeros(len(candidates))
+            return np.zeros(len(candidates)), []
         scorer, weight = self.scorers[0]
         total = scorer.score(case, candidates)
-        if weight != 1.0:
-            total *= weight
+        parts = [total]
+        if weight != 1.0 or len(self.scorers) > 1:
+            total = total * weight
         for scorer, weight in self.scorers[1:]:
-            total += scorer.score(case, candidates) * weight
-        return total
+            part = scorer.score(case, candidates)
+            parts.append(part)
+            total += part * weight
+        return total, parts
 
 
-def look_up(case: Case, candidates: Candidates, index: PrefixIndex) -> None:
+class Index(Protocol):
+    """What is asked of a prefix index."""
+
+    def match(self, hashes: Sequence[int], candidates: int) -> Sequence[tuple[int, int]]:
+        """See PrefixIndex."""
+
+
+def look_up(case: Case, candidates: Candidates, index: Index) -> None:
     """Let the candidates know what each holds of the prompt."""
     if case.hashes:
         candidates.steps = index.match(case.hashes, candidates.kept.mask)

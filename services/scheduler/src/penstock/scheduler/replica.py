@@ -16,6 +16,8 @@ from penstock.common.messages import (
     ScheduleBatch,
     ScheduleRequest,
 )
+from penstock.common.routing_events import ViewAge
+from penstock.scheduler.ages import Ages
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
 from penstock.scheduler.feed import Backlog, FeedReader, FeedWriter
@@ -54,6 +56,7 @@ class Replica:
         self._writer, self._reader = FeedWriter(own), FeedReader(own)
         self._ranked_for: tuple[str, ...] = ()
         self._backlog, self._holds = Backlog(), False
+        self._age = Ages()
         # Placements of siblings that never arrived: in all, and since a snapshot last made up for them.
         self.feed_missed = self.missing = 0
         self.giver = Giver(own, self.view, self.index, self._writer, self._reader)
@@ -74,6 +77,10 @@ class Replica:
             default=self._default,
             replicas=self.peers.replicas,
         )
+
+    def age(self, now: float) -> ViewAge:
+        """How old the knowledge behind a decision of `now` is."""
+        return self._age.of(self.ledger, self.view.loads, self.behind, now)
 
     def reserve(
         self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision, now: float
@@ -116,6 +123,7 @@ class Replica:
             self._follow(feed, now)
 
     def _follow(self, feed: PlacedFeed, now: float) -> None:
+        self._age.fed(now)
         missed = self._reader.missed(feed)
         self.feed_missed += missed
         self.missing += missed
@@ -167,6 +175,7 @@ class Replica:
 
     def registry(self, event: WatchEvent) -> tuple[list[str], list[str]] | None:
         """Follow the registry: (ids added, ids gone), None if no instance changed."""
+        self._age.registry(event)
         if not self.table.apply(event):
             return None
         added, gone = self.view.refresh(self.table, self._forget)

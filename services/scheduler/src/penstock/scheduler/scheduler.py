@@ -14,9 +14,9 @@ from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
 from penstock.scheduler.policies.filters import SATURATED, OwnedBy
-from penstock.scheduler.pool import Floats
+from penstock.scheduler.pool import Floats, Kept
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.profile import Profile, look_up
+from penstock.scheduler.profile import Index, Profile, look_up
 from penstock.scheduler.view import ClusterView
 
 # Candidates of a decision that the routing log shows.
@@ -30,9 +30,19 @@ SATURATED_RETRY_S = 1.0
 UNKNOWN = "unknown"
 
 
+class Basis(msgspec.Struct, frozen=True, gc=False):
+    """What a choice was made on; `steps` is the prefix index's answer. The numbers are the view's."""
+
+    case: Case
+    profile: Profile
+    kept: Kept
+    steps: Sequence[tuple[int, int]] = ()
+
+
 class Decision(msgspec.Struct, frozen=True):
     """What was decided and why. `policy` is its label in metrics; `slot` is -1 for a rejection; `terms` are
-    the best candidates, the chosen one first; `fault` is why the policy asked for did not decide."""
+    the best candidates, the chosen one first; `fault` is why the policy asked for did not decide; `basis` is
+    None if no instance was looked at."""
 
     outcome: Placement | Rejection
     policy: str
@@ -42,6 +52,7 @@ class Decision(msgspec.Struct, frozen=True):
     excluded: dict[str, int] = {}
     seed: int = 0
     fault: PolicyFault | None = None
+    basis: Basis | None = None
 
 
 def schedule(
@@ -74,11 +85,14 @@ def schedule(
     case = Case(request, unpack(request.block_hashes), seed_of(request.decision_id), pool.turn, replicas)
     candidates = profile.candidates(case, pool, view.loads)
     if not len(candidates):
-        return _none_left(request, profile, candidates)
+        decision = _none_left(request, profile, candidates)
+        return msgspec.structs.replace(decision, basis=Basis(case, profile, candidates.kept))
     try:
-        return _choose(case, candidates, index, profile)
+        return choose(case, candidates, index, profile)
     except PolicyFault as fault:
-        decision = _choose(case, candidates, index, catalog.fallback)
+        # What the policy that failed looked up is not the fallback's.
+        fresh = Candidates(candidates.kept, view.loads)
+        decision = choose(case, fresh, index, catalog.fallback)
         return msgspec.structs.replace(decision, fault=fault)
 
 
@@ -91,14 +105,19 @@ def unpack(packed: bytes) -> list[int]:
     return (np.frombuffer(packed, dtype="<u8") >> _DROPPED_BITS).tolist() if packed else []
 
 
-def _choose(case: Case, candidates: Candidates, index: PrefixIndex, profile: Profile) -> Decision:
+def choose(
+    case: Case, candidates: Candidates, index: Index, profile: Profile, shown: int = SHOWN
+) -> Decision:
+    """The choice among the candidates that the filters left, of which there is at least one, with the terms
+    of `shown` of them. Raises PolicyFault."""
     if profile.by_prefix:
         look_up(case, candidates, index)
-    scores = profile.scores(case, candidates)
+    scores, parts = profile.parts(case, candidates)
     chosen = profile.picker.pick(case, candidates, scores)
     slot = candidates.kept.slots.item(chosen)
     if profile.by_prefix:
-        matched = int(candidates.matched.item(chosen)) if candidates.steps else 0
+        steps = candidates.steps
+        matched = int(candidates.matched.item(chosen)) if steps else 0
     else:
         steps = index.match(case.hashes, 1 << slot)
         matched = steps[-1][0] if steps else 0
@@ -106,20 +125,26 @@ def _choose(case: Case, candidates: Candidates, index: PrefixIndex, profile: Pro
     tokens = matched * request.prompt_tokens // len(hashes) if matched else 0
     # In the order of their fields: by name they cost three times as much.
     placement = Placement(request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens)
-    terms = _terms(candidates, scores, chosen, matched)
-    label = profile.label or profile.name
-    return Decision(placement, label, slot, hashes, terms, candidates.kept.excluded, case.seed)
+    terms = _terms(candidates, scores, dict(zip(profile.names, parts, strict=True)), chosen, matched, shown)
+    label, kept = profile.label or profile.name, candidates.kept
+    basis = Basis(case, profile, kept, steps)
+    return Decision(placement, label, slot, hashes, terms, kept.excluded, case.seed, None, basis)
 
 
-def _terms(candidates: Candidates, scores: Floats, chosen: int, matched: int) -> list[CandidateTerms]:
+def _terms(
+    candidates: Candidates, scores: Floats, parts: dict[str, Floats], chosen: int, matched: int, shown: int
+) -> list[CandidateTerms]:
     """The chosen one, then the best others. `scores` is used up."""
     requests, slots = candidates.loads.requests, candidates.kept.slots
     lengths = candidates.matched if candidates.steps else None
     terms = []
     position, blocks = chosen, matched
-    for _ in range(min(SHOWN, len(scores))):
+    for _ in range(min(shown, len(scores))):
         in_flight = int(requests.item(slots.item(position)))
-        terms.append(CandidateTerms(candidates.id(position), scores.item(position), in_flight, blocks))
+        values = {name: part.item(position) for name, part in parts.items()}
+        terms.append(
+            CandidateTerms(candidates.id(position), scores.item(position), in_flight, blocks, values)
+        )
         scores[position] = -1.0
         position = int(scores.argmax())
         blocks = int(lengths.item(position)) if lengths is not None else 0

@@ -40,6 +40,7 @@ from penstock.common.subjects import (
 )
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.absences import LOGGED_IDS, Absences
+from penstock.scheduler.explaining import Explaining
 from penstock.scheduler.faults import PolicyFaults
 from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.intake import Intake
@@ -90,6 +91,8 @@ class SchedulerService:
             settings.failover_domain_label,
         )
         self._teller = Teller(own, events)
+        custom = settings.custom_policies
+        self._explaining = Explaining(own, self.replica, settings.explain, custom)
         self._absences = Absences(self._teller, self.replica.table, self.replica.peers)
         self._instruments = Instruments(metrics, self.replica, clock)
         self._faults = PolicyFaults(self._teller, self._instruments.policy_faults)
@@ -114,6 +117,7 @@ class SchedulerService:
         await self._bus.subscribe(STATUS, self._on_status)
         await self._bus.subscribe(HEARTBEAT, self._on_heartbeat)
         await self._bus.serve(SNAPSHOT, self._on_snapshot, DEFAULT_SHARD, self._own.id)
+        await self._explaining.serve(self._bus, self._clock, lambda: self._intake.open)
         self._lifecycle.add_loop("instances", self._watch_instances())
         self._lifecycle.add_loop("housekeeping", self._keep_house())
         self._lifecycle.add_loop("warming", self._keep_warm())
@@ -135,10 +139,12 @@ class SchedulerService:
         for request in batch.requests:
             started = self._clock()
             decision = self.replica.decide(request, started)
+            view = self.replica.age(started)
+            inputs = self._explaining.keep(batch, request, decision, view, started)
             if (one := self.replica.reserve(batch, request, decision, started)) is not None:
                 placed.append(one)
             outcomes.append(decision.outcome)
-            self._teller.decision(batch, request, decision)
+            self._teller.decision(batch, request, decision, view, inputs)
             if decision.fault is not None:
                 self._faults.failed(decision.fault, started)
             self._instruments.decided(decision, self._clock() - started)

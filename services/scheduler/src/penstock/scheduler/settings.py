@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,12 @@ class SchedulerSettings(ServiceSettings):
         le=60_000,
         description="milliseconds that the event loop may be late; three times in a row above it, requests "
         "are left to the other replicas until it has kept within half of it for 2 s; 0: never",
+    )
+    explain: Literal["sampled", "full", "off"] = Field(
+        "sampled",
+        description="decisions whose event holds their full inputs, so that they can be made again: one in a "
+        "hundred, and of rejections and fallbacks up to 50 a second (sampled), or all (full); off: none, and "
+        "the last 10,000 are not kept in the replica either",
     )
     imbalance_requests: float = Field(
         16.0,

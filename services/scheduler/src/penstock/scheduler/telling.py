@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
-from penstock.common.messages import Placement, ScheduleBatch, ScheduleRequest
+from penstock.common.messages import Placement, Rejection, ScheduleBatch, ScheduleRequest
 from penstock.common.routing_events import (
     DEGRADED,
     PLACEMENT,
     REJECTION,
+    CandidateTerms,
     DegradedEvent,
+    Inputs,
     PlacementEvent,
     RejectionEvent,
+    ViewAge,
 )
-from penstock.scheduler.scheduler import Decision
+from penstock.scheduler.scheduler import HASH_BYTES, Decision
 
 log = logging.getLogger(__name__)
 
@@ -26,43 +31,92 @@ class Teller:
     def __init__(self, own: Identity, events: EventWriter) -> None:
         self._own, self._events = own, events
 
-    def decision(self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision) -> None:
-        """A placement or a rejection."""
-        outcome = decision.outcome
-        if isinstance(outcome, Placement):
-            # In the order of its fields: by name they cost three times as much.
-            placement = PlacementEvent(
-                outcome.decision_id,
-                request.request_id,
-                request.model,
-                outcome.instance,
-                outcome.policy,
-                self._own.id,
-                batch.ingress,
-                outcome.prefill_instance,
-                request.prompt_tokens,
-                outcome.matched_blocks,
-                len(decision.hashes),
-                decision.terms,
-                decision.excluded,
-                decision.seed,
-            )
-            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
-            return
-        rejection = RejectionEvent(
-            decision_id=outcome.decision_id,
-            request_id=request.request_id,
-            model=request.model,
-            reason=outcome.reason.value,
-            replica=self._own.id,
-            ingress=batch.ingress,
-            message=outcome.message,
-            excluded=decision.excluded,
+    def decision(
+        self,
+        batch: ScheduleBatch,
+        request: ScheduleRequest,
+        decision: Decision,
+        view: ViewAge,
+        inputs: Inputs | None = None,
+    ) -> None:
+        """A placement or a rejection; `inputs` if they are to be in the log."""
+        basis, fault = decision.basis, decision.fault
+        # In the order of their fields: by name they cost three times as much.
+        why = Reasons(
+            decision.policy,
+            decision.terms,
+            decision.excluded,
+            decision.seed,
+            basis.profile.weights if basis is not None else {},
+            view,
+            str(fault) if fault is not None else "",
+            inputs,
         )
-        self._events.emit(REJECTION, request.model, request.request_id, rejection)
+        placement, rejection = event_of(self._own.id, batch.ingress, request, decision.outcome, why)
+        if placement is not None:
+            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
+        elif rejection is not None:
+            self._events.emit(REJECTION, request.model, request.request_id, rejection)
 
     def degraded(self, what: str, active: bool, cause: str, text: str, level: int = logging.WARNING) -> None:
         """`what` is missing and worked around from here on (`active`), or no longer; the log says `text`."""
         log.log(level, text, extra={"fields": {"cause": cause}})
         event = DegradedEvent(self._own.service, self._own.id, what, active, cause)
         self._events.emit(DEGRADED, "", self._own.service, event)
+
+
+class Reasons(msgspec.Struct, frozen=True, gc=False):
+    """Why a decision was made, as its event says it."""
+
+    policy: str
+    terms: list[CandidateTerms]
+    excluded: dict[str, int]
+    seed: int
+    weights: dict[str, float]
+    view: ViewAge
+    fault: str = ""
+    inputs: Inputs | None = None
+
+
+def event_of(
+    replica: str, ingress: str, request: ScheduleRequest, outcome: Placement | Rejection, why: Reasons
+) -> tuple[PlacementEvent | None, RejectionEvent | None]:
+    """The event of a decision, of the one type or the other."""
+    if isinstance(outcome, Placement):
+        # In the order of their fields.
+        placement = PlacementEvent(
+            outcome.decision_id,
+            request.request_id,
+            request.model,
+            outcome.instance,
+            outcome.policy,
+            replica,
+            ingress,
+            outcome.prefill_instance,
+            request.prompt_tokens,
+            outcome.matched_blocks,
+            len(request.block_hashes) // HASH_BYTES,
+            why.terms,
+            why.excluded,
+            why.seed,
+            why.weights,
+            why.view,
+            why.fault,
+            why.inputs,
+        )
+        return placement, None
+    rejection = RejectionEvent(
+        decision_id=outcome.decision_id,
+        request_id=request.request_id,
+        model=request.model,
+        reason=outcome.reason.value,
+        replica=replica,
+        ingress=ingress,
+        message=outcome.message,
+        excluded=why.excluded,
+        policy=why.policy,
+        seed=why.seed,
+        view=why.view,
+        inputs=why.inputs,
+    )
+    return None, rejection

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 from penstock.scheduler.policies.custom import Custom, Policy
 from penstock.scheduler.policies.filters import NotExcluded, NotSaturated
@@ -35,6 +36,7 @@ class Catalog:
     """The policies there are: the closed table, and the operator's own."""
 
     def __init__(self, thresholds: Thresholds, custom: Mapping[str, Policy] | None = None) -> None:
+        self._thresholds = thresholds
         self._strategies = {name: make(thresholds) for name, make in STRATEGIES.items()}
         for name, policy in (custom or {}).items():
             scorers = ((Custom(name, policy), 1.0),)
@@ -69,7 +71,15 @@ class Catalog:
         if len(members) == 1:
             ((name, _),) = members
             one = self._strategies[name]
-            return Profile(name, one.picker, one.scorers, self._filters, by_prefix=one.by_prefix)
+            return Profile(
+                name,
+                one.picker,
+                one.scorers,
+                self._filters,
+                by_prefix=one.by_prefix,
+                names=tuple(scorer.name for scorer, _ in one.scorers),
+                thresholds=self._thresholds,
+            )
         total = sum(coefficient for _, coefficient in members)
         scorers = []
         for name, coefficient in members:
@@ -81,7 +91,16 @@ class Catalog:
         by_prefix = any(scorer.measure.by_prefix for scorer, _ in scorers)
         picker = Best(0.02, by_block=by_prefix)
         name = ",".join(f"{name}:{coefficient}" for name, coefficient in members)
-        return Profile(name, picker, tuple(scorers), self._filters, by_prefix=by_prefix, label=WEIGHTED)
+        return Profile(
+            name,
+            picker,
+            tuple(scorers),
+            self._filters,
+            by_prefix=by_prefix,
+            label=WEIGHTED,
+            names=tuple(_distinct(name for name, _ in members)),
+            thresholds=self._thresholds,
+        )
 
     def _parse(self, text: str) -> list[tuple[str, int]]:
         """(name, coefficient above 0) of each entry."""
@@ -114,3 +133,11 @@ class Catalog:
                 f"got {digits[:_QUOTED]!r}; as in prefix-cache:6,least-request:1"
             )
         return name, int(digits)
+
+
+def _distinct(names: Iterable[str]) -> Iterator[str]:
+    """`a`, `a#2` of a list that has an entry twice."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"

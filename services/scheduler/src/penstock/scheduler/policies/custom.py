@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,6 +17,9 @@ from penstock.common.model import Instance
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.pool import Floats
+
+# Stands among the arrays that a policy reads for the instances' records.
+RECORDS = "records"
 
 
 class PolicyFault(Exception):
@@ -103,6 +107,10 @@ class Custom:
 
     name: str
     policy: Policy
+    reads: ClassVar[tuple[str, ...]] = (
+        *("requests", "tokens", "pending", "kv_used", "ms_per_token", "tpot_ms", "wait_ms"),
+        RECORDS,
+    )
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         try:

@@ -1,18 +1,19 @@
 """Measures: one number per candidate in a unit of its own, the lower the better, never NaN or negative.
 
 `small` is a difference that decides little: scores are ratios of (small + number). `by_prefix` says that the
-prefix index is asked first.
+prefix index is asked first; `reads` names the arrays of Loads that are read, without which a decision cannot
+be computed again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from penstock.scheduler.candidates import Candidates, Case
-from penstock.scheduler.draws import rendezvous, seed_of
+from penstock.scheduler.draws import rendezvous
 from penstock.scheduler.pool import Floats
 
 
@@ -25,6 +26,9 @@ class Measure(Protocol):
     @property
     def by_prefix(self) -> bool: ...
 
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
     def of(self, case: Case, candidates: Candidates) -> Floats:
         """A number for each."""
 
@@ -35,6 +39,7 @@ class Requests:
 
     small: float = 1.0
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("queued",)
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         return candidates.requests.copy()
@@ -53,6 +58,7 @@ class ExpectedTtft:
 
     small: float = 100.0
     by_prefix: bool = True
+    reads: ClassVar[tuple[str, ...]] = ("ms_per_token", "wait_ms")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
@@ -75,6 +81,7 @@ class UnmatchedBlocks:
 
     small: float = 1.0
     by_prefix: bool = True
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         return len(case.hashes) - candidates.matched
@@ -90,6 +97,7 @@ class Served:
 
     small: float = 1000.0
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("served", "tokens", "weight")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
@@ -107,6 +115,7 @@ class KvUse:
     projected: bool = False
     small: float = 0.05
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("kv_used", "pending", "kv_size")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
@@ -123,6 +132,7 @@ class PrefillAhead:
 
     small: float = 100.0
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("pending", "ms_per_token", "echo_ms")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
@@ -140,6 +150,15 @@ class Latency:
 
     small: float = 100.0
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = (
+        "ms_per_token",
+        "backlog_ms",
+        "requests",
+        "echo",
+        "usual",
+        "output_tokens",
+        "tpot_ms",
+    )
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
@@ -155,6 +174,7 @@ class BusyTime:
 
     small: float = 0.05
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("queued", "busy")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         requests = candidates.requests
@@ -172,11 +192,12 @@ class OtherSession:
 
     small: float = 0.1
     by_prefix: bool = False
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
-        session = case.request.session
+        session = case.session_key
         others = np.zeros(len(candidates))
         if session:
             others += 1.0
-            others[rendezvous(candidates.kept.keys, seed_of(session))] = 0.0
+            others[rendezvous(candidates.kept.keys, session)] = 0.0
         return others

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -13,7 +14,14 @@ from penstock.scheduler.pool import Floats
 
 
 class Scorer(Protocol):
-    """`score` returns an array of its own, aligned with the candidates, of which there is at least one."""
+    """`score` returns an array of its own, aligned with the candidates, of which there is at least one.
+    `name` is what the log calls it, `reads` the arrays of Loads that it reads."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         """A number in 0..1 for each."""
@@ -24,6 +32,9 @@ class FewestRequests:
     """(1 + fewest in-flight requests of any candidate) / (1 + in-flight requests), from the ledger: strictly
     falling, 1 for the least loaded, and a difference of a twentieth is as much at every load."""
 
+    name: ClassVar[str] = "fewest-requests"
+    reads: ClassVar[tuple[str, ...]] = ("queued",)
+
     def score(self, case: Case, candidates: Candidates) -> Floats:
         return (1.0 + candidates.least) / (1.0 + candidates.requests)
 
@@ -33,6 +44,16 @@ class Least:
     """(small + least) / (small + number), in the unit of the measure: 1 for the least, falling to 0."""
 
     measure: Measure
+
+    @property
+    def name(self) -> str:
+        """The measure's."""
+        return words(type(self.measure).__name__)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The measure's."""
+        return self.measure.reads
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         numbers = self.measure.of(case, candidates)
@@ -50,6 +71,16 @@ class Spread:
     """
 
     measure: Measure
+
+    @property
+    def name(self) -> str:
+        """The measure's."""
+        return words(type(self.measure).__name__)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The measure's."""
+        return self.measure.reads
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         numbers = self.measure.of(case, candidates)
@@ -71,6 +102,8 @@ class Headroom:
 
     requests: float
     ratio: float
+    name: ClassVar[str] = "headroom"
+    reads: ClassVar[tuple[str, ...]] = ("queued",)
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         scale = self.requests + self.ratio * candidates.mean
@@ -93,6 +126,8 @@ class PrefixMatch:
 
     requests: float
     ratio: float
+    name: ClassVar[str] = "prefix-match"
+    reads: ClassVar[tuple[str, ...]] = ("queued",)
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
         score = candidates.matched * (1.0 / max(1, len(case.hashes)))
@@ -100,3 +135,8 @@ class PrefixMatch:
         if candidates.most > bound:
             score *= candidates.requests <= max(bound, (1.0 + self.ratio) * candidates.mean)
         return score
+
+
+def words(name: str) -> str:
+    """`expected-ttft` of `ExpectedTtft`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()

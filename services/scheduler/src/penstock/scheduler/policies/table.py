@@ -56,6 +56,11 @@ class Shortfall:
     by_prefix: bool = False
     small: float = 0.05
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The scorers'."""
+        return tuple(name for scorer, _ in self.scorers for name in scorer.reads)
+
     def of(self, case: Case, candidates: Candidates) -> Floats:
         total = 1.0 - self.scorers[0][0].score(case, candidates) * self.scorers[0][1]
         for scorer, weight in self.scorers[1:]:

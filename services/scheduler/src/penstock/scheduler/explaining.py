@@ -1,0 +1,145 @@
+"""Explaining: which decisions are kept with their full inputs, and what is answered about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from penstock.common.bus import Bus
+from penstock.common.identity import Identity
+from penstock.common.messages import (
+    MAX_EXPLANATION_BYTES,
+    ExplainReply,
+    ExplainRequest,
+    Placement,
+    ScheduleBatch,
+    ScheduleRequest,
+)
+from penstock.common.routing_events import Explained, Inputs, ViewAge
+from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN, EXPLAIN_NOW
+from penstock.scheduler.policies.custom import Policy, PolicyFault
+from penstock.scheduler.recording import (
+    BadInputs,
+    Recording,
+    Ring,
+    decide_again,
+    inputs_of,
+    record,
+    verdict_of,
+)
+from penstock.scheduler.replica import Replica
+from penstock.scheduler.scheduler import Decision
+from penstock.scheduler.telling import Reasons, event_of
+
+OFF, SAMPLED, FULL = "off", "sampled", "full"
+# One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.
+SAMPLE_EVERY = 100
+# Rejections and fallbacks that do so in a second; under a flood of them the others go without.
+TOLD_PER_S = 50
+# Events above it would not fit their stream with what surrounds them.
+MAX_INPUTS_BYTES = 192 * 1024
+# Candidates of a decision, and decisions of a request, that an answer shows.
+MAX_CANDIDATES, MAX_DECISIONS = 1000, 16
+
+
+class Explaining:
+    """`mode` is OFF, SAMPLED or FULL; OFF keeps nothing. `now` is a monotonic clock in seconds."""
+
+    def __init__(self, own: Identity, replica: Replica, mode: str, custom: Mapping[str, Policy]) -> None:
+        self._own, self._replica, self._mode, self._custom = own, replica, mode, custom
+        self.ring = Ring()
+        self._second, self._told = 0, 0
+
+    def keep(
+        self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision, view: ViewAge, now: float
+    ) -> Inputs | None:
+        """Keep a decision, before it is reserved; its inputs if its event is to hold them."""
+        if self._mode == OFF:
+            return None
+        recording = record(request, decision, batch.ingress, view, self._replica.view.loads)
+        self.ring.keep(recording)
+        if decision.basis is None or not (
+            self._mode == FULL or decision.seed % SAMPLE_EVERY == 0 or self._is_told(decision, now)
+        ):
+            return None
+        return fitting(inputs_of(recording))
+
+    def _is_told(self, decision: Decision, now: float) -> bool:
+        """Whether it is a rejection or a fallback, and one of the first of this second."""
+        if decision.fault is None and isinstance(decision.outcome, Placement):
+            return False
+        if int(now) != self._second:
+            self._second, self._told = int(now), 0
+        self._told += 1
+        return self._told <= TOLD_PER_S
+
+    async def serve(self, bus: Bus, clock: Callable[[], float], taking: Callable[[], bool]) -> None:
+        """Answer what is asked of the ring and, while requests are `taking`, what would be decided now."""
+        await bus.serve(EXPLAIN, self._on_explain, DEFAULT_SHARD)
+
+        def on_now(request: ScheduleRequest) -> ExplainReply | None:
+            return self._on_now(request, clock()) if taking() else None
+
+        await bus.serve(EXPLAIN_NOW, on_now, DEFAULT_SHARD)
+
+    def _on_explain(self, request: ExplainRequest) -> ExplainReply | None:
+        """None if this replica did not decide it, or no longer knows: the others may."""
+        found = self.ring.of(request.name)[-MAX_DECISIONS:]
+        return self._reply([self.explained(one) for one in found]) if found else None
+
+    def _on_now(self, request: ScheduleRequest, now: float) -> ExplainReply:
+        """Decided like any other, and neither reserved nor told."""
+        decision = self._replica.decide(request, now)
+        view = self._replica.age(now)
+        return self._reply([self.explained(record(request, decision, "", view, self._replica.view.loads))])
+
+    def explained(self, recording: Recording) -> Explained:
+        """Every candidate, and whether the same comes out again."""
+        inputs, terms = inputs_of(recording), recording.terms
+        verdict = "refused before any instance was looked at"
+        if inputs is not None:
+            verdict, again = self._again(inputs, recording)
+            terms = again.terms if again is not None else terms
+        told = event_of(
+            self._own.id,
+            recording.ingress,
+            recording.request,
+            recording.outcome,
+            Reasons(
+                recording.policy,
+                terms,
+                recording.excluded,
+                recording.seed,
+                recording.profile.weights if recording.profile is not None else {},
+                recording.view,
+                recording.fault,
+                fitting(inputs),
+            ),
+        )
+        return Explained(verdict, *told)
+
+    def _again(self, inputs: Inputs, recording: Recording) -> tuple[str, Decision | None]:
+        try:
+            again = decide_again(inputs, self._custom, recording.request, MAX_CANDIDATES)
+        except (BadInputs, PolicyFault) as exc:
+            return f"failed: {exc}"[:512], None
+        return verdict_of(again, recording.outcome, recording.terms), again
+
+    def _reply(self, explained: list[Explained]) -> ExplainReply:
+        """As many as fit, the last ones; a single one fits (MAX_CANDIDATES, MAX_INPUTS_BYTES)."""
+        bodies = [msgspec.json.encode(one) for one in explained]
+        while len(bodies) > 1 and sum(map(len, bodies)) > MAX_EXPLANATION_BYTES:
+            bodies.pop(0)
+        return ExplainReply(self._own.id, tuple(bodies))
+
+
+def fitting(inputs: Inputs | None) -> Inputs | None:
+    """None if they are too large to be told."""
+    if inputs is None:
+        return None
+    arrays = sum(map(len, inputs.numbers.values())) + len(inputs.request.block_hashes)
+    names = sum(map(len, inputs.instances)) + sum(len(mask) for _, mask in inputs.steps)
+    # JSON holds bytes as base64; a record takes some 300 bytes.
+    size = arrays * 4 // 3 + names * 4 // 3 + 600 * len(inputs.records)
+    return inputs if size <= MAX_INPUTS_BYTES else None
