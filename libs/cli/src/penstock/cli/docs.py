@@ -329,6 +329,8 @@ def _type(kind: types.Type, structs: dict[str, type[msgspec.Struct]]) -> str:
         case types.CollectionType():
             bound = f", {kind.max_length:,} at most" if kind.max_length is not None else ""
             return f"list of ({_type(kind.item_type, structs)}){bound}"
+        case types.TupleType():
+            return f"array of {' and '.join(_type(part, structs) for part in kind.item_types)}"
         case types.DictType():
             return f"map of ({_type(kind.key_type, structs)}) to ({_type(kind.value_type, structs)})"
     raise TypeError(f"no words for {kind}")

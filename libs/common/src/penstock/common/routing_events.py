@@ -36,7 +36,7 @@ class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class ViewAge(msgspec.Struct, frozen=True, omit_defaults=True):
     """How old a replica's knowledge was at a decision, in ms; -1 for never heard. `registry_ms` is 0 while
     the watch vouches for it; `load_ms` is that of the ingress silent for longest, `engine_ms` that of the
-    oldest engine status; `feed_ms` since a sibling's placements came last, of which `behind` are known missing."""
+    oldest engine status; `feed_ms` since a sibling's placements came last, `behind` of which are missing."""
 
     registry_ms: float = 0.0
     load_ms: float = -1.0
