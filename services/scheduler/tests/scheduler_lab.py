@@ -108,8 +108,7 @@ class Lab:
         placement = decision.outcome
         assert isinstance(placement, Placement)
         placed = replica.reserve(self._batch, wanted, decision, now)
-        assert placed is not None
-        for feed in replica.feed(self._batch, [placed]):
+        for feed in replica.feed(self._batch, placed):
             for one in self.replicas:
                 self._send(now + self._feed_s, partial(one.follow, feed, now + self._feed_s))
         work = InFlight(

@@ -87,8 +87,7 @@ def batch(*requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleBatch:
 
 
 def place(one: Replica, request: ScheduleRequest, now: float = 0.0) -> Placed:
-    reserved = one.reserve(batch(request), request, one.decide(request, now), now)
-    assert reserved is not None
+    (reserved,) = one.reserve(batch(request), request, one.decide(request, now), now)
     return reserved
 
 
@@ -121,7 +120,7 @@ def test_siblings_are_told_the_part_of_the_prompt_that_was_not_in_place() -> Non
 
 def test_a_rejection_reserves_nothing() -> None:
     one, request = replica("a"), ScheduleRequest("d", "r", "other")
-    assert one.reserve(batch(request), request, one.decide(request, 0.0), 0.0) is None
+    assert one.reserve(batch(request), request, one.decide(request, 0.0), 0.0) == []
     assert one.ledger.in_flight == 0
 
 

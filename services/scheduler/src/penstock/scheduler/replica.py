@@ -10,14 +10,17 @@ from penstock.common.instances import InstanceTable
 from penstock.common.messages import (
     EngineStatus,
     LoadReport,
+    Mode,
     Placed,
     PlacedFeed,
     Placement,
     ScheduleBatch,
     ScheduleRequest,
+    Stage,
 )
 from penstock.common.routing_events import ViewAge
 from penstock.scheduler.ages import Ages
+from penstock.scheduler.dividing import PREFILL_SUFFIX, Division, schedule_divided
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
 from penstock.scheduler.feed import Backlog, FeedReader, FeedWriter
@@ -44,8 +47,9 @@ class Replica:
         default: str,
         max_prefix_blocks: int,
         failover_domain_label: str = "",
+        division: Division = Division(),  # noqa: B008  # frozen
     ) -> None:
-        self._catalog, self._default = catalog, default
+        self._catalog, self._default, self._division = catalog, default, division
         self.table = InstanceTable()
         self.view = ClusterView(seed_of(own.id), failover_domain_label)
         self._echo = Echo(self.view.loads)
@@ -69,13 +73,11 @@ class Replica:
             self._rank()
         self._echo.expire(now)
         self.view.advance(now)
-        return schedule(
-            request,
-            self.view,
-            self.index,
-            self._catalog,
-            default=self._default,
-            replicas=self.peers.replicas,
+        view, index, catalog, replicas = self.view, self.index, self._catalog, self.peers.replicas
+        if request.mode is Mode.NEUTRAL:
+            return schedule(request, view, index, catalog, default=self._default, replicas=replicas)
+        return schedule_divided(
+            request, view, index, catalog, self._division, default=self._default, replicas=replicas
         )
 
     def age(self, now: float) -> ViewAge:
@@ -84,24 +86,39 @@ class Replica:
 
     def reserve(
         self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision, now: float
-    ) -> Placed | None:
-        """Count a decision made here, and say what the siblings have to know of it."""
+    ) -> list[Placed]:
+        """Count a decision made here, and say what the siblings have to know of it: nothing of a rejection,
+        of a pair what either instance has to do."""
         outcome = decision.outcome
         if not isinstance(outcome, Placement):
-            return None
-        known = self.index.insert(decision.hashes, decision.slot, outcome.matched_blocks)
-        placed = Placed(
-            request.decision_id,
-            batch.ingress,
-            batch.incarnation,
-            outcome.instance,
-            request.prompt_tokens,
-            known,
-            request.block_hashes[known * HASH_BYTES :],
-            request.prompt_tokens - outcome.matched_tokens,
-        )
-        self.ledger.place(placed, confirm_within_s(batch), now)
-        self._echo.placed_here(batch, decision.slot, placed.uncached_tokens, now)
+            return []
+        uncached = request.prompt_tokens - outcome.matched_tokens
+        parts = []
+        if decision.prefill is not None:
+            prefill = request.decision_id + PREFILL_SUFFIX, outcome.prefill_instance, decision.prefill.slot
+            parts.append((*prefill, outcome.matched_blocks, uncached))
+        if decision.prefill is not None or request.stage is Stage.DECODE:
+            parts.append((request.decision_id, outcome.instance, decision.slot, 0, 0))
+        else:
+            placed_blocks = outcome.matched_blocks
+            parts.append((request.decision_id, outcome.instance, decision.slot, placed_blocks, uncached))
+        placed = []
+        for decision_id, instance, slot, matched, to_compute in parts:
+            known = self.index.insert(decision.hashes, slot, matched)
+            tail = request.block_hashes[known * HASH_BYTES :]
+            one = Placed(
+                decision_id,
+                batch.ingress,
+                batch.incarnation,
+                instance,
+                request.prompt_tokens,
+                known,
+                tail,
+                to_compute,
+            )
+            self.ledger.place(one, confirm_within_s(batch), now)
+            self._echo.placed_here(batch, slot, to_compute, now)
+            placed.append(one)
         self.view.take(self.ledger.changes())
         pool = self.view.pool(request.model)
         if pool is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from penstock.common.messages import Mode, Placement, Reason, Rejection, ScheduleRequest
+from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.draws import seed_of
@@ -28,6 +28,9 @@ MAX_MESSAGE = 1024
 # A client that finds everything full comes back after so long.
 SATURATED_RETRY_S = 1.0
 UNKNOWN = "unknown"
+# The strategy by which a request asks for disaggregation (its ingress sets the mode); where its instances are
+# is left to the default.
+DISAGGREGATED = "pd"
 
 
 class Basis(msgspec.Struct, frozen=True, gc=False):
@@ -53,6 +56,8 @@ class Decision(msgspec.Struct, frozen=True):
     seed: int = 0
     fault: PolicyFault | None = None
     basis: Basis | None = None
+    # The choice of prefill's instance, where `outcome` names two.
+    prefill: Decision | None = None
 
 
 def schedule(
@@ -69,23 +74,20 @@ def schedule(
     `replicas` is the number of schedulers alive.
     """
     try:
-        profile = catalog.find(request.strategy or default)
+        profile = catalog.find(strategy_of(request, default))
     except BadStrategy as exc:
-        return _reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
-    if request.mode is not Mode.NEUTRAL:
-        message = f"mode {request.mode.value}: disaggregation is not configured"
-        return _reject(request, profile.name, Reason.BAD_REQUEST, message)
+        return reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
     if len(request.block_hashes) % HASH_BYTES:
         message = "block_hashes is not a sequence of 64-bit hashes"
-        return _reject(request, profile.name, Reason.BAD_REQUEST, message)
+        return reject(request, profile.name, Reason.BAD_REQUEST, message)
     pool = view.pool(request.model)
     if pool is None:
         message = f"no instance serves model {request.model!r}"
-        return _reject(request, profile.name, Reason.UNKNOWN_MODEL, message)
+        return reject(request, profile.name, Reason.UNKNOWN_MODEL, message)
     case = Case(request, unpack(request.block_hashes), seed_of(request.decision_id), pool.turn, replicas)
     candidates = profile.candidates(case, pool, view.loads)
     if not len(candidates):
-        decision = _none_left(request, profile, candidates)
+        decision = none_left(request, profile, candidates)
         return msgspec.structs.replace(decision, basis=Basis(case, profile, candidates.kept))
     try:
         return choose(case, candidates, index, profile)
@@ -94,6 +96,12 @@ def schedule(
         fresh = Candidates(candidates.kept, view.loads)
         decision = choose(case, fresh, index, catalog.fallback)
         return msgspec.structs.replace(decision, fault=fault)
+
+
+def strategy_of(request: ScheduleRequest, default: str) -> str:
+    """The text of the policy that places it."""
+    strategy = request.strategy
+    return default if strategy in ("", DISAGGREGATED) else strategy
 
 
 def unpack(packed: bytes) -> list[int]:
@@ -151,22 +159,23 @@ def _terms(
     return terms
 
 
-def _none_left(request: ScheduleRequest, profile: Profile, candidates: Candidates) -> Decision:
+def none_left(request: ScheduleRequest, profile: Profile, candidates: Candidates) -> Decision:
+    """Why no instance is left, for people and by its code."""
     pool, excluded = candidates.kept.pool, candidates.kept.excluded
     if excluded.get(OwnedBy.name) == len(pool):
         known = {instance.owned_by(request.model) for instance in pool.instances} - {""}
         owners = ", ".join(sorted(known)) or "none"
         message = f"model {request.model!r} is not served by owner {request.owner!r}; owners: {owners}"
-        return _reject(request, profile.name, Reason.UNKNOWN_MODEL, message, excluded)
+        return reject(request, profile.name, Reason.UNKNOWN_MODEL, message, excluded)
     dropped = ", ".join(f"{name} {count}" for name, count in excluded.items())
     if SATURATED in excluded:
         message = f"every instance of model {request.model!r} that can take it is at its limit: {dropped}"
-        return _reject(request, profile.name, Reason.SATURATED, message, excluded, SATURATED_RETRY_S)
+        return reject(request, profile.name, Reason.SATURATED, message, excluded, SATURATED_RETRY_S)
     message = f"none of the {len(pool)} instances of model {request.model!r} can take it: {dropped}"
-    return _reject(request, profile.name, Reason.NO_INSTANCE, message, excluded)
+    return reject(request, profile.name, Reason.NO_INSTANCE, message, excluded)
 
 
-def _reject(
+def reject(
     request: ScheduleRequest,
     policy: str,
     reason: Reason,
@@ -174,5 +183,6 @@ def _reject(
     excluded: dict[str, int] | None = None,
     retry_after_s: float = 0.0,
 ) -> Decision:
+    """A refusal; `policy` is its label in metrics, `excluded` counts instances by the filter that dropped."""
     rejection = Rejection(request.decision_id, reason, message[:MAX_MESSAGE], retry_after_s)
     return Decision(rejection, policy, excluded=excluded or {}, seed=seed_of(request.decision_id))

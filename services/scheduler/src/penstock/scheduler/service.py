@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from penstock.common.bus import Bus
 from penstock.common.event_log import EventWriter
@@ -26,8 +26,10 @@ from penstock.common.messages import (
     Rejection,
     ScheduleBatch,
     ScheduleReply,
+    ScheduleRequest,
     SnapshotPiece,
     SnapshotRequest,
+    Stage,
 )
 from penstock.common.subjects import (
     DEFAULT_SHARD,
@@ -40,6 +42,7 @@ from penstock.common.subjects import (
 )
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.absences import LOGGED_IDS, Absences
+from penstock.scheduler.dividing import Division
 from penstock.scheduler.explaining import Explaining
 from penstock.scheduler.faults import PolicyFaults
 from penstock.scheduler.instruments import Instruments
@@ -89,6 +92,7 @@ class SchedulerService:
             settings.default_routing_strategy,
             settings.prefix_index_blocks,
             settings.failover_domain_label,
+            Division(settings.pd_skip_below_tokens),
         )
         self._teller = Teller(own, events)
         custom = settings.custom_policies
@@ -135,22 +139,21 @@ class SchedulerService:
             self._instruments.expired.value += 1
             return None
         placed: list[Placed] = []
-        outcomes: list[Placement | Rejection] = []
-        for request in batch.requests:
+        outcomes: dict[str, Placement | Rejection] = {}
+        for request in _in_turn(batch.requests):
             started = self._clock()
             decision = self.replica.decide(request, started)
             view = self.replica.age(started)
             inputs = self._explaining.keep(batch, request, decision, view, started)
-            if (one := self.replica.reserve(batch, request, decision, started)) is not None:
-                placed.append(one)
-            outcomes.append(decision.outcome)
+            placed += self.replica.reserve(batch, request, decision, started)
+            outcomes[request.decision_id] = decision.outcome
             self._teller.decision(batch, request, decision, view, inputs)
             if decision.fault is not None:
                 self._faults.failed(decision.fault, started)
             self._instruments.decided(decision, self._clock() - started)
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)
-        return ScheduleReply(self._own.id, tuple(outcomes))
+        return ScheduleReply(self._own.id, tuple(outcomes[one.decision_id] for one in batch.requests))
 
     def _on_snapshot(self, request: SnapshotRequest) -> SnapshotPiece:
         giver = self.replica.giver
@@ -269,3 +272,10 @@ class SchedulerService:
         if covered or connected_s >= self._warm_up_s:
             return ""
         return f"load snapshots of {len(unknown)} of {len(heard)} ingresses heard are awaited"
+
+
+def _in_turn(requests: Sequence[ScheduleRequest]) -> Sequence[ScheduleRequest]:
+    """What prefill has computed goes ahead: it takes room there until it is fetched."""
+    if all(request.stage is not Stage.DECODE for request in requests):
+        return requests
+    return sorted(requests, key=lambda request: request.stage is not Stage.DECODE)

@@ -43,6 +43,13 @@ class SchedulerSettings(ServiceSettings):
         description="requests that an instance may have in flight, unless its label penstock/max-requests "
         "says otherwise; with all at their limit requests are refused as saturated; 0: no limit",
     )
+    pd_skip_below_tokens: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="prompt tokens below which disaggregation is skipped: an instance that decodes and lacks "
+        "fewer computes them itself; 0 never skips",
+    )
     failover_domain_label: str = Field(
         "",
         max_length=512,

@@ -124,7 +124,7 @@ class Schedulers:
         if decision.fault is not None:
             raise ReplayFailed(f"request {wanted.request_id}: {decision.fault}")
         placed = replica.reserve(batch, wanted, decision, now)
-        for feed in replica.feed(batch, [placed] if placed else []):
+        for feed in replica.feed(batch, placed):
             self._tell_siblings(replica, feed, now)
         return placement
 

@@ -41,14 +41,18 @@ class TakesWork:
 
 @dataclass(frozen=True)
 class HasRole:
-    """Drops instances of another role."""
+    """Drops instances of another role. Where none is neutral, those that decode do all of a request: they
+    compute prompts too, if they must."""
 
     role: Role
     name: str = "role"
 
     def keep(self, case: Case, candidates: Candidates) -> Flags | None:
-        instances = candidates.kept.pool.instances
-        return _flags(instances[row].role is self.role for row in candidates.kept.rows)
+        instances, role = candidates.kept.pool.instances, self.role
+        roles = [instances[row].role for row in candidates.kept.rows]
+        if role is Role.NEUTRAL and role not in roles:
+            role = Role.DECODE
+        return _flags(one is role for one in roles)
 
 
 @dataclass(frozen=True)

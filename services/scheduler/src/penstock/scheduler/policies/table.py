@@ -24,6 +24,7 @@ from penstock.scheduler.pool import Floats
 
 LEAST_REQUEST = "least-request"
 CACHE_AWARE = "cache-aware"
+DECODE_BALANCE = "decode-balance"
 # Near-equal with several replicas: one request in twenty, or its like.
 _BAND = 0.05
 
@@ -92,6 +93,13 @@ def _load_balance(thresholds: Thresholds) -> Strategy:
     return Strategy(Best(_BAND), scorers, Shortfall(scorers))
 
 
+def _decode_balance() -> Strategy:
+    """1/2 projected KV use + 1/2 fewest requests: room for what will be decoded, and the batch it joins,
+    which sets the time per token. Chooses decode instances under disaggregation."""
+    scorers = (Least(KvUse(projected=True)), 0.5), (FewestRequests(), 0.5)
+    return Strategy(Best(_BAND), scorers, Shortfall(scorers))
+
+
 def _session_affinity(thresholds: Thresholds) -> Strategy:
     """The session's instance whatever its load; without a session, fewest requests."""
     scorers = (Least(OtherSession()), 0.9), (FewestRequests(), 0.1)
@@ -103,6 +111,7 @@ STRATEGIES: Mapping[str, Callable[[Thresholds], Strategy]] = {
     "prefix-cache": _prefix_cache,
     LEAST_REQUEST: lambda _: Strategy(Best(_BAND), ((FewestRequests(), 1.0),), Requests()),
     "load-balance": _load_balance,
+    DECODE_BALANCE: lambda _: _decode_balance(),
     "least-latency": lambda _: _least(Latency()),
     "least-kv-cache": lambda _: _least(KvUse()),
     "least-busy-time": lambda _: _least(BusyTime()),

@@ -1,0 +1,166 @@
+"""Where prefill and decode of one request go: a pair of one group, or one after the other.
+
+A group is what may exchange KV: instances with the same `group`, or, without one, of the same engine. Prefill
+goes where the request's policy sends it, among groups that have room to decode; decode by `decode-balance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from penstock.common.messages import Mode, Placement, Reason, ScheduleRequest, Stage
+from penstock.common.model import Instance, Role
+from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.draws import seed_of
+from penstock.scheduler.policies.catalog import BadStrategy, Catalog
+from penstock.scheduler.policies.custom import PolicyFault
+from penstock.scheduler.policies.table import DECODE_BALANCE
+from penstock.scheduler.pool import Pool
+from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.profile import Profile
+from penstock.scheduler.scheduler import (
+    HASH_BYTES,
+    UNKNOWN,
+    Decision,
+    choose,
+    none_left,
+    reject,
+    schedule,
+    strategy_of,
+    unpack,
+)
+from penstock.scheduler.view import ClusterView
+
+# Of prefill's part in a placement of two, beside the decision's own id.
+PREFILL_SUFFIX = "+p"
+NO_PARTNER, OTHER_GROUP = "no-partner", "other-group"
+
+Group = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Division:
+    """When to divide: not if the instance that would decode lacks fewer prompt tokens than
+    `skip_below_tokens`; computing them costs less than a transfer."""
+
+    skip_below_tokens: int = 0
+
+
+def schedule_divided(
+    request: ScheduleRequest,
+    view: ClusterView,
+    index: PrefixIndex,
+    catalog: Catalog,
+    division: Division,
+    *,
+    default: str,
+    replicas: int,
+) -> Decision:
+    """Place one stage of `request`, or both. A placement without `prefill_instance` is not divided: one
+    instance does all of it. Nothing is changed by it."""
+    try:
+        asked, by_decode = catalog.find(strategy_of(request, default)), catalog.find(DECODE_BALANCE)
+    except BadStrategy as exc:
+        return reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
+    pool = view.pool(request.model)
+    if pool is None or len(request.block_hashes) % HASH_BYTES:
+        return schedule(request, view, index, catalog, default=default, replicas=replicas)
+    hashes, seed = unpack(request.block_hashes), seed_of(request.decision_id)
+    divider = _Divider(Case(request, hashes, seed, pool.turn, replicas), pool, view, index, catalog)
+    if request.stage is Stage.DECODE:
+        return divider.second(replace(by_decode, role=Role.DECODE))
+    decision = divider.first(
+        replace(asked, role=Role.PREFILL), replace(by_decode, role=Role.DECODE), division
+    )
+    if decision is not None:
+        return decision
+    return schedule(request, view, index, catalog, default=default, replicas=replicas)
+
+
+@dataclass(frozen=True)
+class _Divider:
+    case: Case
+    pool: Pool
+    view: ClusterView
+    index: PrefixIndex
+    catalog: Catalog
+
+    def first(self, by_prefill: Profile, by_decode: Profile, division: Division) -> Decision | None:
+        """Both instances, or prefill's; None if one instance is to do all of it."""
+        case, loads = self.case, self.view.loads
+        decodes = by_decode.candidates(case, self.pool, loads)
+        prefills = _in_groups(by_prefill.candidates(case, self.pool, loads), _groups(decodes), NO_PARTNER)
+        if not len(prefills):
+            return None
+        if division.skip_below_tokens and self._lacks(decodes) < division.skip_below_tokens:
+            return self._whole(by_prefill, decodes)
+        prefill = self._choose(prefills, by_prefill)
+        placed = prefill.outcome
+        assert isinstance(placed, Placement)
+        if case.request.mode is Mode.PD_STAGED:
+            return msgspec.structs.replace(
+                prefill, outcome=msgspec.structs.replace(placed, prefill_instance=placed.instance)
+            )
+        partner = self.pool.instances[self.pool.ids.index(placed.instance)]
+        decode = self._choose(_in_groups(decodes, {_group(partner)}, OTHER_GROUP), by_decode)
+        assert isinstance(decode.outcome, Placement)
+        both = Placement(
+            placed.decision_id,
+            decode.outcome.instance,
+            placed.instance,
+            placed.policy,
+            placed.matched_blocks,
+            placed.matched_tokens,
+        )
+        return msgspec.structs.replace(decode, outcome=both, policy=prefill.policy, prefill=prefill)
+
+    def second(self, by_decode: Profile) -> Decision:
+        """The instance that decodes what another one has computed, known by the request alone."""
+        request = self.case.request
+        decodes = by_decode.candidates(self.case, self.pool, self.view.loads)
+        known = {instance.id: instance for instance in self.pool.instances}.get(request.prefill_instance)
+        group = _group(known) if known is not None else (request.prefill_group, "")
+        if group != ("", ""):
+            decodes = _in_groups(decodes, {group}, OTHER_GROUP)
+        if not len(decodes):
+            return none_left(request, by_decode, decodes)
+        return self._choose(decodes, by_decode)
+
+    def _lacks(self, decodes: Candidates) -> int:
+        """Prompt tokens that the decode candidate which holds most of them does not."""
+        request, hashes = self.case.request, self.case.hashes
+        steps = self.index.match(hashes, decodes.kept.mask) if hashes else []
+        held = steps[-1][0] * request.prompt_tokens // len(hashes) if steps else 0
+        return request.prompt_tokens - held
+
+    def _whole(self, asked: Profile, decodes: Candidates) -> Decision:
+        return self._choose(decodes, asked)
+
+    def _choose(self, candidates: Candidates, profile: Profile) -> Decision:
+        try:
+            return choose(self.case, candidates, self.index, profile)
+        except PolicyFault as fault:
+            fresh = Candidates(candidates.kept, candidates.loads)
+            decision = choose(self.case, fresh, self.index, self.catalog.fallback)
+            return msgspec.structs.replace(decision, fault=fault)
+
+
+def _group(instance: Instance) -> Group:
+    return (instance.group, "") if instance.group else ("", instance.engine)
+
+
+def _groups(candidates: Candidates) -> set[Group]:
+    kept = candidates.kept
+    return {_group(kept.pool.instances[row]) for row in kept.rows}
+
+
+def _in_groups(candidates: Candidates, groups: Iterable[Group], reason: str) -> Candidates:
+    kept = candidates.kept
+    if not len(candidates):
+        return candidates
+    flags = np.fromiter((_group(kept.pool.instances[row]) in groups for row in kept.rows), dtype=np.bool_)
+    return Candidates(kept.keep(flags, reason), candidates.loads)
