@@ -7,7 +7,7 @@ import struct
 import msgspec
 import pytest
 
-from penstock.common.messages import Mode, Placement, Reason, Rejection, ScheduleRequest
+from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance, InstanceState, Role
 from penstock.scheduler.bench import table_of
 from penstock.scheduler.policies.catalog import Catalog
@@ -47,8 +47,6 @@ FLEET = (
     instance("sick", state=InstanceState.UNHEALTHY),
     instance("prefill", owner="x", role=Role.PREFILL),
     instance("decode", role=Role.DECODE),
-    instance("other", model="n", state=InstanceState.DRAINING),
-)
 
 
 def packed(*hashes: int) -> bytes:
@@ -106,8 +104,6 @@ def test_a_placement_says_what_was_dropped_and_by_which_filter() -> None:
             "'fastest'; one of: cache-aware, prefix-cache, least-request",
         ),
         ({"strategy": "\U000e0001" * 512}, Reason.BAD_STRATEGY, "unknown"),
-        ({"mode": Mode.PD_BATCH}, Reason.BAD_REQUEST, "disaggregation is not configured"),
-        ({"mode": Mode.PD_STAGED}, Reason.BAD_REQUEST, "disaggregation is not configured"),
         ({"block_hashes": b"1234567"}, Reason.BAD_REQUEST, "block_hashes"),
     ],
 )
