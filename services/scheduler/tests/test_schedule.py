@@ -47,6 +47,8 @@ FLEET = (
     instance("sick", state=InstanceState.UNHEALTHY),
     instance("prefill", owner="x", role=Role.PREFILL),
     instance("decode", role=Role.DECODE),
+    instance("other", model="n", state=InstanceState.DRAINING),
+)
 
 
 def packed(*hashes: int) -> bytes:
