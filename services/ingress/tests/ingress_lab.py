@@ -38,6 +38,7 @@ from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.engine_client import EngineClient
+from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
@@ -283,6 +284,7 @@ class Lab:
             time.monotonic,
         )
         self.gateway.upstreams = self.upstreams = EngineClient(self.settings, self.metrics)
+        self.gateway.externals = self.externals = ExternalClient(self.settings, self.metrics)
         setup = Setup(self.settings.block_hash_secret.get_secret_value(), self.settings.block_bytes)
         self.gateway.large_bodies = self.large_bodies = BodyHelper(setup, self.metrics, self.gateway.degraded)
         self.gateway.placer = self.placer = Placer(
@@ -317,7 +319,8 @@ class Lab:
             asyncio.create_task(self.writer.run(), name="events"),
             asyncio.create_task(self.large_bodies.run(), name="large-bodies"),
             asyncio.create_task(
-                self.service.sweep((self.server, self.upstreams), time.monotonic), name="sweep"
+                self.service.sweep((self.server, self.upstreams, self.externals), time.monotonic),
+                name="sweep",
             ),
         ]
         self.list_instances()
@@ -416,6 +419,7 @@ class Lab:
         self.server.stop_accepting()
         await self.service.drain(timeout_s)
         await self.upstreams.close()
+        await self.externals.close()
         await self.server.close(1.0)
 
     async def close(self) -> None:
@@ -432,6 +436,7 @@ class Lab:
             await eventually(lambda: not self.metric("penstock_ingress_connections"))
         finally:
             await self.upstreams.close()
+            await self.externals.close()
             await self.server.close(0.0)
             self.server.stop_accepting()
             for task in self._loops:

@@ -9,21 +9,28 @@ import msgspec
 
 from penstock.cli.terminal import CYAN, GREEN, GREY, MAGENTA, RED, YELLOW, paint, plain
 from penstock.common.routing_events import (
+    BreakerEvent,
     ComparisonEvent,
     ConfigEvent,
     DegradedEvent,
+    FallbackEvent,
     InstanceEvent,
     MirroredEvent,
     OutcomeEvent,
     PlacementEvent,
+    QueuedEvent,
     RejectionEvent,
     ResponseFigures,
+    RetryEvent,
+    RouteEvent,
 )
 
 SINGLE_TYPE, BATCH_TYPE = "application/cloudevents+json", "application/cloudevents-batch+json"
 
+Detour = RouteEvent | RetryEvent | FallbackEvent | QueuedEvent | BreakerEvent
 Data = (
-    PlacementEvent
+    Detour
+    | PlacementEvent
     | RejectionEvent
     | OutcomeEvent
     | InstanceEvent
@@ -40,6 +47,11 @@ _KINDS: dict[str, tuple[type[Data], str]] = {
     "instance": (InstanceEvent, MAGENTA),
     "degraded": (DegradedEvent, RED),
     "config": (ConfigEvent, YELLOW),
+    "route": (RouteEvent, CYAN),
+    "retry": (RetryEvent, YELLOW),
+    "fallback": (FallbackEvent, YELLOW),
+    "queued": (QueuedEvent, YELLOW),
+    "breaker": (BreakerEvent, RED),
     "mirrored": (MirroredEvent, GREY),
     "comparison": (ComparisonEvent, GREY),
 }
@@ -144,6 +156,8 @@ def _facts(data: Data) -> list[str]:
         case DegradedEvent():
             state = "began" if data.active else "ended"
             return [f"{data.service}/{data.id}", data.what, state, data.cause]
+        case RouteEvent() | RetryEvent() | FallbackEvent() | QueuedEvent() | BreakerEvent():
+            return _detour(data)
         case ConfigEvent():
             return [data.change, f"version={data.version}", f"by={data.by}", f"origin={data.origin}"]
         case MirroredEvent():
@@ -161,12 +175,35 @@ def _figures(figures: ResponseFigures) -> str:
     return " ".join((*words, figures.finish_reason)).rstrip()
 
 
+def _detour(data: Detour) -> list[str]:
+    match data:
+        case RouteEvent():
+            return [f"-> {data.route}", f"reason={data.reason}", f"model={data.model}"]
+        case RetryEvent():
+            delay = f"delay={data.delay_ms:.0f} ms" if data.delay_ms else ""
+            return [
+                data.result,
+                f"away from {data.instance}",
+                f"cause={data.cause}",
+                f"retry={data.retry}",
+                delay,
+            ]
+        case FallbackEvent():
+            return [f"-> {data.route}", f"cause={data.cause}", data.error]
+        case QueuedEvent():
+            waited = f"after {data.waited_ms:.0f} ms" if data.waited_ms else ""
+            return [data.result, f"route={data.route}", waited]
+        case BreakerEvent():
+            return [data.state, f"{data.kind} {data.target}", f"by={data.ingress}"]
+
+
 def _outcome(data: OutcomeEvent) -> list[str]:
     tokens = f"tokens={data.prompt_tokens}+{data.completion_tokens}" if data.completion_tokens else ""
     return [
         data.outcome,
         str(data.status),
         f"from {data.instance}" if data.instance else "",
+        f"route={data.route}" if data.route else "",
         f"{data.e2e_ms:.1f} ms",
         f"ttft={data.ttft_ms:.1f}" if data.ttft_ms else "",
         f"scheduling={data.scheduling_ms:.2f}" if data.scheduling_ms else "",

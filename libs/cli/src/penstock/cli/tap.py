@@ -33,7 +33,19 @@ _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])")
 
 EventType = Literal[
-    "placement", "rejection", "outcome", "instance", "degraded", "config", "mirrored", "comparison"
+    "placement",
+    "rejection",
+    "outcome",
+    "route",
+    "retry",
+    "fallback",
+    "queued",
+    "breaker",
+    "instance",
+    "degraded",
+    "config",
+    "mirrored",
+    "comparison",
 ]
 
 with warnings.catch_warnings():

@@ -14,14 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.common.routing_events import (
+    BREAKER,
     COMPARISON,
     CONFIG_CHANGE,
     DEGRADED,
+    FALLBACK,
     INSTANCE,
     MIRRORED,
     OUTCOME,
     PLACEMENT,
+    QUEUED,
     REJECTION,
+    RETRY,
+    ROUTED,
 )
 from penstock.common.subjects import (
     CONFIG,
@@ -104,7 +109,11 @@ def _sharing(stream: Stream, group: str) -> Grant:
 _READING = Grant((_READ_LOG,), EVENTS.subjects)
 
 SERVICES: Mapping[str, Grant] = {
-    "ingress": _process("ingress", PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE, MIRRORED)
+    "ingress": _process(
+        "ingress",
+        *(PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE, MIRRORED),
+        *(ROUTED, RETRY, FALLBACK, QUEUED, BREAKER),
+    )
     + _watching(INSTANCES)
     + _watching(CONFIG)
     + _keeping(CONFIG)

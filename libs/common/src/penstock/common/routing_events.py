@@ -1,7 +1,7 @@
 """What the routing log says: the data of each event type. Ids and counts only, never prompt text or keys.
 
-The event's `subject` is the request id (the instance id for `instance`, the service for `degraded`,
-kind and name for `config`).
+The event's `subject` is the request id (the instance id for `instance`, the service for `degraded`, the
+target for `breaker`, kind and name for `config`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
     "degraded",
     "config",
 )
+ROUTED, RETRY, FALLBACK, QUEUED, BREAKER = "route", "retry", "fallback", "queued", "breaker"
 MIRRORED, COMPARISON = "mirrored", "comparison"
 
 
@@ -139,6 +140,63 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     completion_tokens: int = 0
     cached_tokens: int = 0
     error: str = ""
+    route: str = ""
+
+
+class RouteEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request was given a route; `reason` is canary, weight or prefix, or none: no route takes it."""
+
+    request_id: str
+    model: str
+    route: str
+    reason: str
+    ingress: str
+
+
+class RetryEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An attempt at `instance` failed by `cause` and the request may go to another one after `delay_ms`:
+    `result` is sent, or over_budget."""
+
+    request_id: str
+    model: str
+    instance: str
+    cause: str
+    ingress: str
+    retry: int = 0
+    delay_ms: float = 0.0
+    result: str = ""
+
+
+class FallbackEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request goes on to a member of the fallback chain, because of `cause`; `error` is what failed."""
+
+    request_id: str
+    model: str
+    route: str
+    cause: str
+    ingress: str
+    error: str = ""
+
+
+class QueuedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A fallback answered 429: `result` is entered, full, too_long or exhausted; then sent, after
+    `waited_ms`, or expired; and of a further call answered or failed."""
+
+    request_id: str
+    model: str
+    route: str
+    result: str
+    ingress: str
+    waited_ms: float = 0.0
+
+
+class BreakerEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A circuit breaker is open, half_open or closed; `kind` is instance or endpoint."""
+
+    kind: str
+    target: str
+    state: str
+    ingress: str
 
 
 class InstanceEvent(msgspec.Struct, frozen=True, omit_defaults=True):

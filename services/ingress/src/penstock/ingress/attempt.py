@@ -23,6 +23,10 @@ class Failure(Enum):
     STALE = "stale"
     # The connection ended, or spoke no HTTP, before a head came.
     LOST = "lost"
+    # An answer with an error status.
+    ANSWERED = "answered"
+    # No head within the request timeout.
+    SILENT = "silent"
 
 
 class AttemptOwner(Protocol):
@@ -48,14 +52,16 @@ class Attempt:
         self,
         gateway: Gateway,
         owner: AttemptOwner,
-        instance: Instance,
+        instance: Instance | None,
+        target: str,
         work: Work,
         head: bytes,
         body: bytes | bytearray,
     ) -> None:
-        """`head` and `body` are what `instance` gets; `work` is in its account until `close`."""
-        self._gateway, self._owner, self.instance, self.work = gateway, owner, instance, work
-        self._head, self._body = head, body
+        """`head` and `body` are what the target gets. `instance` is None for an external endpoint. `target`
+        is its name among the circuit breakers. `work` with a decision id is in the account until `close`."""
+        self._gateway, self._owner, self.instance, self.target = gateway, owner, instance, target
+        self.work, self._head, self._body = work, head, body
 
     def upstream_connected(self, upstream: Upstream) -> None:
         """Send the request."""
@@ -107,7 +113,8 @@ class Attempt:
             self._open = False
             if self._upstream is not None:
                 self._drop()
-            self._gateway.account.finish(self.work.decision_id)
+            if self.work.decision_id:
+                self._gateway.account.finish(self.work.decision_id)
 
     def _drop(self) -> None:
         upstream, self._upstream = self._upstream, None

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from enum import Enum
 
+from msgspec import structs
+
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt, Failure
 from penstock.ingress.capture import Copied
-from penstock.ingress.failures import REJECTIONS, GatewayError
+from penstock.ingress.detours import Detours
+from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
+from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
-from penstock.ingress.openai import parse
+from penstock.ingress.openai import InferenceRequest, parse
 from penstock.ingress.outcomes import Outcome, report
 from penstock.ingress.ports import Downstream, ResponseListener
 from penstock.ingress.relay import Relay
-from penstock.ingress.responses import error_response
-
-# Moves to another instance that cost no retry: nothing of the request can have been worked on.
-FREE_MOVES = 2
+from penstock.ingress.responses import client_head, error_response
 
 
 class State(Enum):
@@ -27,6 +28,10 @@ class State(Enum):
 
     PLACING = "placing"
     ATTEMPTING = "attempting"
+    # Before a retry.
+    PAUSING = "pausing"
+    # After a fallback's 429.
+    QUEUED = "queued"
     RELAYING = "relaying"
     DONE = "done"
 
@@ -39,19 +44,22 @@ class Exchange:
     state = State.PLACING
     attempt: Attempt | None = None
     relay: Relay | None = None
+    detours: Detours | None = None
     policy = error = ""
     placed_at = 0.0
     stream = False
     copied: Copied | None = None
-    retries = free_moves = status = 0
-    _paused = _stale = False
+    status = 0
+    # What instances get instead of `body`, if their route says so.
+    local_body: bytes | bytearray = b""
+    _paused = False
 
-    _body: bytes | bytearray
+    body: bytes | bytearray
 
     def __init__(
         self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes | bytearray
     ) -> None:
-        self._gateway, self._downstream, self.head, self._body = gateway, downstream, head, body
+        self._gateway, self._downstream, self.head, self.body = gateway, downstream, head, body
         self.request_id = gateway.request_id(head.read.get(b"x-request-id"))
         self.received_at = gateway.clock()
         self.deadline = self.received_at + gateway.settings.request_timeout
@@ -63,26 +71,26 @@ class Exchange:
         gateway = self._gateway
         gateway.exchanges.add(self)
         try:
-            gateway.admit()
-            if facts is None and len(self._body) > LARGE_BODY_BYTES:
+            routes = gateway.splitting.routes
+            if routes is None:
+                gateway.admit()
+            if facts is None and len(self.body) > LARGE_BODY_BYTES:
                 kind = self.head.header(b"content-type")
-                gateway.large_bodies.read(self, self._downstream.peer, self.head.path, kind, self._body)
+                gateway.large_bodies.read(self, self._downstream.peer, self.head.path, kind, self.body)
                 return
-            inference = facts or parse(self.head.path, self.head.header(b"content-type"), self._body)
-            gateway.require_model(inference.model)
+            inference = facts or parse(self.head.path, self.head.header(b"content-type"), self.body)
             self.stream = inference.stream
-            self.request = gateway.schedule_request(self.head, inference, self.request_id)
+            if routes is None:
+                self.place(inference)
+            else:
+                detours = self.detours = Detours(gateway, self, routes)
+                detours.choose(routes, inference)
         except GatewayError as exc:
-            self._fail(exc, Outcome.REJECTED)
-            return
-        if gateway.capture is not None:
-            self.copied = gateway.capture.copy(self.head, self._body, inference.model, self.request_id)
-        self.decisions.append(self.request.decision_id)
-        gateway.placer.submit(self)
+            self.fail(exc, Outcome.REJECTED)
 
     def body_refused(self, error: GatewayError) -> None:
         """The body, a large one, is not valid or could not be read."""
-        self._fail(error, Outcome.REJECTED)
+        self.fail(error, Outcome.REJECTED)
 
     # -- placement ---------------------------------------------------------------------------------
 
@@ -90,6 +98,30 @@ class Exchange:
     def waiting(self) -> bool:
         """Whether a placement is still wanted."""
         return self.state is State.PLACING
+
+    def place(self, inference: InferenceRequest | Facts) -> None:
+        """Ask for an instance. Raises GatewayError if there cannot be one."""
+        gateway = self._gateway
+        gateway.admit()
+        gateway.require_model(inference.model)
+        self.request = gateway.schedule_request(self.head, inference, self.request_id)
+        if gateway.tripped:
+            self._leave_out(gateway.ejected(inference.model))
+        if gateway.capture is not None:
+            self.copy(inference.model)
+        self.decisions.append(self.request.decision_id)
+        gateway.placer.submit(self)
+
+    def copy(self, model: str) -> None:
+        """Copy the request for the mirror, if it is its turn."""
+        capture = self._gateway.capture
+        if capture is not None:
+            self.copied = capture.copy(self.head, self.body, model, self.request_id)
+
+    def _leave_out(self, ejected: tuple[str, ...]) -> None:
+        if ejected:
+            self.request = structs.replace(self.request, excluded=ejected)
+            self._detour().eject(ejected)
 
     def placed(self, placement: Placement, instance: Instance) -> None:
         """Go to `instance`."""
@@ -99,26 +131,24 @@ class Exchange:
         work = gateway.account.start(
             placement.decision_id, instance.id, self.request.prompt_tokens, placement.matched_tokens
         )
-        head = gateway.upstream_head(self.head, instance, self.request_id, len(self._body))
-        self.attempt = Attempt(gateway, self, instance, work, head, self._body)
+        body = self.local_body or self.body
+        head = gateway.upstream_head(self.head, instance, self.request_id, len(body))
+        self.attempt = Attempt(gateway, self, instance, instance.id, work, head, body)
         self.state = State.ATTEMPTING
+        if gateway.tripped:
+            gateway.breakers.sent(instance.id, gateway.clock())
         gateway.upstreams.acquire(instance, self.attempt)
 
     def rejected(self, rejection: Rejection) -> None:
-        """No instance. After a failed attempt the failure is the answer, not the lack of others."""
-        if self._stale and self.free_moves < FREE_MOVES:
-            # A keep-alive race says nothing against the instance, and there is no other one.
-            self._stale = False
-            self.free_moves += 1
-            self._ask_again(self.request.excluded[:-1])
-            return
-        if self.error:
-            self._fail(GatewayError("upstream_unreachable", self.error), Outcome.FAILED)
-            return
-        code = REJECTIONS[rejection.reason]
-        param = {"model_not_found": "model", "invalid_strategy": "routing-strategy"}.get(code)
-        error = GatewayError(code, rejection.message, param=param, retry_after_s=rejection.retry_after_s)
-        self._fail(error, Outcome.REJECTED)
+        """No instance."""
+        self._detour().rejected(rejection)
+
+    def ask_again(self, excluded: tuple[str, ...]) -> None:
+        """Ask for an instance that is none of `excluded`."""
+        self.state = State.PLACING
+        self.request = self._gateway.another_attempt(self.request, excluded)
+        self.decisions.append(self.request.decision_id)
+        self._gateway.placer.submit(self)
 
     def broken(self) -> None:
         """A fault of this program met it. Once the head is out, an error would be taken for the body."""
@@ -129,26 +159,56 @@ class Exchange:
             self.finish(Outcome.FAILED)
         elif self.state is not State.DONE:
             error = GatewayError("internal_error", text)
-            self._fail(error, Outcome.FAILED)
+            self.fail(error, Outcome.FAILED)
 
     # -- attempts ----------------------------------------------------------------------------------
 
+    def attempting(self, attempt: Attempt) -> None:
+        """It is the attempt in hand."""
+        self.attempt = attempt
+        self.state = State.ATTEMPTING
+
+    def wait_to_retry(self) -> None:
+        """Between two attempts."""
+        self.state = State.PAUSING
+
+    @property
+    def retrying(self) -> bool:
+        """Whether it is between two attempts."""
+        return self.state is State.PAUSING
+
+    def wait_in_queue(self, until: float) -> None:
+        """In the 429 queue, at most until a moment of the clock."""
+        self.state, self.deadline = State.QUEUED, until
+
+    @property
+    def queued(self) -> bool:
+        """Whether it is in the 429 queue."""
+        return self.state is State.QUEUED
+
+    def _detour(self) -> Detours:
+        if self.detours is None:
+            self.detours = Detours(self._gateway, self)
+        return self.detours
+
     def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
-        """No response: another instance, unless there are too many connections already."""
-        if failure is Failure.OVERFLOW:
-            self._fail(GatewayError("overloaded", cause, retry_after_s=1.0), Outcome.REJECTED)
-            return
-        self._again(cause, free=failure is not Failure.LOST, stale=failure is Failure.STALE)
+        """No response."""
+        self._detour().failed(attempt, failure, cause)
 
     def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
-        """Pass the response on, unless another instance is to be tried."""
+        """Pass the response on, unless it is an error and something better may come."""
         gateway = self._gateway
-        if head.status >= 500 and self.retries < gateway.settings.retry_max_count:
-            self._again(f"the instance answered {head.status}", free=False)
-            return None
+        if head.status >= 400:
+            keeper = self._detour().keep(attempt, head)
+            if keeper is not None:
+                return keeper
+        if head.status >= 500 or gateway.failing:
+            self._judge(head.status < 500)
+        if self.detours is not None:
+            self.detours.done(answered=head.status < 400)
         self.state = State.RELAYING
-        # No other instance can be asked any more: a stream must not hold its prompt for minutes.
-        self._body = b""
+        # Nobody else can be asked any more: a stream must not hold its prompt for minutes.
+        self.body = self.local_body = b""
         self.status = head.status
         relay = self.relay = Relay(self, self._downstream, head, gateway, attempt.work)
         if head.length == CHUNKED and self.head.minor == 0:
@@ -158,16 +218,34 @@ class Exchange:
             self._keep_alive = False
         routing = b""
         if gateway.settings.expose_routing_headers:
-            routing = gateway.routing_headers(self.policy, attempt.instance)
+            if self.detours is None and attempt.instance is not None:
+                routing = gateway.routing_headers(self.policy, attempt.instance)
+            else:
+                routing = self.routing_lines(attempt)
         relay.begin(self.request_id, routing, keep_alive=self._keep_alive)
         return relay
+
+    def routing_lines(self, attempt: Attempt) -> bytes:
+        """The header lines that tell a client who answered."""
+        lines = b""
+        if attempt.instance is not None:
+            lines = self._gateway.routing_headers(self.policy, attempt.instance)
+        if self.detours is not None and self.detours.route:
+            lines += b"x-penstock-route: %b\r\n" % self.detours.route.encode()
+        return lines
+
+    def _judge(self, well: bool) -> None:
+        """What the attempt in hand says of its target."""
+        if self.attempt is not None:
+            breakers, now = self._gateway.breakers, self._gateway.clock()
+            (breakers.succeeded if well else breakers.failed)(self.attempt.target, now)
 
     # -- the response ------------------------------------------------------------------------------
 
     def response_began(self, now: float) -> None:
         """The first piece of a stream: the prompt is computed."""
         attempt = self.attempt
-        if attempt is not None and self.stream and self.status == 200:
+        if attempt is not None and self.stream and self.status == 200 and attempt.instance is not None:
             work = attempt.work
             uncached = max(0, work.prompt_tokens - work.cached_tokens)
             self._gateway.speeds.first_token(work.instance, attempt.sent_at, now, uncached)
@@ -181,8 +259,13 @@ class Exchange:
 
     def response_lost(self, cause: str) -> None:
         """The instance went away in the middle of it."""
-        text = f"the instance ended the response early: {cause}"
+        text = f"{self._sender} ended the response early: {cause}"
+        self._judge(False)
         self._break_off("upstream_unreachable", text, Outcome.FAILED)
+
+    @property
+    def _sender(self) -> str:
+        return "the instance" if self.attempt is None or self.attempt.instance else "the endpoint"
 
     # -- downstream --------------------------------------------------------------------------------
 
@@ -212,12 +295,16 @@ class Exchange:
         """The deadline passed."""
         settings = self._gateway.settings
         if self.state is State.RELAYING:
-            who = "the client read" if self._paused else "the instance sent"
+            who = "the client read" if self._paused else f"{self._sender} sent"
+            if not self._paused:
+                self._judge(False)
             text = f"{who} nothing for {settings.stream_idle_timeout:g} s"
             self._break_off("upstream_timeout", text, Outcome.TIMED_OUT)
-        else:
+        elif self.detours is None or not self.detours.expired(self.attempt):
+            if self.state is State.ATTEMPTING:
+                self._judge(False)
             text = f"no response within {settings.request_timeout:g} s"
-            self._fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)
+            self.fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)
 
     def shut_down(self) -> None:
         """The drain timeout is over."""
@@ -225,7 +312,7 @@ class Exchange:
         if self.state is State.RELAYING:
             self._break_off("shutting_down", text, Outcome.SHUTDOWN)
         else:
-            self._fail(GatewayError("shutting_down", text, retry_after_s=1.0), Outcome.SHUTDOWN)
+            self.fail(GatewayError("shutting_down", text, retry_after_s=1.0), Outcome.SHUTDOWN)
 
     def finish(self, outcome: Outcome, *, terminated: bool = False) -> None:
         """The one way out: releases what is held, tells the log, hands the connection back. `terminated`: a
@@ -234,40 +321,32 @@ class Exchange:
             return
         relaying = self.state is State.RELAYING
         self.state = State.DONE
+        gateway = self._gateway
         if self.attempt is not None:
             self.attempt.close()
-        self._gateway.exchanges.discard(self)
-        report(self._gateway, self, outcome)
+            if gateway.tripped:
+                gateway.breakers.undecided(self.attempt.target)
+        if self.detours is not None:
+            self.detours.done(answered=False)
+        gateway.exchanges.discard(self)
+        report(gateway, self, outcome)
         # They know this exchange: a cycle would wait for the garbage collector, body and all.
-        self.attempt = self.relay = None
+        self.attempt = self.relay = self.detours = None
         if outcome is not Outcome.CLIENT_GONE:
             complete = terminated or outcome is Outcome.COMPLETED or not relaying
             self._downstream.exchange_done(self._keep_alive and complete)
 
-    def _again(self, cause: str, *, free: bool, stale: bool = False) -> None:
-        """Another instance, if the request may still move; the failed one is excluded."""
-        self._stale = stale
-        failed = self.attempt.instance.id if self.attempt else ""
-        self.error = f"instance {failed}: {cause}"
-        if free and self.free_moves < FREE_MOVES:
-            self.free_moves += 1
-        elif self.retries < self._gateway.settings.retry_max_count:
-            self.retries += 1
-        else:
-            self._fail(GatewayError("upstream_unreachable", self.error), Outcome.FAILED)
-            return
-        if self.attempt is not None:
-            self.attempt.close()
-        self._gateway.count_move(free)
-        self._ask_again((*self.request.excluded, failed))
+    def answer_with(self, kept: Kept) -> None:
+        """An error answer that was kept as the whole response."""
+        self.status = kept.head.status
+        if self._gateway.draining:
+            self._keep_alive = False
+        routing = kept.routing if self._gateway.settings.expose_routing_headers else b""
+        head = client_head(kept.head, self.request_id, routing, dechunked=False, keep_alive=self._keep_alive)
+        self._downstream.write(head + kept.body)
+        self.finish(Outcome.COMPLETED)
 
-    def _ask_again(self, excluded: tuple[str, ...]) -> None:
-        self.state = State.PLACING
-        self.request = self._gateway.another_attempt(self.request, excluded)
-        self.decisions.append(self.request.decision_id)
-        self._gateway.placer.submit(self)
-
-    def _fail(self, error: GatewayError, outcome: Outcome) -> None:
+    def fail(self, error: GatewayError, outcome: Outcome) -> None:
         """An error of ours as the whole response."""
         self.status, self.error = error.status, error.message
         if self._gateway.draining:

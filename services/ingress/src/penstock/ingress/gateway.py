@@ -23,9 +23,11 @@ from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.openai import InferenceRequest
-from penstock.ingress.ports import LargeBodies, Upstreams
+from penstock.ingress.ports import Externals, LargeBodies, Upstreams
+from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
+from penstock.ingress.splitting import Splitting, is_external
 
 if TYPE_CHECKING:
     from penstock.ingress.capture import Capture
@@ -46,6 +48,7 @@ class Gateway:
 
     placer: Placer
     upstreams: Upstreams
+    externals: Externals
     large_bodies: LargeBodies
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
@@ -64,6 +67,10 @@ class Gateway:
         self.settings, self.identity, self.table, self.account = settings, identity, table, account
         self.events, self.access_log, self.clock = events, access_log, clock
         self.exchanges: set[Exchange] = set()
+        self.splitting = Splitting(settings, identity, events, metrics, clock, proxy_from_environment)
+        self.breakers = self.splitting.breakers
+        # Empty for as long as nothing fails: all that a request looks at then.
+        self.failing, self.tripped = self.breakers.targets, self.breakers.tripped
         self.speeds = Speeds()
         self.draining = False
         self._decision_numbers = itertools.count(1)
@@ -132,6 +139,25 @@ class Gateway:
             session,
             user,
         )
+
+    def unplaced_request(self, inference: InferenceRequest | Facts, request_id: str) -> ScheduleRequest:
+        """What is logged of a request that no scheduler is asked about."""
+        return ScheduleRequest("", request_id, inference.model, prompt_tokens=inference.prompt_tokens)
+
+    def ejected(self, model: str) -> tuple[str, ...]:
+        """Instances of a model that failed too often lately."""
+        pool = (instance.id for instance in self.table.serving(model) if instance.takes_work)
+        return self.breakers.ejected(pool, self.clock())[:MAX_EXCLUDED]
+
+    def forget_gone(self) -> None:
+        """Instances left: nothing has to be remembered of them."""
+        if self.failing:
+            self.breakers.forget(lambda target: not is_external(target) and self.table.get(target) is None)
+
+    @property
+    def seen(self) -> int:
+        """Requests so far."""
+        return sum(self._e2e.counts) + len(self.exchanges)
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
         """The request again, under a fresh decision id and without the instances `excluded`."""

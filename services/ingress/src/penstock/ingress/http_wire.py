@@ -42,6 +42,7 @@ _ROUTING = frozenset(
         b"target-pod-ip",
         b"prefill-target-pod",
         b"prefill-target-pod-ip",
+        b"x-penstock-route",
         b"x-request-id",
     }
 )

@@ -70,6 +70,7 @@ class _Body(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Body).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceRequest:
@@ -96,6 +97,16 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
         max(0, parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens or 0),
         parsed.cache_salt or "",
     )
+
+
+def with_model(path: bytes, body: bytes | bytearray, model: str) -> bytes | bytearray:
+    """A body, valid by `parse`, that names another model; forms stay as they are. The values of its fields
+    stay byte for byte, its top level is written anew."""
+    if path in MULTIPART_PATHS:
+        return body
+    fields = _decode_fields(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
 
 
 def _prompt(path: bytes, parsed: _Body) -> bytes:

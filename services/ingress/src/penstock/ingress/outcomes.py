@@ -28,7 +28,9 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
     now, relay, attempt = gateway.clock(), exchange.relay, exchange.attempt
     first_byte_at = relay.first_byte_at if relay is not None else 0.0
     gateway.count(outcome, exchange.status, exchange.received_at, first_byte_at, now)
-    if not exchange.decisions:
+    detours = exchange.detours
+    route = detours.route if detours is not None else ""
+    if not (exchange.decisions or route):
         return
     request = exchange.request
     status, received_at, stream = exchange.status, exchange.received_at, exchange.stream
@@ -37,7 +39,7 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
         bytes_out, chunks = relay.bytes_out, relay.chunks
         if status == 200:
             prompt, completion, cached = relay.usage()
-            if outcome is Outcome.COMPLETED and attempt is not None:
+            if outcome is Outcome.COMPLETED and attempt is not None and attempt.instance is not None:
                 gateway.speeds.answered(
                     attempt.instance.id,
                     prompt or request.prompt_tokens,
@@ -45,7 +47,7 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
                     first_byte_at if stream else attempt.sent_at,
                     now,
                 )
-    # In the order of its fields: by name, the 19 of them cost 0.8 us more.
+    # In the order of its fields: by name, the 20 of them cost 0.8 us more.
     event = OutcomeEvent(
         exchange.request_id,
         request.model,
@@ -54,8 +56,8 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
         exchange.head.path.decode("ascii", "replace"),
         gateway.identity.id,
         exchange.decisions,
-        attempt.instance.id if attempt is not None else "",
-        1 + exchange.retries + exchange.free_moves,
+        attempt.instance.id if attempt is not None and attempt.instance is not None else "",
+        1 + (detours.attempts if detours is not None else 0),
         stream,
         _ms(received_at, exchange.placed_at),
         _ms(received_at, first_byte_at),
@@ -66,6 +68,7 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
         completion,
         cached,
         exchange.error,
+        route,
     )
     gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
     gateway.access_log.add(event)

@@ -8,6 +8,7 @@ from penstock.common.model import Instance
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.large_bodies import Facts
+from penstock.ingress.routes import External
 
 
 class Downstream(Protocol):
@@ -86,6 +87,13 @@ class Upstreams(Protocol):
 
     def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
         """Call `upstream_connected` or `upstream_refused`, at once or later; never twice."""
+
+
+class Externals(Protocol):
+    """Connections to external endpoints."""
+
+    def acquire(self, external: External, listener: UpstreamListener) -> None:
+        """As of `Upstreams`."""
 
 
 class BodyListener(Protocol):

@@ -73,6 +73,8 @@ class IngressService:
             was_lost, was_known = table.lost, table.synced
             changed = table.apply(event)
             cause = event.cause if isinstance(event, Lost) else ""
+            if changed:
+                self._gateway.forget_gone()
             if changed or isinstance(event, Lost | Listing):
                 self._log_table(table, cause)
             if was_known and table.lost is not was_lost:
@@ -80,8 +82,10 @@ class IngressService:
 
     async def follow_config(self, live: LiveConfig, capture: Capture) -> None:
         """Keep up with the live configuration."""
+        routes_changed = self._gateway.splitting.follow(live)
 
         def apply(changed: Changed) -> None:
+            routes_changed(changed)
             try:
                 capture.config = of_document(live.get(MIRROR, NAME))
             except BadMirrorConfig as exc:

@@ -8,11 +8,12 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from penstock.common.settings import EngineTlsSettings, ServiceSettings, is_loopback, read_token, sane_token
+from penstock.ingress.route_settings import RouteSettings
 
 KIB, MIB = 1024, 1024 * 1024
 
 
-class IngressSettings(EngineTlsSettings, ServiceSettings):
+class IngressSettings(RouteSettings, EngineTlsSettings, ServiceSettings):
     """HTTP in, placements from the bus, tokens out."""
 
     host: str = Field("0.0.0.0", description="address of the public listener")
@@ -56,9 +57,6 @@ class IngressSettings(EngineTlsSettings, ServiceSettings):
     )
     idle_timeout: float = Field(
         75.0, gt=0, le=3600, description="seconds a client's connection may stand idle"
-    )
-    retry_max_count: int = Field(
-        0, ge=0, le=16, description="further instances tried after an error, while no byte went to the client"
     )
 
     max_header_bytes: int = Field(

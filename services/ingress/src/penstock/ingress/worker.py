@@ -27,6 +27,7 @@ from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.channel import Channel
 from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
+from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.capture import Capture
@@ -94,6 +95,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         time.monotonic,
     )
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics)
+    gateway.externals = externals = ExternalClient(settings, host.metrics)
     setup = Setup(settings.block_hash_secret.get_secret_value(), settings.block_bytes)
     gateway.large_bodies = large_bodies = BodyHelper(setup, host.metrics, gateway.degraded)
     gateway.placer = Placer(
@@ -132,6 +134,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         deadline = time.monotonic() + settings.drain_timeout
         await service.drain(settings.drain_timeout)
         await upstreams.close()
+        await externals.close()
         await server.close(max(FLUSH_S, deadline - time.monotonic()))
 
     # Requests leave no cycles behind; the default thresholds would walk all live objects for nothing.
@@ -141,7 +144,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     for name, loop in (
         ("registry-watch", service.watch()),
         ("load-report", service.report()),
-        ("sweep", service.sweep((server, upstreams), time.monotonic)),
+        ("sweep", service.sweep((server, upstreams, externals), time.monotonic)),
         ("large-bodies", large_bodies.run()),
         ("live-config", service.follow_config(live, capture)),
         ("mirror-copies", capture.run()),

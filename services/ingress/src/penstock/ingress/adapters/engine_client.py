@@ -6,7 +6,9 @@ import asyncio
 import logging
 import ssl
 import time
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 from penstock.common.model import Instance
 from penstock.common.telemetry import Metrics
@@ -16,14 +18,14 @@ from penstock.ingress.settings import IngressSettings
 
 log = logging.getLogger(__name__)
 
-# Host, port, and "http" or "https".
-Address = tuple[str, int, str]
+# Host, port, and "http" or "https", and whatever else tells connections apart.
+Address = tuple[Any, ...]
 
 
 class Pool:
     """Connections to one address."""
 
-    def __init__(self, client: EngineClient, max_header_bytes: int) -> None:
+    def __init__(self, client: ConnectionPools, max_header_bytes: int) -> None:
         self._client = client
         self.idle: list[EngineConnection] = []
         self.open: set[EngineConnection] = set()
@@ -57,22 +59,30 @@ class Pool:
             connection.close_idle()
 
 
-class EngineClient:
-    """The pools of one ingress process."""
+class ConnectionPools:
+    """Pools by address, bounded and kept."""
 
-    def __init__(self, settings: IngressSettings, metrics: Metrics) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: IngressSettings,
+        metrics: Metrics,
+        kind: str,
+        of: str,
+        tls: Callable[[], ssl.SSLContext],
+    ) -> None:
+        """`kind` names the metrics, `of` says in words what is connected to."""
+        self._settings, self._of, self._make_tls = settings, of, tls
         self._pools: dict[Address, Pool] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.bad_framing = metrics.counter(
-            "penstock_ingress_upstream_bad_framing_total", "Responses of instances that were not HTTP"
+            f"penstock_ingress_{kind}_bad_framing_total", f"Responses of {of} that were not HTTP"
         ).labels()
         self._connects = metrics.counter(
-            "penstock_ingress_upstream_connects_total", "Connections to instances by result", "result"
+            f"penstock_ingress_{kind}_connects_total", f"Connections to {of} by result", "result"
         )
         metrics.gauge(
-            "penstock_ingress_upstream_connections",
-            "Connections to instances, and how many of them serve nobody",
+            f"penstock_ingress_{kind}_connections",
+            f"Connections to {of}, and how many of them serve nobody",
             lambda: [
                 (("open",), float(sum(len(p.open) for p in self._pools.values()))),
                 (("idle",), float(sum(len(p.idle) for p in self._pools.values()))),
@@ -80,10 +90,8 @@ class EngineClient:
             "state",
         )
 
-    def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
-        """See `penstock.ingress.ports.Upstreams`."""
-        endpoint = instance.endpoint
-        address = endpoint.host, endpoint.port, endpoint.scheme
+    def _acquire(self, address: Address, listener: UpstreamListener) -> None:
+        """A connection of the pool, or one that `_open` makes."""
         pool = self._pools.get(address)
         if pool is None:
             pool = self._pools[address] = Pool(self, self._settings.max_header_bytes)
@@ -93,23 +101,19 @@ class EngineClient:
             return
         limit = self._settings.upstream_max_connections
         if len(pool.open) + pool.connecting >= limit:
-            listener.upstream_refused(f"all {limit} connections to the instance are in use", overflow=True)
+            listener.upstream_refused(f"all {limit} connections are in use", overflow=True)
             return
         pool.connecting += 1
         task = asyncio.create_task(
-            self._connect(address, pool, listener), name=f"connect {address[0]}:{address[1]}"
+            self._make(pool, address, listener), name=f"connect {address[0]}:{address[1]}"
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, address: Address, pool: Pool, listener: UpstreamListener) -> None:
-        loop = asyncio.get_running_loop()
-        host, port, scheme = address
+    async def _make(self, pool: Pool, address: Address, listener: UpstreamListener) -> None:
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
-                _, connection = await loop.create_connection(
-                    lambda: EngineConnection(pool), host, port, ssl=self._tls if scheme == "https" else None
-                )
+                connection = await self._open(pool, address)
         except TimeoutError:
             cause = f"no connection within {self._settings.connect_timeout:g} s"
         except (OSError, ValueError) as exc:
@@ -124,10 +128,18 @@ class EngineClient:
         self._connects.inc("refused")
         listener.upstream_refused(cause)
 
+    async def _open(self, pool: Pool, address: Address) -> EngineConnection:
+        """Raises OSError or ValueError."""
+        host, port, scheme = address
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: EngineConnection(pool), host, port, ssl=self._tls if scheme == "https" else None
+        )
+        return connection
+
     @cached_property
     def _tls(self) -> ssl.SSLContext:
-        # Made when the first instance needs it: the system's certificates are 2 MB.
-        return self._settings.engine_tls()
+        # Made when the first of them needs it: the system's certificates are 2 MB.
+        return self._make_tls()
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long, and drop pools that are empty."""
@@ -147,3 +159,15 @@ class EngineClient:
         for pool in self._pools.values():
             for connection in list(pool.open):
                 connection.abort()
+
+
+class EngineClient(ConnectionPools):
+    """Connections to the instances, of one ingress process."""
+
+    def __init__(self, settings: IngressSettings, metrics: Metrics) -> None:
+        super().__init__(settings, metrics, "upstream", "instances", settings.engine_tls)
+
+    def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
+        """See `penstock.ingress.ports.Upstreams`."""
+        endpoint = instance.endpoint
+        self._acquire((endpoint.host, endpoint.port, endpoint.scheme), listener)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -55,15 +55,15 @@ class Rollback(ExpectedVersion):
     version: int = Field(ge=1, le=2**53, description="one of the versions that are kept")
 
 
-def shown(name: str, document: Document) -> DocumentOut:
-    """A document as it is answered."""
+def shown(name: str, document: Document, masked: Callable[[Any], Any]) -> DocumentOut:
+    """A document as it is answered: without secrets."""
     return DocumentOut(
         name=name,
         version=document.version,
         by=document.by,
         changed_at=document.changed_at,
         origin=document.origin,
-        value=document.value,
+        value=masked(document.value),
     )
 
 
@@ -121,18 +121,18 @@ class Documents:
 
     async def _list(self, call: Call) -> Answer:
         documents = self._config.documents(self._resource.kind)
-        listed = [shown(name, documents[name]) for name in sorted(documents)]
+        listed = [shown(name, documents[name], self._resource.masked) for name in sorted(documents)]
         return Answer(200, DocumentsOut(documents=listed, total=len(listed)))
 
     async def _get(self, call: Call) -> Answer:
-        return Answer(200, shown(_name(call), self._held(_name(call))))
+        return Answer(200, shown(_name(call), self._held(_name(call)), self._resource.masked))
 
     async def _put(self, call: Call) -> Answer:
         name, body = _name(call), call.body
         before = self._config.get(self._resource.kind, name)
         value = body.model_dump(mode="json", exclude_unset=True)
         document = await self._write(name, value, call)
-        return Answer(200 if before else 201, shown(name, document))
+        return Answer(200 if before else 201, shown(name, document, self._resource.masked))
 
     async def _delete(self, call: Call) -> Answer:
         name, query = _name(call), call.query
@@ -146,7 +146,12 @@ class Documents:
         if record is None:
             raise self._missing(name)
         past = record.history if record.deleted else (record.document, *record.history)
-        return Answer(200, VersionsOut(deleted=record.deleted, versions=[shown(name, one) for one in past]))
+        return Answer(
+            200,
+            VersionsOut(
+                deleted=record.deleted, versions=[shown(name, one, self._resource.masked) for one in past]
+            ),
+        )
 
     async def _roll_back(self, call: Call) -> Answer:
         name, wanted = _name(call), call.query.version
@@ -157,7 +162,7 @@ class Documents:
             raise GatewayError("not_found", text, param="version")
         # What was right then may not be now: it has to pass the same model.
         value = validated(self._resource.model, past[0].value).model_dump(mode="json", exclude_unset=True)
-        return Answer(200, shown(name, await self._write(name, value, call)))
+        return Answer(200, shown(name, await self._write(name, value, call), self._resource.masked))
 
     async def _write(self, name: str, value: Any, call: Call) -> Document:
         expected = call.query.expected_version

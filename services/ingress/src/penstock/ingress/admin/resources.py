@@ -5,19 +5,23 @@ To add one: a line in RESOURCES. Everything else (paths, validation, versions, O
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
-from penstock.common.live_config import MIRROR
+from penstock.common.live_config import MIRROR, ROUTE
 from penstock.common.mirroring import MirrorConfig
+from penstock.ingress.route_config import RouteDocument, masked
 
 
 @dataclass(frozen=True)
 class Resource:
     """Documents of `kind` under `/admin/api/<path>/{name}`; `model` is what a document's value has to be.
 
-    `singleton`: there is one document, without a name, at `/admin/api/<path>`.
+    `singleton`: there is one document, without a name, at `/admin/api/<path>`. `masked` takes secrets out of
+    a value before it is answered.
     """
 
     path: str
@@ -25,8 +29,10 @@ class Resource:
     model: type[BaseModel]
     what: str
     singleton: bool = False
+    masked: Callable[[Any], Any] = lambda value: value
 
 
 RESOURCES: tuple[Resource, ...] = (
     Resource("mirror", MIRROR, MirrorConfig, "mirror configuration", singleton=True),
+    Resource("routes", ROUTE, RouteDocument, "the routes", singleton=True, masked=masked),
 )
