@@ -90,6 +90,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         """Whose `model` it serves; empty if nobody says."""
         return self.owners.get(model, self.owner) if self.owners else self.owner
 
+    def parent_of(self, lora_adapter: str) -> str:
+        """The model that a LoRA adapter is loaded on; a model's own is empty."""
+        return "" if lora_adapter in self.models else next(iter(self.models), "")
+
     def serves(self, model: str) -> bool:
         """Whether `model` is one of its models or LoRA adapters."""
         return model in self.models or model in self.lora_adapters

@@ -80,6 +80,8 @@ class Exchange:
                 return
             inference = facts or parse(self.head.path, self.head.header(b"content-type"), self.body)
             self.stream = inference.stream
+            if inference.body:
+                self.body = inference.body
             if routes is None:
                 self.place(inference)
             else:

@@ -23,6 +23,7 @@ from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.openai import InferenceRequest
+from penstock.ingress.owners import Owners, said_in_head
 from penstock.ingress.ports import Externals, LargeBodies, Upstreams
 from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
@@ -71,6 +72,7 @@ class Gateway:
         self.breakers = self.splitting.breakers
         # Empty for as long as nothing fails: all that a request looks at then.
         self.failing, self.tripped = self.breakers.targets, self.breakers.tripped
+        self.owners = Owners(table)
         self.speeds = Speeds()
         self.draining = False
         self._decision_numbers = itertools.count(1)
@@ -113,18 +115,21 @@ class Gateway:
     def require_model(self, model: str) -> None:
         """Raises GatewayError for a model that nobody serves."""
         if not self.table.serving(model):
-            raise GatewayError("model_not_found", f"The model '{model}' does not exist.", param="model")
+            raise self.owners.unknown_model(model)
 
     def schedule_request(
         self, head: RequestHead, inference: InferenceRequest | Facts, request_id: str
     ) -> ScheduleRequest:
         """What a scheduler has to know. Raises GatewayError for headers that are too long."""
-        owner = strategy = profile = session = user = ""
+        owner = inference.owner
+        strategy = profile = session = user = ""
         if head.routed:
             read = head.read
-            owner, strategy = _text(read, b"x-owned-by"), _text(read, b"routing-strategy")
+            owner, strategy = owner or said_in_head(read), _text(read, b"routing-strategy")
             profile, session = _text(read, b"config-profile"), _text(read, b"x-session-id")
             user = _text(read, b"user")
+        if owner:
+            owner = self.owners.resolve(inference.model, owner)
         # In the order of its fields: by name they cost 0.5 us more.
         return ScheduleRequest(
             self._decision_id(),
@@ -215,7 +220,7 @@ class Gateway:
         is the model that it is loaded on, a model's own is empty."""
         return sorted(
             {
-                (model, instance.owner, "" if model in instance.models else next(iter(instance.models), ""))
+                (model, instance.owned_by(model), instance.parent_of(model))
                 for model in self.table.models()
                 for instance in self.table.serving(model)
                 if instance.takes_work

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from penstock.ingress.owners import HEADERS, IN_QUERY, split_query
+
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELDS = rb"((?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 _REQUEST = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n" + _FIELDS)
@@ -53,7 +55,7 @@ _REQUEST_READ = frozenset(
         b"routing-strategy",
         b"config-profile",
         b"user",
-        b"x-owned-by",
+        *HEADERS,
         b"x-session-id",
         b"x-priority",
         b"content-type",
@@ -225,6 +227,10 @@ def parse_request(head: bytes) -> RequestHead:
         raise BadFraming("Transfer-Encoding does not exist in HTTP/1.0")
     if connection:
         request.keep_alive &= _apply_connection(connection, fields)
+    if b"?" in target and request.path.startswith(b"/v1/"):
+        owner, request.origin_form = split_query(request.origin_form)
+        if owner:
+            read[IN_QUERY] = owner
     request.block = _block(fields)
     request.routed = not _COMMON.issuperset(read)
     return request

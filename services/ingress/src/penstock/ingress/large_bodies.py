@@ -44,6 +44,8 @@ class Facts(msgspec.Struct, frozen=True, tag="facts"):
     prompt_tokens: int
     max_tokens: int
     block_hashes: bytes
+    owner: str = ""
+    body: bytes = b""
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
@@ -66,7 +68,15 @@ def read(task: Task, body: bytes | bytearray, setup: Setup) -> Facts | Refusal:
         return Refusal(exc.code, exc.message, exc.param)
     seed = root_seed(setup.secret, inference.model, inference.cache_salt)
     hashes = chain(condense(inference.prompt), seed, setup.block_bytes)
-    return Facts(inference.model, inference.stream, inference.prompt_tokens, inference.max_tokens, hashes)
+    return Facts(
+        inference.model,
+        inference.stream,
+        inference.prompt_tokens,
+        inference.max_tokens,
+        hashes,
+        inference.owner,
+        inference.body,
+    )
 
 
 class SizedBody:

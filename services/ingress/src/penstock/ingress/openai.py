@@ -7,6 +7,7 @@ import re
 import msgspec
 
 from penstock.ingress.failures import GatewayError
+from penstock.ingress.owners import said_in_body, without_owner
 
 EMPTY = msgspec.Raw()
 MAX_MODEL_LENGTH = 512
@@ -47,6 +48,9 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     prompt: bytes
     max_tokens: int
     cache_salt: str = ""
+    # Whose instances are wanted, and what the instance gets instead of the body that says so.
+    owner: str = ""
+    body: bytes = b""
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,6 +71,9 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = EMPTY
     input: msgspec.Raw = EMPTY
     documents: msgspec.Raw = EMPTY
+    owned_by: msgspec.Raw = EMPTY
+    engine: msgspec.Raw = EMPTY
+    inference_server: msgspec.Raw = EMPTY
 
 
 _decode = msgspec.json.Decoder(_Body).decode
@@ -90,13 +97,17 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
     if not 0 < len(parsed.model) <= MAX_MODEL_LENGTH:
         text = f"'model' must have 1 to {MAX_MODEL_LENGTH} characters, has {len(parsed.model)}"
         raise GatewayError("invalid_request", text, param="model")
-    return InferenceRequest(
+    inference = InferenceRequest(
         parsed.model,
         bool(parsed.stream),
         _prompt(path, parsed),
         max(0, parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens or 0),
         parsed.cache_salt or "",
     )
+    if len(parsed.owned_by) or len(parsed.engine) or len(parsed.inference_server):
+        owner = said_in_body(parsed.owned_by, parsed.engine, parsed.inference_server)
+        return msgspec.structs.replace(inference, owner=owner, body=without_owner(body))
+    return inference
 
 
 def with_model(path: bytes, body: bytes | bytearray, model: str) -> bytes | bytearray:

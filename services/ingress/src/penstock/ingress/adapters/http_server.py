@@ -14,6 +14,7 @@ from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCo
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import RequestHead
+from penstock.ingress.owners import IN_QUERY
 
 BACKLOG = 1024
 FLUSH_CHECK_S = 0.05
@@ -94,16 +95,17 @@ class HttpServer:
             raise GatewayError("method_not_allowed", text, allow=allowed)
         status, content = 200, dict[str, object](status="ok")
         if path == b"/v1/models":
-            content = self._models()
+            content = self._models(head.header(IN_QUERY))
         elif path == b"/readyz" and (not self._gateway.table.synced or self._gateway.draining):
             status, content = 503, {"status": "not ready"}
         return _json_response(status, content, request_id, head)
 
-    def _models(self) -> dict[str, object]:
+    def _models(self, wanted: str) -> dict[str, object]:
         data = [
             {"id": model, "object": "model", "created": 0, "owned_by": owner or "penstock"}
             | ({"parent": parent} if parent else {})
             for model, owner, parent in self._gateway.live_models()
+            if not wanted or owner.lower() == wanted.lower()
         ]
         return {"object": "list", "data": data}
 
