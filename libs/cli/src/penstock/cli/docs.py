@@ -32,7 +32,8 @@ from penstock.common import (
 from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
 from penstock.discovery.register.settings import RegisterSettings
 from penstock.discovery.settings import DiscoverySettings
-from penstock.ingress.admin.service import api_document
+from penstock.ingress.admin.service import API_VERSION, api_document
+from penstock.ingress.public_api import public_document
 from penstock.sim.settings import SimSettings
 
 TABLES = "docs/reference"
@@ -89,7 +90,11 @@ def pages() -> dict[str, str]:
         f"{TABLES}/{name}": "\n".join([GENERATED, *lines, ""])
         for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
     }
-    others = {"record.schema.json": _record_schema(), "openapi-admin.yaml": _admin_api()}
+    others = {
+        "record.schema.json": _record_schema(),
+        "openapi-admin.yaml": _api(api_document()),
+        "openapi.yaml": _api(public_document(API_VERSION)),
+    }
     tables |= {f"{TABLES}/{name}": text for name, text in others.items()}
     return tables | {NATS_ACCOUNTS: accounts_config()}
 
@@ -106,9 +111,11 @@ def _record_schema() -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-def _admin_api() -> str:
-    """What `/admin/api/openapi.json` says."""
-    return "# written by `make docs`\n" + yaml.safe_dump(api_document(), sort_keys=False, width=110)
+def _api(document: dict[str, Any]) -> str:
+    """An OpenAPI document for people."""
+    # By way of JSON: YAML would mark what several places share.
+    plain = json.loads(json.dumps(document))
+    return "# written by `make docs`\n" + yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
 def _holds(path: Path, text: str, write: bool) -> bool:

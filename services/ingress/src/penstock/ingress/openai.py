@@ -58,7 +58,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
         return len(self.prompt) // BYTES_PER_TOKEN
 
 
-class _Body(msgspec.Struct):
+class _Body(msgspec.Struct, gc=False):
     model: str
     stream: bool | None = None
     max_tokens: int | None = None
@@ -104,7 +104,8 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
         max(0, parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens or 0),
         parsed.cache_salt or "",
     )
-    if len(parsed.owned_by) or len(parsed.engine) or len(parsed.inference_server):
+    # All three are EMPTY itself in nearly every body; to ask for their lengths costs 0.4 us.
+    if not (parsed.owned_by is parsed.engine is parsed.inference_server):
         owner = said_in_body(parsed.owned_by, parsed.engine, parsed.inference_server)
         return msgspec.structs.replace(inference, owner=owner, body=without_owner(body))
     return inference
