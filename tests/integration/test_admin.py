@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -234,9 +235,20 @@ def test_an_open_admin_api_does_not_start(flags: list[str], fault: str) -> None:
         assert fault in "\n".join(process.lines)
 
 
-async def test_with_a_token_the_admin_listener_may_be_wide(stack: Stack) -> None:
-    port = free_port()
+async def test_with_a_token_the_admin_listener_may_be_wide_and_the_token_may_change(
+    stack: Stack, tmp_path: Path
+) -> None:
+    port, file = free_port(), tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    url = f"http://127.0.0.1:{port}/admin/api/instances"
     flags = "--nats-url", stack.nats.url, "--port", "0", "--admin-host", "0.0.0.0", "--admin-port", str(port)
-    with Process.module("penstock.ingress", *flags, "--admin-token", TOKEN):
+    with Process.module("penstock.ingress", *flags, "--admin-token-file", str(file)):
         await eventually(lambda: http_status(f"http://127.0.0.1:{port}/livez") == 200)
-        assert http_status(f"http://127.0.0.1:{port}/admin/api/instances") == 401
+        async with aiohttp.ClientSession() as session:
+            assert (await ask(session, "GET", url))[0] == 401
+            assert (await ask(session, "GET", url, **BEARER))[0] == 200
+            file.write_text("another-token")
+            assert (await ask(session, "GET", url, **BEARER))[0] == 401
+            assert (await ask(session, "GET", url, authorization="Bearer another-token"))[0] == 200
+            file.unlink()
+            assert (await ask(session, "GET", url, authorization="Bearer another-token"))[0] == 200

@@ -786,6 +786,18 @@ async def test_whoever_asks_hears_what_listing_again_found(stage: Stage, new_eng
         await stage.bus.request(DISCOVER, DiscoverRequest("1", "another"), deadline_s=0.05)
 
 
+async def test_an_instance_whose_metrics_alone_say_its_engine_is_told_once(
+    stage: Stage, engine: Engine
+) -> None:
+    engine.models = [{"id": "m"}]
+    instance = listed(engine)
+    replica = await stage.replica(instance)
+    await stage.until(lambda: stage.states() == {instance.id: "ready"})
+    await stage.until(lambda: engine.hits.get("/metrics", 0) > 3 and not replica.discovery.missing())
+    assert (stage.record(instance).engine, stage.record(instance).owner) == ("vllm", "vllm")
+    await stage.until(lambda: stage.told() == [(instance.id, "added", "")])
+
+
 async def test_an_owner_is_said_by_record_label_model_list_or_engine(
     stage: Stage, new_engine: NewEngine
 ) -> None:

@@ -83,12 +83,18 @@ class Probing:
     async def _follow(self, instance_id: InstanceId, endpoint: Endpoint) -> None:
         # The first check is at once, the second at the instance's own part of the interval: what began
         # together spreads evenly, in every replica and after every restart in the same way.
-        spread = part_of(instance_id)
+        spread, first = part_of(instance_id), True
         while True:
             verdict = await self._check(endpoint)
-            pause_s = self._judge(instance_id, endpoint, verdict)
-            if not verdict.fault:
+            # Where its models do not say which engine it is, its metrics do: one that is seen for the first
+            # time is told as a whole, not added and updated a moment later.
+            strange = first and not verdict.engine
+            if strange and not verdict.fault:
                 await self._read_load(instance_id, endpoint)
+            pause_s = self._judge(instance_id, endpoint, verdict)
+            if not strange and not verdict.fault:
+                await self._read_load(instance_id, endpoint)
+            first = False
             await asyncio.sleep(pause_s * spread)
             spread = 1 + JITTER * (2 * self._rng() - 1)
 
