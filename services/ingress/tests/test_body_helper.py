@@ -217,7 +217,7 @@ async def test_an_idle_helper_ends_and_another_one_starts_when_it_is_needed(lab_
             assert (await client.response()).status == 200
             await eventually(lambda: brief.pid is None)
             # Killed is not gone: on a busy machine the kernel takes its time.
-            await eventually(lambda: not running(pid))  # noqa: B023  # awaited in its round
+            await eventually(lambda: not running(pid))  # awaited in its round
         engines.cancel()
     loop.cancel()
     await asyncio.gather(loop, return_exceptions=True)
