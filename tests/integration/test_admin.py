@@ -231,7 +231,7 @@ async def test_what_is_too_large_for_either_listener_is_refused(
 )
 def test_an_open_admin_api_does_not_start(flags: list[str], fault: str) -> None:
     with Process.module("penstock.ingress", "--port", "0", *flags) as process:
-        assert process.wait() == 2
+        assert process.wait(30.0) == 2
         assert fault in "\n".join(process.lines)
 
 
