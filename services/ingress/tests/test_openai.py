@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, InferenceRequest, parse
+from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, InferenceRequest, parse, with_model
 
 CHAT = b"/v1/chat/completions"
 TRANSCRIPTION = b"/v1/audio/transcriptions"
@@ -259,3 +259,30 @@ def test_a_form_without_a_usable_model_is_refused(content_type: str, body: bytes
 def test_a_hostile_form_of_4_mib_is_refused_at_once(body: bytes) -> None:
     # Each takes a few ms; a pattern over the whole body takes minutes for the first.
     refused(TRANSCRIPTION, body, FORM)
+
+
+@pytest.mark.parametrize(
+    ("body", "changed"),
+    [
+        (b'{"model":"m","prompt":"hi"}', b'{"model":"new","prompt":"hi"}'),
+        (b'{ "n" : 1.50, "model"\n:\t"m" }', b'{ "n" : 1.50, "model"\n:\t"new" }'),
+        (b'{"x":{"model":"m"},"model":"m"}', b'{"x":{"model":"m"},"model":"new"}'),
+        (b'{"model":"a","model":"m"}', b'{"model":"a","model":"new"}'),
+        (b'{"model":"m","model":"m"}', b'{"model":"m","model":"new"}'),
+        (b'{"p":"\\"model\\":\\"m\\"","model":"m"}', b'{"p":"\\"model\\":\\"m\\"","model":"new"}'),
+        (b'{"model":"\\u006d"}', b'{"model":"new"}'),
+        (b'{"model":"new"}', b'{"model":"new"}'),
+    ],
+)
+def test_a_body_that_names_another_model_is_else_the_same(body: bytes, changed: bytes) -> None:
+    assert with_model(b"/v1/completions", body, "new") == changed
+    assert with_model(b"/v1/completions", bytearray(body), "new") == changed
+    assert with_model(b"/v1/images/edits", body, "new") == body
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"mod\\u0065l":"m"}', b'{"x":[' + b'{"model":"m"},' * 9 + b'1],"model":"m"}']
+)
+def test_a_model_that_cannot_be_found_in_its_body_is_refused(body: bytes) -> None:
+    with pytest.raises(GatewayError, match="not where it can be replaced"):
+        with_model(b"/v1/completions", body, "new")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from penstock.ingress.attempt import Attempt
 from penstock.ingress.backoff import delay_s, retry_after_s
+from penstock.ingress.failures import GatewayError
 from penstock.ingress.in_flight import Work
 from penstock.ingress.kept import Kept
 from penstock.ingress.openai import with_model
@@ -87,18 +88,23 @@ class Fallbacks:
         ):
             self._exchange.error = f"{route.name}: it failed too often lately and is left alone"
             return False
-        self._send(route)
+        try:
+            self._send(route)
+        except GatewayError as exc:
+            # Its model cannot be put into this body; others may take it as it is.
+            self._exchange.error = f"{route.name}: {exc.message}"
+            return False
         return True
 
     def _send(self, route: Route) -> None:
         exchange, gateway, external = self._exchange, self._gateway, route.external
         if external is None:
             return
-        now, target = gateway.clock(), EXTERNAL + external.url
-        self._splitting.breakers.sent(target, now)
         body = (
             with_model(exchange.head.path, exchange.body, route.rewrite) if route.rewrite else exchange.body
         )
+        now, target = gateway.clock(), EXTERNAL + external.url
+        self._splitting.breakers.sent(target, now)
         head = external.request_head(exchange.head, exchange.request_id, len(body))
         exchange.deadline = now + gateway.settings.request_timeout
         attempt = Attempt(gateway, exchange, None, target, Work("", "", 0), head, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import msgspec
@@ -11,6 +12,8 @@ from penstock.ingress.owners import said_in_body, without_owner
 
 EMPTY = msgspec.Raw()
 MAX_MODEL_LENGTH = 512
+# Each costs another look at the whole body.
+MAX_MODEL_PLACES = 4
 
 # Path -> the field that holds the prompt (None: nothing to hash), and whether it must be there.
 GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
@@ -76,8 +79,12 @@ class _Body(msgspec.Struct, gc=False):
     inference_server: msgspec.Raw = EMPTY
 
 
+class _Named(msgspec.Struct):
+    model: msgspec.Raw
+
+
 _decode = msgspec.json.Decoder(_Body).decode
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_model = msgspec.json.Decoder(_Named).decode
 
 
 def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceRequest:
@@ -112,13 +119,21 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
 
 
 def with_model(path: bytes, body: bytes | bytearray, model: str) -> bytes | bytearray:
-    """A body, valid by `parse`, that names another model; forms stay as they are. The values of its fields
-    stay byte for byte, its top level is written anew."""
+    """A body, valid by `parse`, that names another model, all else byte for byte; forms stay as they are.
+    Raises GatewayError if its place is not found: a key in escapes, or many objects inside with models."""
     if path in MULTIPART_PATHS:
         return body
-    fields = _decode_fields(body)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(fields)
+    named = msgspec.json.encode(model)
+    held = bytes(_decode_model(body).model)
+    # In a string the key's quotes are escaped, so only objects have it; decoding tells the outermost.
+    places = re.finditer(rb'"model"[ \t\r\n]*:[ \t\r\n]*(' + re.escape(held) + rb")", body)
+    for place in itertools.islice(places, MAX_MODEL_PLACES if held != named else 0):
+        changed = body[: place.start(1)] + named + body[place.end(1) :]
+        if bytes(_decode_model(changed).model) == named:
+            return changed
+    if held == named:
+        return body
+    raise GatewayError("invalid_request", "'model' is not where it can be replaced", param="model")
 
 
 def _prompt(path: bytes, parsed: _Body) -> bytes:
