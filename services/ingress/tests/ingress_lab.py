@@ -37,6 +37,7 @@ from penstock.common.subjects import DEFAULT_SHARD, EVENTS, LOAD, SCHEDULE
 from penstock.common.telemetry import Metrics
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.body_helper import BodyHelper
+from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
@@ -46,6 +47,7 @@ from penstock.ingress.large_bodies import Setup
 from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
+from penstock.ingress.waiting_room import WaitingRoom
 
 WAIT_S = 10.0
 HOST = "127.0.0.1"
@@ -295,7 +297,9 @@ class Lab:
             identity,
             self.metrics,
             self.settings.schedule_timeout,
+            self.settings.max_requests_per_instance,
         )
+        self.gateway.waiting = WaitingRoom(self.gateway, SharedCounts.alone(), self.metrics)
         self.service = IngressService(self.gateway, self.bus, Lifecycle(), self.metrics)
         self.server = HttpServer(self.gateway, self.metrics)
         self.scheduler = Scheduler(self.table)
@@ -395,6 +399,7 @@ class Lab:
         """Wait until no request is in hand, check that nothing is held for any; their outcomes."""
         await eventually(lambda: not self.gateway.exchanges)
         assert (len(self.account), dict(self.account.by_instance())) == (0, {})
+        assert (self.gateway.waiting.busy, self.account.on_free) == (False, None)
         outcomes = await self.events("outcome")
         requests = [outcome["request_id"] for outcome in outcomes]
         assert len(set(requests)) == len(requests)

@@ -120,7 +120,6 @@ async def test_long_headers_of_many_clients_do_not_make_a_message_too_large(
     [
         (Reason.UNKNOWN_MODEL, 404, "model_not_found", "model", None),
         (Reason.NO_INSTANCE, 503, "no_available_instance", None, "3"),
-        (Reason.SATURATED, 503, "overloaded", None, "3"),
         (Reason.BAD_STRATEGY, 400, "invalid_strategy", "routing-strategy", None),
         (Reason.BAD_REQUEST, 400, "invalid_request", None, None),
     ],
@@ -322,7 +321,7 @@ async def test_equal_prompts_have_equal_hashes_and_another_secret_none_of_them(l
     hashes = []
     for secret in ("a", "a", "b"):
         lab = await lab_of(block_hash_secret=secret)
-        lab.scheduler.decide = lambda request: Rejection(request.decision_id, Reason.SATURATED)
+        lab.scheduler.decide = lambda request: Rejection(request.decision_id, Reason.NO_INSTANCE)
         assert (await (await lab.client()).ask(body)).status == 404
         await lab.engine()
         assert (await (await lab.client()).ask(body)).status == 503

@@ -9,6 +9,9 @@ import msgspec
 
 InstanceId = str
 
+# An instance's label with the number of requests that it takes at a time.
+LIMIT_LABEL = "penstock/max-requests"
+
 # Text from outside is bounded where it is decoded: longer is a decode error, not a slow service.
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 ShortName = Annotated[str, msgspec.Meta(max_length=128)]
@@ -93,6 +96,12 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     def parent_of(self, lora_adapter: str) -> str:
         """The model that a LoRA adapter is loaded on; a model's own is empty."""
         return "" if lora_adapter in self.models else next(iter(self.models), "")
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that it may have in flight by its label LIMIT_LABEL; 0 if that has no usable value."""
+        text = self.labels.get(LIMIT_LABEL, "")
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
     def serves(self, model: str) -> bool:
         """Whether `model` is one of its models or LoRA adapters."""

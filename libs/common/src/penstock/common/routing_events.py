@@ -119,7 +119,8 @@ class Explained(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms."""
+    """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms.
+    `waited_ms` of them the request waited for capacity."""
 
     request_id: str
     model: str
@@ -141,6 +142,7 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int = 0
     error: str = ""
     route: str = ""
+    waited_ms: float = 0.0
 
 
 class RouteEvent(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -122,6 +122,18 @@ class EngineKeySettings(Settings):
         return key
 
 
+class InstanceLimitSettings(Settings):
+    """How much an instance takes at a time, for those who place requests."""
+
+    max_requests_per_instance: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="requests that an instance may have in flight, unless its label penstock/max-requests "
+        "says otherwise; with all at their limit further requests wait; 0: no limit",
+    )
+
+
 class EngineTlsSettings(Settings):
     """How instances with an https endpoint are verified: always, and by name."""
 

@@ -179,6 +179,14 @@ class Detours:
         else:
             self._next("not_placed", error, Outcome.REJECTED)
 
+    def refused(self, error: GatewayError) -> None:
+        """No instance had room for it, or none in time."""
+        exchange = self._exchange
+        if exchange.error:
+            self._next("saturated", GatewayError("upstream_unreachable", exchange.error))
+        else:
+            self._next("saturated", error, Outcome.REJECTED)
+
     def eject(self, instances: tuple[str, ...]) -> None:
         """These were left out of the request's candidates for failing lately."""
         self._ejected = instances

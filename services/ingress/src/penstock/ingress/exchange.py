@@ -6,7 +6,7 @@ from enum import Enum
 
 from msgspec import structs
 
-from penstock.common.messages import Placement, Rejection, ScheduleRequest
+from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt, Failure
 from penstock.ingress.capture import Copied
@@ -21,6 +21,7 @@ from penstock.ingress.outcomes import Outcome, report
 from penstock.ingress.ports import Downstream, ResponseListener
 from penstock.ingress.relay import Relay
 from penstock.ingress.responses import client_head, error_response
+from penstock.ingress.waiting import Ticket
 
 
 class State(Enum):
@@ -53,6 +54,9 @@ class Exchange:
     # What instances get instead of `body`, if their route says so.
     local_body: bytes | bytearray = b""
     _paused = False
+    # Its place in a line, while it waits for capacity, and how long it did.
+    ticket: Ticket[Exchange] | None = None
+    waited_ms = 0.0
 
     body: bytes | bytearray
 
@@ -94,6 +98,12 @@ class Exchange:
         """The body, a large one, is not valid or could not be read."""
         self.fail(error, Outcome.REJECTED)
 
+    def refused(self, error: GatewayError) -> None:
+        """There is no capacity for it, or none in time."""
+        if self.ticket is not None:
+            self._gateway.waiting.leave(self)
+        self._detour().refused(error)
+
     # -- placement ---------------------------------------------------------------------------------
 
     @property
@@ -112,7 +122,7 @@ class Exchange:
         if gateway.capture is not None:
             self.copy(inference.model)
         self.decisions.append(self.request.decision_id)
-        gateway.placer.submit(self)
+        self._submit()
 
     def copy(self, model: str) -> None:
         """Copy the request for the mirror, if it is its turn."""
@@ -128,6 +138,8 @@ class Exchange:
     def placed(self, placement: Placement, instance: Instance) -> None:
         """Go to `instance`."""
         gateway = self._gateway
+        if self.ticket is not None:
+            gateway.waiting.leave(self, placed=True)
         self.placed_at = self.placed_at or gateway.clock()
         self.policy = placement.policy
         work = gateway.account.start(
@@ -142,15 +154,24 @@ class Exchange:
         gateway.upstreams.acquire(instance, self.attempt)
 
     def rejected(self, rejection: Rejection) -> None:
-        """No instance."""
-        self._detour().rejected(rejection)
+        """No instance. Where none has room, it waits."""
+        if rejection.reason is Reason.SATURATED:
+            self._gateway.waiting.hold(self)
+        else:
+            self._detour().rejected(rejection)
 
     def ask_again(self, excluded: tuple[str, ...]) -> None:
         """Ask for an instance that is none of `excluded`."""
         self.state = State.PLACING
         self.request = self._gateway.another_attempt(self.request, excluded)
         self.decisions.append(self.request.decision_id)
-        self._gateway.placer.submit(self)
+        self._submit()
+
+    def _submit(self) -> None:
+        """Ask for a placement, behind those who wait for the same instances."""
+        waiting = self._gateway.waiting
+        if not waiting.busy or not waiting.queued(self):
+            self._gateway.placer.submit(self)
 
     def broken(self) -> None:
         """A fault of this program met it. Once the head is out, an error would be taken for the body."""
@@ -324,6 +345,8 @@ class Exchange:
         relaying = self.state is State.RELAYING
         self.state = State.DONE
         gateway = self._gateway
+        if self.ticket is not None:
+            gateway.waiting.leave(self)
         if self.attempt is not None:
             self.attempt.close()
             if gateway.tripped:

@@ -67,16 +67,17 @@ class GatewayError(Exception):
         param: str | None = None,
         retry_after_s: float = 0.0,
         allow: str = "",
+        status: int = 0,
     ) -> None:
-        """`allow`: the methods that the path takes, for a 405."""
+        """`allow`: the methods that the path takes, for a 405. `status`: not the code's usual one."""
         self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
-        self.allow = allow
+        self.allow, self._status = allow, status
         super().__init__(f"{code}: {message}")
 
     @property
     def status(self) -> int:
         """The HTTP status."""
-        return CODES[self.code][0]
+        return self._status or CODES[self.code][0]
 
     def body(self) -> bytes:
         """The JSON body of DESIGN 3.2."""

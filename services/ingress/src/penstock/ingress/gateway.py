@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange
     from penstock.ingress.outcomes import Outcome
     from penstock.ingress.placing import Placer
+    from penstock.ingress.waiting_room import WaitingRoom
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 MAX_HEADER_TEXT = 512
+MAX_PRIORITY = 100
+_PRIORITY = re.compile(rb"[+-]?[0-9]{1,3}")
 MAX_EXCLUDED = 64
 _SEED_CACHE = 1024
 _HEADER_CACHE = 8192
@@ -53,6 +56,7 @@ class Gateway:
     large_bodies: LargeBodies
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
+    waiting: WaitingRoom
 
     def __init__(
         self,
@@ -120,14 +124,16 @@ class Gateway:
     def schedule_request(
         self, head: RequestHead, inference: InferenceRequest | Facts, request_id: str
     ) -> ScheduleRequest:
-        """What a scheduler has to know. Raises GatewayError for headers that are too long."""
+        """What a scheduler has to know. Raises GatewayError for headers that are too long or no priority."""
         owner = inference.owner
         strategy = profile = session = user = ""
+        priority = 0
         if head.routed:
             read = head.read
             owner, strategy = owner or said_in_head(read), _text(read, b"routing-strategy")
             profile, session = _text(read, b"config-profile"), _text(read, b"x-session-id")
             user = _text(read, b"user")
+            priority = _priority(read.get(b"x-priority"))
         if owner:
             owner = self.owners.resolve(inference.model, owner)
         # In the order of its fields: by name they cost 0.5 us more.
@@ -143,6 +149,7 @@ class Gateway:
             self._hashes(inference),
             session,
             user,
+            priority,
         )
 
     def unplaced_request(self, inference: InferenceRequest | Facts, request_id: str) -> ScheduleRequest:
@@ -264,3 +271,12 @@ def _text(read: dict[bytes, bytes], name: bytes) -> str:
         text = f"header {name.decode()} has {len(value)} bytes, at most {MAX_HEADER_TEXT} are taken"
         raise GatewayError("invalid_request", text, param=name.decode())
     return value.decode("utf-8", "replace")
+
+
+def _priority(value: bytes | None) -> int:
+    if value is None:
+        return 0
+    if not _PRIORITY.fullmatch(value) or abs(priority := int(value)) > MAX_PRIORITY:
+        text = f"header x-priority takes an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}, higher goes first"
+        raise GatewayError("invalid_request", text, param="x-priority")
+    return priority

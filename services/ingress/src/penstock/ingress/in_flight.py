@@ -6,7 +6,7 @@ says everything. An entry leaves through `finish` and through nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from penstock.common.messages import InFlight, InstanceSpeed, LoadReport
 from penstock.common.model import InstanceId
@@ -42,6 +42,8 @@ class InFlightAccount:
         self._finished: list[str] = []
         self._sequence = 0
         self.snapshot_due = True
+        # Who waits for a slot hears of each that is free; nobody does while nobody waits.
+        self.on_free: Callable[[InstanceId], None] | None = None
 
     def __len__(self) -> int:
         return len(self._work)
@@ -72,21 +74,24 @@ class InFlightAccount:
 
     def finish(self, decision_id: str) -> None:
         """Release a decision; one that was never counted here is released at the schedulers too."""
-        self._remove(decision_id)
+        work = self._remove(decision_id)
         if len(self._finished) >= MAX_FINISHED:
             self._finished.clear()
             self.snapshot_due = True
         self._finished.append(decision_id)
+        if work is not None and self.on_free is not None:
+            self.on_free(work.instance)
 
-    def _remove(self, decision_id: str) -> None:
+    def _remove(self, decision_id: str) -> Work | None:
         work = self._work.pop(decision_id, None)
         if work is None:
-            return
+            return None
         left = self._per_instance[work.instance] - 1
         if left:
             self._per_instance[work.instance] = left
         else:
             del self._per_instance[work.instance]
+        return work
 
     def changes(self) -> Iterator[LoadReport]:
         """Reports of what changed since the last; none if nothing did."""

@@ -69,6 +69,7 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
         cached,
         exchange.error,
         route,
+        exchange.waited_ms,
     )
     gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
     gateway.access_log.add(event)

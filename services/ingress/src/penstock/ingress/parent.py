@@ -14,7 +14,7 @@ from penstock.common.settings import reveal
 from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminReply
 from penstock.ingress.adapters.channel import Channel
-from penstock.ingress.adapters.connection_limit import SharedCounts, counts_file
+from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, counts_file
 from penstock.ingress.admin_messages import AdminRequest, AdminResponse
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.worker import FromWorker, Report, Start
@@ -62,7 +62,9 @@ class Parent:
         self.id = ingress_id
         self._workers = [Worker(index) for index in range(settings.workers)]
         self._counts_file = counts_file(settings.workers)
-        self._counts = SharedCounts(self._counts_file.fileno(), settings.workers)
+        self._counts = [
+            SharedCounts(self._counts_file.fileno(), settings.workers, row=row) for row in range(ROWS)
+        ]
         self._past: Snapshot = []
         self.metrics = Metrics()
         self._restarts = self.metrics.counter(
@@ -198,7 +200,8 @@ class Parent:
             self._past = merge(
                 [self._past, [_counted(f) for f in worker.report.snapshot if f.kind != "gauge"]]
             )
-        self._counts.clear(worker.index)
+        for counts in self._counts:
+            counts.clear(worker.index)
         worker.channel = worker.report = worker.process = None
 
 

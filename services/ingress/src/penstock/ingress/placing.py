@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Protocol
 
 from penstock.common.bus import Bus
@@ -91,9 +92,11 @@ class Placer:
         identity: Identity,
         metrics: Metrics,
         attempt_s: float,
+        max_requests: int = 0,
     ) -> None:
+        """`max_requests`: of this process on one instance that has no such label; 0: any number."""
         self._bus, self._table, self._account, self._events = bus, table, account, events
-        self._identity, self._attempt_s = identity, attempt_s
+        self._identity, self._attempt_s, self._max_requests = identity, attempt_s, max_requests
         self._pending: list[Asker] = []
         self._breaker = BusBreaker()
         self.replicas = Replicas()
@@ -259,8 +262,14 @@ class Placer:
         pool = self._table.serving(request.model)
         candidates = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
         affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
-        instance = place_locally(candidates, self._account.on, affinity, request.decision_id)
-        if instance is None:
+        open_ = [
+            i for i in candidates if self._account.on(i.id) < (i.max_requests or self._max_requests or inf)
+        ]
+        instance = place_locally(open_, self._account.on, affinity, request.decision_id)
+        if instance is None and candidates:
+            # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
+            asker.rejected(saturated(request))
+        elif instance is None:
             # A scheduler may have reserved something in an answer that came too late, or was of no use.
             self._account.finish(request.decision_id)
             asker.rejected(self._reject(request, bool(pool)))
@@ -323,6 +332,12 @@ def eligible(instance: Instance, request: ScheduleRequest) -> bool:
     """Whether this ingress may send an undivided request there by itself."""
     owned = not request.owner or request.owner == instance.owned_by(request.model)
     return owned and instance.takes_work and instance.role is Role.NEUTRAL
+
+
+def saturated(request: ScheduleRequest) -> Rejection:
+    """The rejection of a request for which every instance has as much as it may have of this ingress."""
+    text = f"every instance of model '{request.model}' that can take it is at its limit"
+    return Rejection(request.decision_id, Reason.SATURATED, text, 1.0)
 
 
 def no_candidate(request: ScheduleRequest, known: bool) -> Rejection:

@@ -57,6 +57,7 @@ class IngressService:
             "penstock_ingress_reports_too_large_total", "Load reports over their subject's bound"
         )
         bus.on_connection(self._on_connection)
+        gateway.waiting.tell_schedulers = lambda: self.publish(gateway.account.changes())
 
     def _on_connection(self, up: bool) -> None:
         # Schedulers that came back with the bus know nothing of what runs here.
@@ -72,6 +73,8 @@ class IngressService:
         async for event in self._bus.watch(INSTANCES):
             was_lost, was_known = table.lost, table.synced
             changed = table.apply(event)
+            if changed:
+                self._gateway.waiting.fleet_changed()
             cause = event.cause if isinstance(event, Lost) else ""
             if changed:
                 self._gateway.forget_gone()
@@ -127,6 +130,7 @@ class IngressService:
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
             now = clock()
+            self._gateway.waiting.sweep(now)
             for exchange in [e for e in self._gateway.exchanges if e.deadline < now]:
                 _expire(exchange)
             for owner in held:

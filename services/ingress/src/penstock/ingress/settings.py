@@ -7,13 +7,20 @@ from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from penstock.common.settings import EngineTlsSettings, ServiceSettings, is_loopback, read_token, sane_token
+from penstock.common.settings import (
+    EngineTlsSettings,
+    InstanceLimitSettings,
+    ServiceSettings,
+    is_loopback,
+    read_token,
+    sane_token,
+)
 from penstock.ingress.route_settings import RouteSettings
 
 KIB, MIB = 1024, 1024 * 1024
 
 
-class IngressSettings(RouteSettings, EngineTlsSettings, ServiceSettings):
+class IngressSettings(RouteSettings, EngineTlsSettings, InstanceLimitSettings, ServiceSettings):
     """HTTP in, placements from the bus, tokens out."""
 
     host: str = Field("0.0.0.0", description="address of the public listener")
@@ -57,6 +64,17 @@ class IngressSettings(RouteSettings, EngineTlsSettings, ServiceSettings):
     )
     idle_timeout: float = Field(
         75.0, gt=0, le=3600, description="seconds a client's connection may stand idle"
+    )
+
+    waiting_limit: int = Field(
+        1000,
+        ge=0,
+        le=100_000,
+        description="requests that may wait for capacity, of all workers together; further ones get a 429; "
+        "0: none waits",
+    )
+    waiting_timeout: float = Field(
+        30.0, gt=0, le=3600, description="seconds a request may wait for capacity, then it gets a 503"
     )
 
     max_header_bytes: int = Field(

@@ -25,7 +25,7 @@ from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
 from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.channel import Channel
-from penstock.ingress.adapters.connection_limit import SharedCounts
+from penstock.ingress.adapters.connection_limit import WAITING, SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
@@ -37,6 +37,7 @@ from penstock.ingress.large_bodies import Setup
 from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
+from penstock.ingress.waiting_room import WaitingRoom
 
 # What clients get to take their last bytes, however little the drain has left.
 FLUSH_S = 1.0
@@ -99,7 +100,14 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     setup = Setup(settings.block_hash_secret.get_secret_value(), settings.block_bytes)
     gateway.large_bodies = large_bodies = BodyHelper(setup, host.metrics, gateway.degraded)
     gateway.placer = Placer(
-        host.bus, table, account, host.events, host.identity, host.metrics, settings.schedule_timeout
+        host.bus,
+        table,
+        account,
+        host.events,
+        host.identity,
+        host.metrics,
+        settings.schedule_timeout,
+        settings.max_requests_per_instance,
     )
     if start.ended:
         gateway.degraded("worker", False, start.ended)
@@ -111,6 +119,8 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         forward_credentials=settings.mirror_forward_credentials,
     )
     live = LiveConfig()
+    waiting = SharedCounts(counts_fd, settings.workers, start.index, WAITING)
+    gateway.waiting = WaitingRoom(gateway, waiting, host.metrics)
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 

@@ -15,9 +15,6 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Rows = NDArray[np.intp]
 
-# An instance's label with the number of requests that it takes at a time.
-LIMIT_LABEL = "penstock/max-requests"
-
 
 class Pool:
     """The instances that serve one model, in order of id; arrays are aligned with `instances`."""
@@ -45,9 +42,8 @@ class Pool:
 
 
 def limit_of(instance: Instance) -> float:
-    """What LIMIT_LABEL says, inf if it says nothing that makes sense."""
-    text = instance.labels.get(LIMIT_LABEL, "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) else math.inf
+    """Requests that it may have in flight by its own word, inf without one."""
+    return float(instance.max_requests or math.inf)
 
 
 class Kept(msgspec.Struct, frozen=True):

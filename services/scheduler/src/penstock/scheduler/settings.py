@@ -9,14 +9,14 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from penstock.common.messages import MAX_BLOCKS
-from penstock.common.settings import ServiceSettings
+from penstock.common.settings import InstanceLimitSettings, ServiceSettings
 from penstock.scheduler import plugins
 from penstock.scheduler.policies.catalog import MAX_COEFFICIENT, Catalog
 from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
 
 
-class SchedulerSettings(ServiceSettings):
+class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
     """Decides which instance serves each request."""
 
     admin_port: int = Field(
@@ -35,13 +35,6 @@ class SchedulerSettings(ServiceSettings):
         "",
         description="Python files with policies of your own, comma-separated: each has POLICIES, a dict of "
         f"name -> function; packages bring theirs by the entry point group {plugins.GROUP}",
-    )
-    max_requests_per_instance: int = Field(
-        0,
-        ge=0,
-        le=1_000_000,
-        description="requests that an instance may have in flight, unless its label penstock/max-requests "
-        "says otherwise; with all at their limit requests are refused as saturated; 0: no limit",
     )
     pd_skip_below_tokens: int = Field(
         0,

@@ -1,4 +1,5 @@
-"""How many clients an ingress has, over all of its workers, and whether it takes one more.
+"""How many clients an ingress has, over all of its workers, and whether it takes one more; and how many
+requests wait there.
 
 The limit is not dealt out in shares: the kernel spreads connections by a hash, so that one worker would
 turn clients away while others have room. Every worker writes its number into memory that all of them see.
@@ -17,6 +18,9 @@ from penstock.common.telemetry import Metrics
 log = logging.getLogger(__name__)
 
 _SLOT_BYTES = 8
+# What is counted over all workers, a row of slots each.
+CONNECTIONS, WAITING = range(2)
+ROWS = 2
 WARN_EVERY_S = 10.0
 
 
@@ -24,10 +28,10 @@ class SharedCounts:
     """One number per worker. The sum is exact but for what others write at that moment: a limit may be
     passed by one per further worker."""
 
-    def __init__(self, fd: int, slots: int, index: int = 0) -> None:
-        """`fd`: a file from `counts_file`, -1 for memory of this process alone."""
-        self._numbers = memoryview(mmap.mmap(fd, slots * _SLOT_BYTES)).cast("q")
-        self._index = index
+    def __init__(self, fd: int, slots: int, index: int = 0, row: int = CONNECTIONS) -> None:
+        """`fd`: a file from `counts_file`, -1 for memory of this process alone; `row`: what is counted."""
+        numbers = memoryview(mmap.mmap(fd, ROWS * slots * _SLOT_BYTES)).cast("q")
+        self._numbers, self._index = numbers[row * slots : (row + 1) * slots], index
 
     @classmethod
     def alone(cls) -> Self:
@@ -50,7 +54,7 @@ class SharedCounts:
 def counts_file(slots: int) -> IO[bytes]:
     """A file without a name for `slots` processes; the memory lives as long as one of them has it."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  # the parent holds it for as long as it lives
-    file.truncate(slots * _SLOT_BYTES)
+    file.truncate(ROWS * slots * _SLOT_BYTES)
     return file
 
 
