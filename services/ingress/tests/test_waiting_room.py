@@ -9,7 +9,7 @@ from integration.servers import eventually
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 
 from .conftest import LabOf
-from .ingress_lab import CHAT, Engine, Lab, Peer
+from .ingress_lab import BODY, CHAT, Engine, Lab, Peer
 
 LIMIT = 1
 
@@ -37,7 +37,7 @@ def waiting(lab: Lab) -> int:
 async def one_waits(lab: Lab, count: int = 1, **headers: Any) -> Peer:
     """A client whose request waits, as one of `count`."""
     client = await lab.client()
-    client.post(**headers)
+    client.post(BODY, CHAT, **headers)
     await eventually(lambda: waiting(lab) == count)
     return client
 
