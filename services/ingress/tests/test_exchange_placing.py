@@ -68,6 +68,7 @@ async def test_a_scheduler_is_told_what_placing_needs_and_no_text(lab_of: LabOf)
             block_hashes=chain(prompt, root_seed("s", MODEL, "t"), 256),
             session="session",
             user="me",
+            run_blocks=64,
         ),
     )
     assert len(batch.requests[0].block_hashes) == len(prompt) // 256 * 8

@@ -10,7 +10,7 @@ import pytest
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Endpoint, EngineLoad, Instance
 from penstock.scheduler.bench import table_of
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates, Case, part_of
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.measures import (
@@ -52,9 +52,9 @@ def candidates(numbers: Mapping[str, Sequence[float]], matched: Sequence[int] = 
     return Candidates(whole(pool).indexed(), view.loads, steps)
 
 
-def case(blocks: int = 0, *, prompt: int = 0, session: str = "", decision: str = "d") -> Case:
+def case(blocks: int = 0, *, prompt: int = 0, session: str = "", decision: str = "d", run: int = 0) -> Case:
     hashes = [seed_of(f"block {number}") for number in range(blocks)]
-    request = ScheduleRequest(decision, "r", "m", prompt_tokens=prompt, session=session)
+    request = ScheduleRequest(decision, "r", "m", prompt_tokens=prompt, session=session, run_blocks=run)
     return Case(request, hashes, seed_of(decision))
 
 
@@ -211,3 +211,30 @@ def test_absurd_numbers_of_an_engine_change_no_pick(figure: float) -> None:
     among = Candidates(whole(pool), view.loads)
     for policy in ("cache-aware", "least-kv-cache", "load-balance", "least-request", "throughput"):
         assert chosen(policy, case(prompt=100), among) == "b", policy
+
+
+@pytest.mark.parametrize(
+    ("blocks", "run", "matched", "part"),
+    [
+        (10, 0, 5, (5, 10)),
+        (64, 64, 5, (5, 64)),
+        (128, 64, 64, (64, 64 + 128)),
+        (130, 64, 128, (64 + 128, 64 + 128 + 2 * 4)),
+        (130, 64, 65, (64 + 2, 64 + 128 + 2 * 4)),
+        (130, 0, 65, (65, 130)),
+    ],
+)
+def test_blocks_count_by_their_size_which_doubles_after_each_run(
+    blocks: int, run: int, matched: int, part: tuple[int, int]
+) -> None:
+    one = case(blocks, prompt=1000, run=run)
+    assert part_of(one, matched) == part
+    held = candidates({}, [matched, 0])
+    assert held.shares(one) == pytest.approx([part[0] / part[1], 0.0])
+    uncached = 1000 * (1 - part[0] / part[1])
+    assert ExpectedTtft().of(one, held) == pytest.approx([uncached * 0.125, 125.0])
+
+
+def test_runs_without_end_are_counted() -> None:
+    part, whole = part_of(case(2048, run=1), 2047)
+    assert 0 < part < whole

@@ -58,7 +58,8 @@ class Reason(StrEnum):
 
 
 class ScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One request to place (DESIGN 3.4). Hashes are packed little-endian u64, at most 2,048."""
+    """One request to place (DESIGN 3.4). Hashes are packed little-endian u64, at most 2,048; their blocks
+    double in size after each `run_blocks`, 0: all are of one size."""
 
     decision_id: ShortName
     request_id: Name
@@ -78,6 +79,7 @@ class ScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prefill_instance: Name = ""
     prefill_group: Name = ""
     lease_ms: Count = 0
+    run_blocks: Count = 0
 
 
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ from penstock.common.model import Instance, InstanceId
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Cell, Metrics
 from penstock.ingress.access_log import AccessLog
-from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, root_seed
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
@@ -150,6 +150,7 @@ class Gateway:
             session,
             user,
             priority,
+            run_blocks=RUN_BLOCKS,
         )
 
     def unplaced_request(self, inference: InferenceRequest | Facts, request_id: str) -> ScheduleRequest:

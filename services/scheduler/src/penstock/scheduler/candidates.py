@@ -39,6 +39,20 @@ class Case(msgspec.Struct, frozen=True, gc=False):
         return self.session_seed or (seed_of(session) if session else 0)
 
 
+def part_of(case: Case, blocks: int) -> tuple[int, int]:
+    """The first `blocks` and the whole of the prompt, by the sizes of its blocks (DESIGN 3.4)."""
+    run = case.request.run_blocks
+    if not run or len(case.hashes) <= run:
+        return blocks, len(case.hashes)
+    return _size(blocks, run), _size(len(case.hashes), run)
+
+
+def _size(blocks: int, run: int) -> int:
+    """Of so many blocks, in sizes of the first one."""
+    runs, rest = divmod(blocks, run)
+    return run * ((1 << runs) - 1) + (rest << runs)
+
+
 class Candidates:
     """What is left of a pool, with its numbers as they stood when first read. `steps` is the prefix index's
     answer; arrays are aligned with `kept`."""
@@ -103,7 +117,17 @@ class Candidates:
                 self._mark(self._matched, mask, blocks)
         return self._matched
 
-    def _mark(self, numbers: Floats, mask: int, number: int) -> None:
+    def shares(self, case: Case) -> Floats:
+        """What of the prompt each candidate holds, 0..1; an array of the caller's."""
+        if len(case.hashes) <= (case.request.run_blocks or len(case.hashes)):
+            return self.matched * (1.0 / max(1, len(case.hashes)))
+        shares = np.zeros(len(self.kept.rows))
+        for blocks, mask in self.steps:
+            part, whole = part_of(case, blocks)
+            self._mark(shares, mask, part / whole)
+        return shares
+
+    def _mark(self, numbers: Floats, mask: int, number: float) -> None:
         """Write `number` where the slots of `mask` are."""
         kept = self.kept
         if mask == kept.mask:

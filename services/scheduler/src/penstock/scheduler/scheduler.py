@@ -9,7 +9,7 @@ import numpy as np
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates, Case, part_of
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
@@ -130,7 +130,10 @@ def choose(
         steps = index.match(case.hashes, 1 << slot)
         matched = steps[-1][0] if steps else 0
     request, hashes = case.request, case.hashes
-    tokens = matched * request.prompt_tokens // len(hashes) if matched else 0
+    tokens = 0
+    if matched:
+        part, whole = part_of(case, matched)
+        tokens = part * request.prompt_tokens // whole
     # In the order of their fields: by name they cost three times as much.
     placement = Placement(request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens)
     terms = _terms(candidates, scores, dict(zip(profile.names, parts, strict=True)), chosen, matched, shown)

@@ -85,7 +85,7 @@ class CandidateView:
     @property
     def matched_ratio(self) -> Floats:
         """Share of the prompt's leading blocks that each was given before, 0..1."""
-        return self._candidates.matched / max(1, len(self._case.hashes))
+        return self._candidates.shares(self._case)
 
     @property
     def expected_ttft_ms(self) -> Floats:

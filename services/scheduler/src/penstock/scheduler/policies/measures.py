@@ -52,7 +52,7 @@ class ExpectedTtft:
     Wait is the prefill of prompts ahead (uncached tokens in flight without a first answer x ms per token,
     less the time since they were placed), plus half a decode step (TPOT, ms) for each request in flight,
     since each lengthens the steps that prefill shares, plus up to 1 s for a KV cache that is nearly full
-    (from 0.9 on). Uncached is the prompt less the share of its blocks that the instance holds by the
+    (from 0.9 on). Uncached is the prompt less the share of it that the instance holds by the
     prefix index. Speeds are those that ingresses measured, fading, else the pool's (see Loads).
     """
 
@@ -66,7 +66,8 @@ class ExpectedTtft:
         # `take` needs half the time of an index.
         cost = loads.ms_per_token.take(slots)
         if candidates.steps:
-            uncached = candidates.matched * (-tokens / len(case.hashes))
+            uncached = candidates.shares(case)
+            uncached *= -tokens
             uncached += tokens
             cost *= uncached
         else:

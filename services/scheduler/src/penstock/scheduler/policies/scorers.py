@@ -116,7 +116,7 @@ class Headroom:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """Leading blocks held / blocks of the prompt, from the prefix index; 0 for all without block hashes,
+    """Share of the prompt held, from the prefix index; 0 for all without block hashes,
     and for overloaded candidates, so that a hot prefix does not pile up on the instance that holds it.
 
     Overloaded: more than `requests` in flight above the least loaded, and more than (1 + `ratio`) times the
@@ -130,7 +130,7 @@ class PrefixMatch:
     reads: ClassVar[tuple[str, ...]] = ("queued",)
 
     def score(self, case: Case, candidates: Candidates) -> Floats:
-        score = candidates.matched * (1.0 / max(1, len(case.hashes)))
+        score = candidates.shares(case)
         bound = candidates.least + self.requests
         if candidates.most > bound:
             score *= candidates.requests <= max(bound, (1.0 + self.ratio) * candidates.mean)
