@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-mirror fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-mirror bench-replicas fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench-discovery: sync ## what discovery costs with 2,000 engines, and how soon a
 
 bench-mirror: sync ## what clients notice of the mirror, off, on and in trouble (ARGS="--rate 200 --rounds 3")
 	PYTHONPATH=tests $(BIN)/python -m mirror_bench $(ARGS)
+
+bench-replicas: sync ## schedulers over the bus, and sessions through 8 ingress workers and 32 engines (ARGS="--no-bus")
+	PYTHONPATH=tests $(BIN)/python -m replica_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
 	$(BIN)/python -m penstock.cli.docs

@@ -153,16 +153,30 @@ async def test_placements_that_were_missed_are_made_up_for_by_a_snapshot() -> No
         alive(client, "s1")
         await heard(two, 2)
         two.service.replica.missing = 3
-        await eventually(lambda: two.service.replica.missing == 0)
-        assert two.count("penstock_scheduler_warm_ups", "snapshot") == 1
+        await eventually(lambda: two.count("penstock_scheduler_warm_ups", "snapshot") == 1)
+        await eventually(lambda: two.service.replica.behind == 0)
         assert two.serving
+
+
+async def test_what_was_missed_stays_missed_without_a_snapshot_and_requests_are_taken_meanwhile() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    await client.serve(SNAPSHOT, lambda _: SnapshotPiece("bad", "1", refused=True), DEFAULT_SHARD, "bad")
+    async with replica(broker, "s1") as one:
+        await eventually(lambda: one.serving)
+        alive(client, "bad")
+        await heard(one, 2)
+        one.service.replica.missing = 3
+        await eventually(lambda: one.count("penstock_scheduler_warm_ups", "refused") == 1)
+        await eventually(lambda: one.service.replica.behind == 3)
+        assert one.serving
 
 
 async def test_a_replica_whose_loop_lags_leaves_and_comes_back_by_itself() -> None:
     broker, client = wire()
     await client.ensure_stream(EVENTS)
     await register(client, "a")
-    async with replica(broker, "s1") as one, replica(broker, "s2") as two:
+    async with replica(broker, "s1") as one, replica(broker, "s2", max_loop_lag_ms=250) as two:
         await eventually(lambda: one.serving and two.serving)
         two.loop_clock.rate = 4.0
         await eventually(lambda: two.lifecycle.missing() == ["requests: the event loop lags"])

@@ -222,7 +222,7 @@ class SchedulerService:
                 self._warm = True
             elif self._warm and self.replica.missing and now - self._repaired_at >= REPAIR_EVERY_S:
                 self._repaired_at = now
-                await self._warming.run()
+                await self._warming.repair()
             await asyncio.sleep(TICK_S)
 
     async def _keep_intake(self) -> None:

@@ -56,7 +56,7 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         description="prompt blocks the prefix index remembers, about 100 bytes each",
     )
     max_loop_lag_ms: float = Field(
-        250.0,
+        500.0,
         ge=0,
         le=60_000,
         description="milliseconds that the event loop may be late; three times in a row above it, requests "

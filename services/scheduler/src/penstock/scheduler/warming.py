@@ -53,6 +53,15 @@ class Warming:
         await self._catch_up()
         self.progress = ""
 
+    async def repair(self) -> None:
+        """The same while requests are taken; without a snapshot, what was missed stays missed."""
+        missing = self._replica.missing
+        self._replica.hold()
+        taken = await self._from_siblings()
+        await self._catch_up()
+        self._replica.missing += 0 if taken else missing
+        self.progress = ""
+
     async def _catch_up(self) -> None:
         while self._replica.catch_up(self._clock(), SLICE_PLACEMENTS):
             self.progress = f"{self._replica.behind} placements of others are being caught up with"
