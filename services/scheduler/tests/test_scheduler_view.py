@@ -68,9 +68,9 @@ def test_a_changed_record_changes_the_pool_and_keeps_slot_number_and_turn() -> N
 
 def test_the_arrays_grow_with_the_fleet_and_lose_nothing() -> None:
     view = ClusterView()
-    view.refresh(fleet(60), lambda slots: None)
+    view.refresh(table_of(fleet(60)), lambda slots: None)
     view.take((i, 5, 50, 0) for i in list(in_flight_ids(view)))
-    view.refresh(fleet(300), lambda slots: None)
+    view.refresh(table_of(fleet(300)), lambda slots: None)
     pool = view.pool("m")
     assert pool is not None
     assert len(set(pool.slots.tolist())) == 300

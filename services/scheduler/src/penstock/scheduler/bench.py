@@ -21,6 +21,7 @@ from penstock.common.codec import encode_record
 from penstock.common.instances import InstanceTable, complete_key, encode_instance, instance_key
 from penstock.common.messages import CompleteMarker, InFlight, LoadReport, Placed, Placement, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
+from penstock.scheduler.bench_replicas import index_mb, most_on_one
 from penstock.scheduler.ledger import InFlightLedger
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
@@ -32,22 +33,27 @@ MODEL = "m"
 REPORT_EVERY = 32
 
 
-def fleet(count: int) -> InstanceTable:
-    """A synced table of this many instances of one model."""
+def fleet(count: int) -> list[Instance]:
+    """This many instances of one model."""
     endpoint = Endpoint("h", 8000)
-    return table_of(
+    return [
         Instance(id=f"10.0.{number >> 8}.{number & 255}:8000", endpoint=endpoint, models=(MODEL,))
         for number in range(count)
-    )
+    ]
+
+
+def listing_of(instances: Iterable[Instance]) -> Listing:
+    """A registry that holds these and is complete."""
+    entries = {complete_key("bench"): Entry(encode_record(CompleteMarker("bench", ("bench",))), 1)}
+    for revision, instance in enumerate(instances, 2):
+        entries[instance_key(instance.id)] = Entry(encode_instance(instance), revision)
+    return Listing(Position("bench", len(entries)), entries)
 
 
 def table_of(instances: Iterable[Instance]) -> InstanceTable:
     """A synced table of these."""
-    entries = {complete_key("bench"): Entry(encode_record(CompleteMarker("bench", ("bench",))), 1)}
-    for revision, instance in enumerate(instances, 2):
-        entries[instance_key(instance.id)] = Entry(encode_instance(instance), revision)
     table = InstanceTable()
-    table.apply(Listing(Position("bench", len(entries)), entries))
+    table.apply(listing_of(instances))
     return table
 
 
@@ -71,7 +77,7 @@ def measure(policy: str, instances: int, blocks: int, decisions: int) -> list[fl
     """CPU seconds of each decision."""
     rng, catalog = random.Random(1), Catalog(Thresholds())
     view, index, ledger = ClusterView(), PrefixIndex(1_000_000), InFlightLedger()
-    view.refresh(fleet(instances), index.forget)
+    view.refresh(table_of(fleet(instances)), index.forget)
     source, running, durations = prompts(blocks, rng), deque[InFlight](), []
     clock = time.thread_time  # what others on the machine do does not count
     for number in range(decisions):
@@ -122,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policy", choices=list(STRATEGIES), default=CACHE_AWARE)
     parser.add_argument("--decisions", type=int, default=20_000)
     options = parser.parse_args(argv)
+    # First, while no freed memory can be used again.
+    print(f"index: {index_mb():.0f} MB per million blocks, in chains of 64")
     print(
         f"{options.policy}\n{'instances':>10} {'blocks':>7} {'decisions/s':>12} {'p50 us':>8} {'p99 us':>8}"
     )
@@ -132,7 +140,20 @@ def main(argv: list[str] | None = None) -> int:
             rate = 1 / durations.mean()
             print(f"{instances:>10} {blocks:>7} {rate:>12,.0f} {p50:>8.1f} {p99:>8.1f}")
     print(f"ledger: {apply_cost() * 1e6:.2f} us per entry of a report")
+    herds(options.policy)
     return 0
+
+
+def herds(policy: str) -> None:
+    """Print how a burst of new prompts spreads, several replicas against one."""
+    registry = listing_of(fleet(32))
+    print("herd factor: most requests of a burst on one of 32 instances / the same with one replica")
+    print(f"{'replicas':>10} {'event delay ms':>15} {'most':>5} {'factor':>7}")
+    for delay_ms in (1, 5, 50):
+        alone = most_on_one(policy, MODEL, 1, delay_ms / 1000, registry)
+        for replicas in (2, 4, 8):
+            most = most_on_one(policy, MODEL, replicas, delay_ms / 1000, registry)
+            print(f"{replicas:>10} {delay_ms:>15} {most:>5} {most / alone:>7.2f}")
 
 
 if __name__ == "__main__":
