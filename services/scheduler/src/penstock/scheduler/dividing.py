@@ -14,7 +14,7 @@ import numpy as np
 
 from penstock.common.messages import Mode, Placement, Reason, ScheduleRequest, Stage
 from penstock.common.model import Instance, Role
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates, Case, part_of
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
@@ -134,8 +134,10 @@ class _Divider:
         """Prompt tokens that the decode candidate which holds most of them does not."""
         request, hashes = self.case.request, self.case.hashes
         steps = self.index.match(hashes, decodes.kept.mask) if hashes else []
-        held = steps[-1][0] * request.prompt_tokens // len(hashes) if steps else 0
-        return request.prompt_tokens - held
+        if not steps:
+            return request.prompt_tokens
+        part, whole = part_of(self.case, steps[-1][0])
+        return request.prompt_tokens - part * request.prompt_tokens // whole
 
     def _whole(self, asked: Profile, decodes: Candidates) -> Decision:
         return self._choose(decodes, asked)
