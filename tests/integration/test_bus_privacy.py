@@ -16,10 +16,11 @@ from nats.aio.msg import Msg
 from integration.bus_users import ALL, StackOfUsers, stack_of_users
 from integration.servers import eventually
 from integration.stack import MODEL
+from penstock.common.block_hash import root_seed
 from penstock.common.codec import decode
 from penstock.common.messages import PlacedFeed, ScheduleBatch
 from penstock.common.subjects import EVENTS, PLACED, SCHEDULE
-from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.ingress.block_hash import chain, condense
 
 pytestmark = pytest.mark.integration
 

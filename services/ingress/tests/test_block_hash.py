@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.block_hash import root_seed
 from penstock.ingress.block_hash import (
     DIGEST_BYTES,
     LONG_STRING_BYTES,
@@ -14,7 +15,6 @@ from penstock.ingress.block_hash import (
     RUN_BLOCKS,
     chain,
     condense,
-    root_seed,
 )
 
 SEED = root_seed("secret", "model")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from integration.servers import eventually
 
+from penstock.common.block_hash import root_seed
 from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.body_helper import MAX_WAITING, BodyHelper
-from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.ingress.block_hash import chain, condense
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Setup
 from penstock.ingress.openai import parse
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from integration.servers import eventually
 
+from penstock.common.block_hash import root_seed
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Instance, InstanceState, Role
-from penstock.ingress.block_hash import chain, root_seed
+from penstock.ingress.block_hash import chain
 from penstock.ingress.ports import UpstreamListener, Upstreams
 
 from .conftest import LabOf

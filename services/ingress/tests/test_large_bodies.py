@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.block_hash import root_seed
 from penstock.ingress.adapters.body_helper import Helper
-from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.ingress.block_hash import chain, condense
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts, FairQueue, Refusal, Setup, SizedBody, Task, read

@@ -197,3 +197,53 @@ def test_without_blocks_or_candidates_nothing_matches() -> None:
 def test_an_index_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="room"):
         PrefixIndex(1)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["insert", "insert", "remove"]), prompts, st.integers(0, SLOTS - 1))),
+    prompts,
+    st.sampled_from([10_000, 24]),
+)
+def test_removed_blocks_match_no_longer_and_others_stay(
+    done: list[tuple[str, tuple[str, ...], int]], prompt: tuple[str, ...], bound: int
+) -> None:
+    index, held = PrefixIndex(bound), [set[tuple[str, ...]]() for _ in range(SLOTS)]
+    for kind, whole, slot in done:
+        if kind == "insert":
+            index.insert(chain(*whole), slot, matched(index, chain(*whole))[slot])
+            held[slot].update(whole[: end + 1] for end in range(len(whole)))
+        else:
+            # A block goes with all that follows it, the last first.
+            gone = sorted((one for one in held[slot] if one[: len(whole)] == whole), key=len, reverse=True)
+            index.remove([chain(*one)[-1] for one in gone], slot)
+            held[slot].difference_update(gone)
+    for slot, length in enumerate(matched(index, chain(*prompt))):
+        expected = next((n for n in range(len(prompt)) if prompt[: n + 1] not in held[slot]), len(prompt))
+        assert length <= expected
+        if bound == 10_000:
+            assert length == expected
+
+
+def test_removing_what_nobody_holds_changes_nothing() -> None:
+    index = PrefixIndex(1000)
+    index.insert(chain("a", "b"), 0)
+    index.insert(chain("a"), 1)
+    index.remove(chain("x", "y")[::-1], 0)
+    index.remove(chain("a", "b")[::-1], 2)
+    assert matched(index, chain("a", "b")) == [2, 1, 0, 0]
+    index.remove(chain("a", "b")[::-1], 0)
+    assert matched(index, chain("a", "b")) == [0, 1, 0, 0]
+
+
+def test_blocks_that_were_not_used_for_the_maximum_age_are_gone() -> None:
+    index = PrefixIndex(1000)
+    old, used = chain("o"), chain("u")
+    for now in range(0, 101, 10):
+        if now == 0:
+            index.insert(old, 0)
+        index.insert(used, 1, matched(index, used)[1])
+        index.expire(float(now), max_age_s=60.0)
+        if now < 30:
+            assert matched(index, old) == [1, 0, 0, 0]
+    assert matched(index, old) == [0, 0, 0, 0]
+    assert matched(index, used) == [0, 1, 0, 0]

@@ -24,6 +24,7 @@ MAX_EXPLANATION_BYTES, MAX_EXPLAINED = 512 * 1024, 16
 MAX_PIECE_BLOCKS = 4096
 MAX_PIECE_INSTANCES = 4096
 MAX_PIECE_FIGURES = 256
+MAX_KV_CHANGES = 8
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Copied = Annotated[bytes, msgspec.Meta(max_length=512 * 1024)]
@@ -234,6 +235,9 @@ class InstanceSpeed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `streams` are those whose first token was seen, `ttft_ms` the sum of their times from dispatch to it.
     `prefill_ms` is the part of these times in which no earlier prompt of this ingress was ahead, spent on
     `uncached_tokens`. `decode_ms` is the time spent on `decode_tokens`, those after a first one.
+
+    `judged` are answers whose engine says what it had in its KV cache and whose placement expected
+    something there: `expected_tokens`, of which the engine found `confirmed_tokens`.
     """
 
     instance: Name
@@ -246,6 +250,9 @@ class InstanceSpeed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     uncached_tokens: Count = 0
     decode_ms: Count = 0
     decode_tokens: Count = 0
+    judged: Count = 0
+    expected_tokens: Count = 0
+    confirmed_tokens: Count = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
@@ -274,6 +281,28 @@ class EngineStatus(msgspec.Struct, frozen=True):
     instance: Name
     load: EngineLoad
     age_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+
+
+class KvChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks that an instance's KV cache holds from here on (`stored`), parents before their children, or
+    holds no longer, children first. Hashes as in `ScheduleRequest.block_hashes`."""
+
+    stored: bool
+    hashes: PackedHashes
+
+
+class KvEvents(msgspec.Struct, frozen=True, array_like=True):
+    """What changed in an instance's KV cache, as its engine announces it, bridged by discovery.
+
+    `feed` names what `sequence` counts, from 1: another feed, or a gap, means that changes are missing.
+    With `cleared` the KV cache is empty, or unknown, before the changes of this message.
+    """
+
+    instance: Name
+    feed: ShortName
+    sequence: Count
+    cleared: bool = False
+    changes: Annotated[tuple[KvChange, ...], msgspec.Meta(max_length=MAX_KV_CHANGES)] = ()
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

@@ -37,6 +37,7 @@ from penstock.common.subjects import (
     EXPLAIN_NOW,
     HEARTBEAT,
     INSTANCES,
+    KV,
     LOAD,
     MIRROR,
     MIRROR_PRIMARY,
@@ -142,6 +143,7 @@ SERVICES: Mapping[str, Grant] = {
                     PLACED,
                     LOAD,
                     STATUS,
+                    KV,
                     HEARTBEAT,
                 )
             ),
@@ -154,7 +156,7 @@ SERVICES: Mapping[str, Grant] = {
     + _keeping(REGISTRATIONS)
     + _watching(CONFIG)
     + _keeping(CONFIG)
-    + Grant((STATUS.pattern, f"{_INBOX}.ingress.{_ANSWERS}"), (DISCOVER.request.pattern,)),
+    + Grant((STATUS.pattern, KV.pattern, f"{_INBOX}.ingress.{_ANSWERS}"), (DISCOVER.request.pattern,)),
     "mirror": _process("mirror", CONFIG_CHANGE, MIRRORED, COMPARISON)
     + _watching(CONFIG)
     + _keeping(CONFIG)

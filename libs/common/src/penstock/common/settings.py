@@ -106,6 +106,22 @@ class ServiceSettings(BusSettings):
     )
 
 
+class BlockHashSettings(Settings):
+    """How prompts become block hashes: the same in every service that makes some."""
+
+    block_hash_secret: SecretStr = Field(
+        SecretStr(""),
+        description="salt of the block hashes; the same on every ingress of a deployment, and "
+        "on discovery with --kv-events blocks",
+    )
+    token_block_size: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="tokens per block hash where a tokenizer is used; the engines' block size",
+    )
+
+
 class EngineKeySettings(Settings):
     """What engines are shown by whoever probes them."""
 

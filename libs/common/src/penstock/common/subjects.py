@@ -134,6 +134,8 @@ EXPLAIN_NOW = Service(
 PLACED = Subject(f"{_ROOT}.placed.*", messages.PlacedFeed)
 LOAD = Subject(f"{_ROOT}.load.*", messages.LoadReport, max_bytes=512 * KIB)
 STATUS = Subject(f"{_ROOT}.status.*", messages.EngineStatus, max_bytes=4 * KIB)
+# Hashes of 8 changes take 128 KiB.
+KV = Subject(f"{_ROOT}.kv.*", messages.KvEvents)
 HEARTBEAT = Subject(f"{_ROOT}.heartbeat.*", messages.Heartbeat, max_bytes=4 * KIB)
 # Copies of requests, the one place where prompts are on the bus; and how the requests themselves ended. What
 # schedules must not wait behind them: they are dropped while a sixteenth of other messages' bound is unsent.
@@ -175,7 +177,7 @@ COPIES = Stream(
 
 _EXPLAINED = EXPLAIN.request, EXPLAIN_NOW.request
 _ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.request, *_EXPLAINED
-_MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, HEARTBEAT, MIRROR, MIRROR_PRIMARY
+_MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, KV, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
 STREAMS = (EVENTS, COPIES)

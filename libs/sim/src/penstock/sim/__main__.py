@@ -39,6 +39,7 @@ async def serve(settings: SimSettings) -> list[str]:
                 host=settings.host,
                 port=port,
                 keep_alive_s=settings.keep_alive,
+                kv_events=settings.kv_events_at(place),
             )
             try:
                 await running.enter_async_context(instance)

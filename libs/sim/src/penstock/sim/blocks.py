@@ -1,6 +1,6 @@
 """KV blocks of one engine: prefix cache by chained block hash, reference counts, LRU eviction."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import xxhash
@@ -28,10 +28,12 @@ class BlockPool:
     free + shared + private (held by the caller) = total.
     """
 
-    __slots__ = ("_free", "_idle", "_references", "total")
+    __slots__ = ("_evicted", "_free", "_idle", "_references", "total")
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, evicted: Callable[[int], None] | None = None) -> None:
+        """`evicted` is told the hash of each cached block whose room is taken."""
         self.total = total
+        self._evicted = evicted
         self._free = total
         self._references: dict[int, int] = {}
         # Shared blocks without a reference, the one to evict first in front.
@@ -73,19 +75,30 @@ class BlockPool:
             del self._idle[oldest]
             del self._references[oldest]
             self._free += 1
+            if self._evicted is not None:
+                self._evicted(oldest)
         self._free -= count
         return True
 
-    def publish(self, block_hash: int) -> None:
-        """Turn one private block of the caller into a shared one that the caller references.
-
-        If the hash is present already, the caller joins it and its private copy is given back.
+    def publish(self, block_hash: int) -> bool:
+        """Turn one private block of the caller into a shared one that the caller references; True if it was
+        none. If the hash is present already, the caller joins it and its private copy is given back.
         """
         if block_hash in self._references:
             self.acquire((block_hash,))
             self._free += 1
-        else:
-            self._references[block_hash] = 1
+            return False
+        self._references[block_hash] = 1
+        return True
+
+    def reset(self) -> bool:
+        """Empty the cache; False, and nothing is done, while a request holds a block."""
+        if self.used:
+            return False
+        self._free = self.total
+        self._references.clear()
+        self._idle.clear()
+        return True
 
     def release(self, hashes: Sequence[int], private: int) -> None:
         """Give back shared blocks, in prompt order, and private ones; a chain is evicted from its end."""

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from math import inf
 
 from penstock.sim.blocks import BlockPool
+from penstock.sim.kv_log import KvLog
 from penstock.sim.sequence import TokenSequence
 from penstock.sim.spec import DoesNotFit, EngineRequest, EngineSpec, QueueFull, TokenEvent
 from penstock.sim.stats import EngineStats
@@ -17,10 +18,12 @@ from penstock.sim.stats import EngineStats
 class Engine:
     """Requests are admitted first in, first out; when blocks run out, the one admitted last is preempted."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, kv_log: KvLog | None = None) -> None:
+        """`kv_log` is told what becomes of the blocks of the prefix cache."""
         self.spec = spec
         self.stats = EngineStats()
-        self._pool = BlockPool(spec.kv_blocks)
+        self._kv_log = kv_log
+        self._pool = BlockPool(spec.kv_blocks, kv_log.removed if kv_log is not None else None)
         self._waiting: OrderedDict[str, TokenSequence] = OrderedDict()
         self._running: dict[str, TokenSequence] = {}
         self._stalled: dict[str, TokenSequence] = {}
@@ -62,6 +65,14 @@ class Engine:
     def prefix_match(self, block_hashes: tuple[int, ...]) -> int:
         """Number of leading blocks that the cache holds."""
         return self._pool.match(block_hashes, len(block_hashes))
+
+    def reset_prefix_cache(self) -> bool:
+        """Empty the prefix cache; False, and nothing is done, while a request holds a block."""
+        if not self._pool.reset():
+            return False
+        if self._kv_log is not None:
+            self._kv_log.cleared()
+        return True
 
     def submit(self, request: EngineRequest, now: float) -> None:
         """Queue a request. Raises DoesNotFit, QueueFull; ValueError for an id in use or an empty prompt."""
@@ -230,7 +241,8 @@ class Engine:
         full = (sequence.computed + tokens) // self.spec.block_size
         hashes = sequence.request.block_hashes
         for block_hash in hashes[sequence.shared : full]:
-            self._pool.publish(block_hash)
+            if self._pool.publish(block_hash) and self._kv_log is not None:
+                self._kv_log.stored(sequence.request, sequence.shared)
             sequence.shared += 1
 
     def _note_scheduled(self, sequence: TokenSequence, now: float) -> None:

@@ -58,6 +58,8 @@ class Exchange:
                 block_hashes=chain_hashes(tokens, text.TOKEN_BYTES, block_size, call.cache_root),
                 finish_reason=answer.finish_reason,
                 stall_after=self._stall_after(answer),
+                tokens=tokens,
+                cache_root=call.cache_root,
             )
             try:
                 self._runner.submit(request, partial(self._on_event, choice))

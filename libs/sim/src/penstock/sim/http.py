@@ -16,6 +16,7 @@ from aiohttp import web
 from penstock.sim import agent_replies, faults, metrics, replies, sabotage, text, wire
 from penstock.sim.exchange import Exchange
 from penstock.sim.faults import SEVERING, Fault, FaultBook, FaultError
+from penstock.sim.kv_publisher import KvPublisher
 from penstock.sim.metrics import MetricsStyle
 from penstock.sim.replies import Reply
 from penstock.sim.runner import EngineRunner
@@ -71,8 +72,15 @@ _GENERATION: dict[str, tuple[Callable[[bytes, Catalogue], Call], type[Reply]]] =
 class EngineServer:
     """Request handler of one engine, to be served by `aiohttp.web.Server` with handler cancellation."""
 
-    def __init__(self, runner: EngineRunner, profile: Profile, refuse: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        runner: EngineRunner,
+        profile: Profile,
+        refuse: Callable[[float], None],
+        kv_publisher: KvPublisher | None = None,
+    ) -> None:
         """`refuse(seconds)` closes the listening socket for that long."""
+        self._kv_publisher = kv_publisher
         self._runner = runner
         self._profile = profile
         self._refuse = refuse
@@ -91,6 +99,8 @@ class EngineServer:
             "/v1/models": {"GET": self._models},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
+            "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
+            "/sim/kv-events": {"POST": self._spoil_kv_events},
             "/sim/state": {"GET": self._state},
             "/sim/fault": {"POST": self._arm, "DELETE": self._disarm},
         }
@@ -222,6 +232,24 @@ class EngineServer:
         else:
             self._faults.arm(fault)
         return _json(fault)
+
+    def _reset_prefix_cache(self, _: web.BaseRequest, __: bytes) -> web.Response:
+        # vLLM's path, which takes no body and answers without one.
+        if not self._runner.engine.reset_prefix_cache():
+            raise ApiError(400, "BadRequestError", "The prefix cache is in use.")
+        return web.Response()
+
+    def _spoil_kv_events(self, _: web.BaseRequest, body: bytes) -> web.Response:
+        wanted = wire.decode(body, wire.KvEventsBody)
+        publisher = self._kv_publisher
+        if publisher is None:
+            raise ApiError(404, "NotFoundError", "This engine publishes no KV-cache events.")
+        if wanted.restart:
+            if not self._runner.engine.reset_prefix_cache():
+                raise ApiError(400, "BadRequestError", "The prefix cache is in use.")
+            publisher.restart()
+        publisher.lose(wanted.lose, for_good=wanted.for_good)
+        return web.Response(status=204)
 
     def _disarm(self, _: web.BaseRequest, __: bytes) -> web.Response:
         self._faults.clear()

@@ -2,12 +2,15 @@
 
 import asyncio
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 from penstock.sim.engine import Engine
 from penstock.sim.http import EngineServer, Profile
+from penstock.sim.kv_log import KvEncoding, KvLog
+from penstock.sim.kv_publisher import KvPublisher
 from penstock.sim.runner import EngineRunner
 from penstock.sim.spec import EngineSpec
 
@@ -16,6 +19,15 @@ _BACKLOG = 1024
 _SHUTDOWN_S = 0.1
 # vLLM's, so that pooled connections go stale on a gateway as they do with real engines.
 DEFAULT_KEEP_ALIVE_S = 5.0
+
+
+@dataclass(frozen=True)
+class KvEventsAt:
+    """Where KV-cache events are published: ports, of which 0 picks a free one; without replay at -1."""
+
+    port: int = 0
+    replay_port: int = 0
+    encoding: KvEncoding = "vllm"
 
 
 class Instance:
@@ -29,8 +41,12 @@ class Instance:
         host: str = "127.0.0.1",
         port: int = 0,
         keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
+        kv_events: KvEventsAt | None = None,
     ) -> None:
-        self.engine = Engine(spec)
+        self._kv_log = KvLog(spec.block_size) if kv_events is not None else None
+        self._kv_events = kv_events
+        self.kv_publisher: KvPublisher | None = None
+        self.engine = Engine(spec, self._kv_log)
         self.host = host
         self.port = port
         self._profile = profile
@@ -49,8 +65,9 @@ class Instance:
         loop = asyncio.get_running_loop()
         bound = self._bind()
         self.port = bound.getsockname()[1]
-        self._runner = EngineRunner(self.engine, loop)
-        self._interface = EngineServer(self._runner, self._profile, self._refuse)
+        publisher = self._publisher(bound)
+        self._runner = EngineRunner(self.engine, loop, publisher.flush if publisher is not None else None)
+        self._interface = EngineServer(self._runner, self._profile, self._refuse, publisher)
         self._server = web.Server(
             self._handle,
             handler_cancellation=True,
@@ -70,6 +87,27 @@ class Instance:
         self._server.pre_shutdown()
         await self._server.shutdown(_SHUTDOWN_S)
         self._runner.close()
+        if self.kv_publisher is not None:
+            await self.kv_publisher.stop()
+
+    def _publisher(self, bound: socket.socket) -> KvPublisher | None:
+        at, log = self._kv_events, self._kv_log
+        if at is None or log is None:
+            return None
+        try:
+            self.kv_publisher = KvPublisher(
+                log,
+                at.encoding,
+                self.engine.spec.block_size,
+                host=self.host,
+                port=at.port,
+                replay_port=at.replay_port,
+            )
+        except OSError:
+            bound.close()
+            raise
+        self.kv_publisher.start()
+        return self.kv_publisher
 
     async def __aenter__(self) -> "Instance":
         await self.start()

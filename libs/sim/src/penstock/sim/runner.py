@@ -20,8 +20,15 @@ class EngineRunner:
     A listener gets each event of its request, up to the one that is `finished`, or up to `abort`.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        stepped: Callable[[], None] | None = None,
+    ) -> None:
+        """`stepped` is called whenever a step was composed, by which its blocks are stored and evicted."""
         self.engine = engine
+        self._stepped = stepped
         self._loop = loop
         self._listeners: dict[str, Listener] = {}
         self._handle: asyncio.Handle | None = None
@@ -72,6 +79,8 @@ class EngineRunner:
             duration_s = self.engine.start_step(self._told_s)
             if duration_s is None:
                 return
+            if self._stepped is not None:
+                self._stepped()
             self._due_s = self._told_s + duration_s
             wait_s = self._due_s - self._loop.time()
             if wait_s > 0:

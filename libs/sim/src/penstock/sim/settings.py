@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from penstock.common.settings import Settings
 from penstock.sim.http import Profile
-from penstock.sim.instance import DEFAULT_KEEP_ALIVE_S
+from penstock.sim.instance import DEFAULT_KEEP_ALIVE_S, KvEventsAt
+from penstock.sim.kv_log import KvEncoding
 from penstock.sim.metrics import MetricsStyle
 from penstock.sim.spec import EngineSpec, Role
 from penstock.sim.text import DEFAULT_MODEL
@@ -54,6 +55,23 @@ class SimSettings(Settings):
     )
     instant: bool = Field(False, description="compute in no modelled time, as fast as the machine goes")
     metrics_style: MetricsStyle = Field("vllm", description="whose metric names /metrics uses")
+    kv_events_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port at which the first engine publishes KV-cache events over ZeroMQ, others take the "
+        "next; 0: none",
+    )
+    kv_events_replay_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port at which the first engine sends missed KV-cache events again, others take the "
+        "next; 0: none",
+    )
+    kv_events_encoding: KvEncoding = Field(
+        "vllm", description="whose events: vllm (0.32), vllm-bytes (older, hashes as bytes) or sglang"
+    )
     keep_alive: float = Field(
         DEFAULT_KEEP_ALIVE_S, gt=0, le=86_400, description="seconds after which an idle connection is closed"
     )
@@ -71,6 +89,12 @@ class SimSettings(Settings):
             )
         if self.port and self.port + self.count - 1 > 65535:
             faults.append("--port + --count goes past port 65535")
+        for name in ("kv_events_port", "kv_events_replay_port"):
+            first: int = getattr(self, name)
+            if first and first + self.count - 1 > 65535:
+                faults.append(f"--{name.replace('_', '-')} + --count goes past port 65535")
+        if self.kv_events_replay_port and not self.kv_events_port:
+            faults.append("--kv-events-replay-port needs --kv-events-port")
         names = [*_names(self.model), *_names(self.lora_adapters)]
         if not _names(self.model):
             faults.append("--model names at least one model")
@@ -107,6 +131,15 @@ class SimSettings(Settings):
             owned_by=self.owned_by,
             max_model_len=self.max_model_len or min(_LONGEST_DEFAULT_MODEL_LEN, self.kv_tokens),
             metrics_style=self.metrics_style,
+        )
+
+    def kv_events_at(self, place: int) -> KvEventsAt | None:
+        """Where the engine number `place`, counted from 0, publishes its KV-cache events."""
+        if not self.kv_events_port:
+            return None
+        replay = self.kv_events_replay_port
+        return KvEventsAt(
+            self.kv_events_port + place, replay + place if replay else -1, self.kv_events_encoding
         )
 
     def _step_s(self, step_ms: float) -> float:

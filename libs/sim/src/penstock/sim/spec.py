@@ -47,6 +47,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     `block_hashes` names the leading full blocks of prompt and output in order, as far as they are known;
     blocks after them are never shared. `finish_reason` is what a complete output ends with. After
     `stall_after` output tokens the request produces nothing more and holds what it has until it is aborted.
+    `tokens` and `cache_root` are what the hashes were made of; only an engine that publishes needs them.
     """
 
     request_id: str
@@ -55,6 +56,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     block_hashes: tuple[int, ...] = ()
     finish_reason: FinishReason = "stop"
     stall_after: int | None = None
+    tokens: bytes = b""
+    cache_root: str = ""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):

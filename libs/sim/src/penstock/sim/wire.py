@@ -133,6 +133,15 @@ class TokenizeBody(_Body):
     tools: list[Any] | None = None
 
 
+class KvEventsBody(_Body):
+    """What goes wrong with KV-cache events: `lose` the next batches, `for_good` if no replay shall bring them
+    back; `restart` empties the cache without a word and counts from 0, as a process started anew does."""
+
+    lose: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    for_good: bool = False
+    restart: bool = False
+
+
 class DetokenizeBody(_Body, kw_only=True):
     tokens: list[int]
 

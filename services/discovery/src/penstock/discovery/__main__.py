@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 
 from penstock.common.adapters.host import Host
 from penstock.common.bus import Bus
@@ -11,7 +12,8 @@ from penstock.common.lifecycle import run_service
 from penstock.common.settings import load_or_exit
 from penstock.discovery import settings as names
 from penstock.discovery.adapters.prober import http_prober
-from penstock.discovery.ports import Source
+from penstock.discovery.kv_targets import KvTarget
+from penstock.discovery.ports import KvPublisher, KvPublishers, Source
 from penstock.discovery.service import Discovery
 from penstock.discovery.settings import DiscoverySettings
 from penstock.discovery.surroundings import ProbePolicy, Timing
@@ -63,12 +65,31 @@ SOURCES: Mapping[str, Callable[[DiscoverySettings, Bus], Source]] = {
 }
 
 
+class _Publishers:
+    """Fulfils `KvPublishers`; imports its adapter for the first publisher, as the sources do."""
+
+    def __init__(self, settings: DiscoverySettings, outside: AsyncExitStack) -> None:
+        self._allowed, self._outside = settings.allowed, outside
+        self._real: KvPublishers | None = None
+
+    async def connect(self, target: KvTarget) -> KvPublisher:
+        """See `KvPublishers`."""
+        if self._real is None:
+            from penstock.discovery.adapters.zmq_events import zmq_publishers
+
+            self._real = self._outside.enter_context(zmq_publishers(self._allowed))
+        return await self._real.connect(target)
+
+
 async def _serve(settings: DiscoverySettings) -> None:
     host = Host(new_identity("discovery", settings.discovery_id), settings)
     sources = [SOURCES[name](settings, host.bus) for name in settings.sources]
     tls = settings.engine_tls() if settings.engine_tls_ca else None
     key = settings.engine_api_key.get_secret_value()
-    async with http_prober(settings.probe_timeout, key, tls, allowed=settings.allowed) as prober:
+    async with AsyncExitStack() as outside:
+        prober = await outside.enter_async_context(
+            http_prober(settings.probe_timeout, key, tls, allowed=settings.allowed)
+        )
         discovery = Discovery(
             sources,
             prober,
@@ -85,6 +106,8 @@ async def _serve(settings: DiscoverySettings) -> None:
             ),
             timing=Timing(forget_source_s=settings.discovery_forget_source_after),
             allowed=settings.allowed,
+            kv_publishers=None if settings.kv_events == "off" else _Publishers(settings, outside),
+            kv_policy=settings.kv_policy,
         )
         host.lifecycle.require("registry", discovery.missing)
         for name, loop in discovery.loops():

@@ -39,3 +39,9 @@ class Instruments:
         self.outages = metrics.counter(
             "penstock_discovery_source_outages_total", "Times that a source could not be read", "source"
         )
+        self.kv_batches = metrics.counter(
+            "penstock_discovery_kv_batches_total",
+            "Batches of KV-cache events: applied, repeated (a replay brought them already), replayed, lost, "
+            "malformed",
+            "result",
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.common.model import Endpoint, EngineLoad, Instance
+from penstock.discovery.kv_targets import KvTarget
 from penstock.discovery.reconcile import Verdict
 
 # Records passed over that a state names; the key `MORE` says how many there were beyond.
@@ -73,3 +74,28 @@ class Prober(Protocol):
 
     async def read_load(self, endpoint: Endpoint) -> Reading:
         """What the engine reports of itself, within the probe timeout."""
+
+
+class KvPublisher(Protocol):
+    """A connection to what publishes an engine's KV-cache events; it comes back by itself when lost."""
+
+    async def receive(self) -> tuple[int, bytes]:
+        """The next message: its sequence number and its payload.
+
+        Raises:
+            OSError: nothing more will come.
+        """
+
+    async def replay(self, first: int) -> list[tuple[int, bytes]]:
+        """The messages from number `first` on that the engine still has, bounded in number, size and time;
+        none if it cannot be asked."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class KvPublishers(Protocol):
+    """Connects to publishers."""
+
+    async def connect(self, target: KvTarget) -> KvPublisher:
+        """Raises OSError: there is no such host, or none that may be connected to."""

@@ -20,10 +20,11 @@ from penstock.common.subjects import INSTANCES
 from penstock.common.telemetry import Metrics
 from penstock.discovery.allowed import AllowedHosts
 from penstock.discovery.instruments import Instruments
+from penstock.discovery.kv_policy import KvPolicy
 from penstock.discovery.leases import lease_key
 from penstock.discovery.merging import Listings
 from penstock.discovery.orphans import Orphans
-from penstock.discovery.ports import Prober, Source
+from penstock.discovery.ports import KvPublishers, Prober, Source
 from penstock.discovery.probing import Slots
 from penstock.discovery.reconcile import event_of
 from penstock.discovery.refreshing import Refreshing
@@ -50,6 +51,8 @@ class Discovery:
         policy: ProbePolicy,
         timing: Timing | None = None,
         allowed: AllowedHosts | None = None,
+        kv_publishers: KvPublishers | None = None,
+        kv_policy: KvPolicy | None = None,
     ) -> None:
         """`sources` in their order of precedence, the static list first wherever it stands."""
         sources = tuple(sources)
@@ -77,6 +80,8 @@ class Discovery:
             timing=self._timing,
             allowed=allowed or AllowedHosts(),
             orders=Orders(),
+            kv_publishers=kv_publishers,
+            kv_policy=kv_policy or KvPolicy(),
         )
         self.config = LiveConfig(keeps=True)
         self._configured = asyncio.Event()
@@ -211,6 +216,7 @@ class Discovery:
                 "Instances that the source lists and one before it in precedence lists too",
                 lambda k: self._listings.count(k.name) - len(self._listings.won(k.name)),
             ),
+            ("kv_feeds", "Instances whose KV-cache events are followed", lambda k: k.kv_feeds),
             ("source_skipped", "Records that are passed over, at most 101", lambda k: k.reader.skipped),
         ):
             metrics.gauge(f"penstock_discovery_{name}", text, each(read), "source")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from penstock.common.model import Instance
-from penstock.common.settings import EngineKeySettings, EngineTlsSettings, ServiceSettings
+from penstock.common.settings import BlockHashSettings, EngineKeySettings, EngineTlsSettings, ServiceSettings
 from penstock.discovery.allowed import AllowedHosts, parse_allowed
 from penstock.discovery.endpoints import listed_file, parse_endpoints
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.discovery.kubernetes_settings import KubernetesSettings
+from penstock.discovery.kv_policy import KvPolicy
 from penstock.discovery.nats_settings import NatsSourceSettings
 from penstock.discovery.redis_settings import RedisSettings
 
@@ -24,6 +25,7 @@ class DiscoverySettings(
     EtcdSettings,
     KubernetesSettings,
     NatsSourceSettings,
+    BlockHashSettings,
     EngineKeySettings,
     EngineTlsSettings,
     ServiceSettings,
@@ -74,6 +76,28 @@ class DiscoverySettings(
         description="seconds after which the records of a source that no replica runs any more are removed; "
         "longer than a rolling restart; 0 keeps them",
     )
+    kv_events: Literal["off", "clears", "blocks"] = Field(
+        "clears",
+        description="what becomes of the KV-cache events that engines publish: clears tells the "
+        "schedulers when an engine's cache is emptied; blocks also what it holds, for ingresses with "
+        "--tokenizer-path and the same --block-hash-secret and --token-block-size",
+    )
+    kv_events_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port at which engines publish KV-cache events over ZeroMQ, of instances whose label "
+        "penstock/kv-events does not say; 0: none",
+    )
+    kv_events_replay_port: int = Field(
+        0, ge=0, le=65535, description="the same for missed events, label penstock/kv-events-replay; 0: none"
+    )
+    kv_events_max_blocks: int = Field(
+        262_144,
+        ge=1,
+        le=16_777_216,
+        description="blocks followed per instance, about 400 bytes each; further ones are passed over",
+    )
     discovery_id: str = Field("", max_length=128, description="name of this replica; random if empty")
 
     @field_validator("llm_backend_endpoints")
@@ -116,6 +140,8 @@ class DiscoverySettings(
         refused = [
             why for instance in self.endpoints if (why := self.allowed.refusal(instance.endpoint.host))
         ]
+        if self.kv_events_replay_port and not self.kv_events_port:
+            raise ValueError("--kv-events-replay-port needs --kv-events-port")
         if used and refused:
             raise ValueError(f"--llm-backend-endpoints: {'; '.join(refused[:10])}")
         return self
@@ -131,6 +157,17 @@ class DiscoverySettings(
     def endpoints(self) -> tuple[Instance, ...]:
         """What --llm-backend-endpoints lists by itself, without a file."""
         return () if listed_file(self.llm_backend_endpoints) else parse_endpoints(self.llm_backend_endpoints)
+
+    @property
+    def kv_policy(self) -> KvPolicy:
+        """How KV-cache events are bridged."""
+        return KvPolicy(
+            (self.kv_events_port, self.kv_events_replay_port),
+            self.kv_events == "blocks",
+            self.token_block_size,
+            self.block_hash_secret.get_secret_value(),
+            self.kv_events_max_blocks,
+        )
 
     @property
     def allowed(self) -> AllowedHosts:

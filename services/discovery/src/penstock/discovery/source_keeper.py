@@ -16,6 +16,7 @@ from penstock.common.model import Endpoint, Instance, InstanceId
 from penstock.common.subjects import INSTANCES, STATUS
 from penstock.discovery.claims import Claims
 from penstock.discovery.flaps import Flaps
+from penstock.discovery.kv_bridging import Bridging
 from penstock.discovery.leases import Bid, Lease, lease_key
 from penstock.discovery.ports import Reading, Source
 from penstock.discovery.probing import Probing
@@ -55,6 +56,9 @@ class SourceKeeper:
         self._leaving: Mapping[InstanceId, Instance] = {}
         self._dirty, self._lease_moved, self._relisted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_lock, self._write_lock = asyncio.Lock(), asyncio.Lock()
+        self._bridging = Bridging(
+            shared.kv_publishers, shared.bus, shared.kv_policy, lambda: self.held, shared.instruments
+        )
         self._probing = Probing(shared.prober, shared.slots, self._judge, self._report, shared.instruments)
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
@@ -63,11 +67,17 @@ class SourceKeeper:
         yield f"lease {self.name}", self._keep_lease()
         yield f"writer {self.name}", self._write()
         yield f"probing {self.name}", self._probing.run()
+        yield f"kv-events {self.name}", self._bridging.run()
 
     @property
     def held(self) -> bool:
         """Whether this replica is the writer."""
         return self._lease.may_write(self._shared.clock())
+
+    @property
+    def kv_feeds(self) -> int:
+        """Publishers of KV-cache events that this replica follows."""
+        return len(self._bridging)
 
     def records(self) -> list[Instance]:
         """What this replica keeps in the registry; nothing while another one does."""
@@ -137,6 +147,7 @@ class SourceKeeper:
         if self._active:
             self._desire(now)
         self._probing.keep(self._fleet.endpoints())
+        self._bridging.keep(self._fleet.records())
         self._lease_moved.set()
         self._dirty.set()
 
@@ -167,6 +178,7 @@ class SourceKeeper:
         if event is not None:
             self._shared.tell([event])
         if self._fleet.version != version or (waiting and not self._fleet.unjudged):
+            self._bridging.keep(self._fleet.records())
             self._dirty.set()
         return self._fleet.next_probe_s(instance_id, self._shared.policy.interval_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -16,8 +16,9 @@ from penstock.common.orders import Orders
 from penstock.common.routing_events import INSTANCE, InstanceEvent
 from penstock.discovery.allowed import AllowedHosts
 from penstock.discovery.instruments import Instruments
+from penstock.discovery.kv_policy import KvPolicy
 from penstock.discovery.merging import Listings
-from penstock.discovery.ports import Prober
+from penstock.discovery.ports import KvPublishers, Prober
 from penstock.discovery.probing import Slots
 from penstock.discovery.registry import RegistryView
 from penstock.discovery.registry_writer import RegistryWriter
@@ -69,6 +70,8 @@ class Surroundings:
     timing: Timing
     allowed: AllowedHosts
     orders: Orders
+    kv_publishers: KvPublishers | None = None
+    kv_policy: KvPolicy = field(default_factory=KvPolicy)
     clock: Callable[[], float] = time.monotonic
 
     def tell(self, events: Iterable[InstanceEvent]) -> None:

@@ -8,11 +8,11 @@ JSON loses its match. Only whole blocks are hashed.
 from __future__ import annotations
 
 import re
-import sys
-from array import array
 from collections.abc import Iterator
 
 import xxhash
+
+from penstock.common.block_hash import pack_hashes
 
 RUN_BLOCKS = 64
 MAX_HASHES = 512
@@ -30,11 +30,6 @@ MAX_MEDIA_TYPE_BYTES = 128
 _BASE64 = b";base64,"
 _MEDIA_TYPE = re.compile(rb"data:[\w.+-]+/[\w.+-]+")
 _BASE64_TEXT = re.compile(rb"[A-Za-z0-9+/=]*")
-
-
-def root_seed(secret: str, model: str, salt: str = "") -> int:
-    """Seed of a chain: without the secret a log reader could test guesses of prompts (DESIGN D13)."""
-    return xxhash.xxh3_64_intdigest(f"{len(secret)}:{secret}\0{len(model)}:{model}\0{salt}".encode())
 
 
 def condense(prompt: bytes) -> bytes:
@@ -116,7 +111,4 @@ def chain(prompt: bytes, seed: int, block_bytes: int) -> bytes:
             hashes.append(seed)
         position += size * RUN_BLOCKS
         size *= 2
-    packed = array("Q", hashes)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return pack_hashes(hashes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from penstock.common.block_hash import root_seed
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
@@ -17,7 +18,7 @@ from penstock.common.model import Instance, InstanceId
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Cell, Metrics
 from penstock.ingress.access_log import AccessLog
-from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, root_seed
+from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount

@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from penstock.ingress.block_hash import chain, condense, root_seed
+from penstock.common.block_hash import root_seed
+from penstock.ingress.block_hash import chain, condense
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.openai import parse
 

@@ -47,6 +47,11 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
                     first_byte_at if stream else attempt.sent_at,
                     now,
                 )
+                if prompt and attempt.work.cached_tokens and not request.prefill_instance:
+                    # The placement counts in the ingress's estimate of the prompt.
+                    expected = attempt.work.cached_tokens * prompt // max(1, request.prompt_tokens)
+                    reported = cached > 0 or relay.reports_cache()
+                    gateway.speeds.judged(attempt.instance.id, expected, cached, reported=reported)
     # In the order of its fields: by name, the 20 of them cost 0.8 us more.
     event = OutcomeEvent(
         exchange.request_id,

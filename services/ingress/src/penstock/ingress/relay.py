@@ -122,3 +122,7 @@ class Relay:
     def usage(self) -> tuple[int, int, int]:
         """(prompt, completion, cached) tokens as the response's end tells; 0 if it does not."""
         return usage_in(self.tail())
+
+    def reports_cache(self) -> bool:
+        """Whether the engine names a number of cached tokens, be it 0."""
+        return b'"cached_tokens"' in self.tail()

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from penstock.common.settings import (
+    BlockHashSettings,
     EngineTlsSettings,
     InstanceLimitSettings,
     ServiceSettings,
@@ -20,7 +21,9 @@ from penstock.ingress.route_settings import RouteSettings
 KIB, MIB = 1024, 1024 * 1024
 
 
-class IngressSettings(RouteSettings, EngineTlsSettings, InstanceLimitSettings, ServiceSettings):
+class IngressSettings(
+    RouteSettings, BlockHashSettings, EngineTlsSettings, InstanceLimitSettings, ServiceSettings
+):
     """HTTP in, placements from the bus, tokens out."""
 
     host: str = Field("0.0.0.0", description="address of the public listener")
@@ -102,9 +105,6 @@ class IngressSettings(RouteSettings, EngineTlsSettings, InstanceLimitSettings, S
         ge=16,
         le=16384,
         description="bytes of canonical prompt text per block hash, at the prompt's start",
-    )
-    block_hash_secret: SecretStr = Field(
-        SecretStr(""), description="salt of the block hashes; the same on every ingress of a deployment"
     )
     expose_routing_headers: bool = Field(
         True, description="tell clients routing-strategy, target-pod and target-pod-ip"

@@ -21,6 +21,7 @@ class _Sums:
     __slots__ = (
         *("requests", "prompt_tokens", "output_tokens", "streams", "ttft_s", "prefill_s"),
         *("uncached_tokens", "decode_s", "decode_tokens", "first_token_at"),
+        *("judged", "expected_tokens", "confirmed_tokens", "reports_cache"),
     )
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class _Sums:
         self.uncached_tokens = self.decode_tokens = 0
         self.ttft_s = self.prefill_s = self.decode_s = 0.0
         self.first_token_at = float("-inf")
+        self.judged = self.expected_tokens = self.confirmed_tokens = 0
+        self.reports_cache = False
 
 
 class Speeds:
@@ -67,6 +70,19 @@ class Speeds:
             sums.decode_s += max(0.0, done_at - first_token_at)
             sums.decode_tokens += output_tokens - 1
 
+    def judged(
+        self, instance: InstanceId, expected_tokens: int, cached_tokens: int, *, reported: bool
+    ) -> None:
+        """An answer whose placement expected tokens in the KV cache says how many there were. `reported`: it
+        names a number; without one it counts as none, of an engine that has named some before (vLLM leaves
+        zeros out, and says nothing at all unless told to)."""
+        sums = self._of(instance)
+        sums.reports_cache = sums.reports_cache or reported
+        if sums.reports_cache:
+            sums.judged += 1
+            sums.expected_tokens += expected_tokens
+            sums.confirmed_tokens += min(expected_tokens, cached_tokens)
+
     def report(self) -> Iterator[tuple[InstanceSpeed, ...]]:
         """Sums of the instances that changed since the last call, as many at a time as a report may hold."""
         changed, self._changed = sorted(self._changed), set()
@@ -96,4 +112,7 @@ class Speeds:
             sums.uncached_tokens,
             round(sums.decode_s * 1000),
             sums.decode_tokens,
+            sums.judged,
+            sums.expected_tokens,
+            sums.confirmed_tokens,
         )

@@ -47,6 +47,12 @@ class Instruments:
             "policy",
             "kind",
         )
+        self._kv_events = metrics.counter(
+            "penstock_scheduler_kv_events_total",
+            "Messages on engines' KV caches by what became of them; cleared and gap empty an instance's "
+            "part of the prefix index",
+            "result",
+        )
         self._ledger_dropped = metrics.counter(
             "penstock_scheduler_ledger_dropped_total", "What the ledger does not count, by reason", "reason"
         )
@@ -65,10 +71,23 @@ class Instruments:
                 "Placements of other replicas that this one knows of and has not applied, or missed",
                 lambda: replica.behind,
             ),
+            ("kv_feeds", "Instances whose KV-cache events are heard", lambda: replica.kv_feeds.counts()[0]),
+            (
+                "kv_feeds_distrusted",
+                "Those of them that are not used for want of precision",
+                lambda: replica.kv_feeds.counts()[1],
+            ),
             ("replicas", "Schedulers alive, this one included", lambda: replica.peers.replicas),
             ("discoveries", "Replicas of discovery alive", lambda: replica.peers.discoveries),
         ):
             metrics.gauge(f"penstock_scheduler_{name}", text, read)
+        metrics.gauge(
+            "penstock_scheduler_prefix_precision_ratio",
+            "Share of the tokens expected in the KV cache that the engine found there, last 200 answers",
+            replica.kv_feeds.precisions,
+            "instance",
+            "feed",
+        )
         metrics.gauge(
             "penstock_scheduler_status_age_seconds",
             "Age of an engine's own numbers",
@@ -108,5 +127,7 @@ class Instruments:
     def refresh(self) -> None:
         """Take over what the replica counts itself."""
         self.feed_missed.value = self._replica.feed_missed
+        for result, count in self._replica.kv_feeds.results.items():
+            self._kv_events.labels(result).value = count
         for reason, count in self._replica.ledger.dropped.items():
             self._ledger_dropped.labels(reason).value = count

@@ -12,7 +12,7 @@ again; when the current one is full it becomes the previous one, whose content g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 
 import msgspec
@@ -65,6 +65,7 @@ class PrefixIndex:
             raise ValueError(f"a prefix index needs room for 2 blocks, got {max_blocks}")
         self._limit = max_blocks // 2
         self._current, self._previous = _Generation(), _Generation()
+        self._began_at: float | None = None
         self.turnovers = 0
 
     def __len__(self) -> int:
@@ -126,6 +127,31 @@ class PrefixIndex:
             return self._current
         return self._previous if generation == self.turnovers - 1 else _Generation()
 
+    def remove(self, hashes: Iterable[int], slot: int) -> None:
+        """Unmark blocks that `slot` holds no longer, children before their parents: with those that follow
+        a removed block still marked, `match` may end anywhere among them."""
+        kept, current, previous = ~(1 << slot), self._current, self._previous
+        for block in hashes:
+            # What the current generation says of a block hides what the previous one says.
+            generation = current if block in current.blocks else previous
+            mask = generation.blocks.get(block)
+            if mask is None or mask.slots & kept == mask.slots:
+                continue
+            slots = mask.slots & kept
+            # An entry stays where it is in the generation, since `page` counts on that. Without room to say
+            # who else holds the block, nobody does.
+            full = len(generation.made) >= MAX_MASKS and slots not in generation.masks
+            generation.blocks[block] = generation.mask(0 if full else slots)
+
+    def expire(self, now: float, max_age_s: float) -> None:
+        """Let a generation end that began over half of `max_age_s` ago: what was not placed or announced for
+        so long is gone after `max_age_s` at the latest. Times are of one monotonic clock."""
+        if self._began_at is None:
+            self._began_at = now
+        elif now - self._began_at >= max_age_s / 2:
+            self._turn_over()
+            self._began_at = now
+
     def forget(self, slots: int) -> None:
         """Take these slots' bits out of every mask; they may stand for other instances afterwards."""
         self._current.forget(slots)
@@ -146,6 +172,7 @@ class PrefixIndex:
 
     def _turn_over(self) -> None:
         self._previous, self._current = self._current, _Generation()
+        self._began_at = None
         self.turnovers += 1
 
     def _mark(self, hashes: Sequence[int], position: int, bit: int) -> None:

@@ -9,6 +9,7 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import (
     EngineStatus,
+    KvEvents,
     LoadReport,
     Mode,
     Placed,
@@ -24,10 +25,12 @@ from penstock.scheduler.dividing import PREFILL_SUFFIX, Division, schedule_divid
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
 from penstock.scheduler.feed import Backlog, FeedReader, FeedWriter
+from penstock.scheduler.kv_feeds import KvFeeds
 from penstock.scheduler.ledger import InFlightLedger
 from penstock.scheduler.peers import Peers
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.restarts import Restarts
 from penstock.scheduler.scheduler import HASH_BYTES, Decision, schedule, unpack
 from penstock.scheduler.snapshot import Giver, Taker
 from penstock.scheduler.speeds import Speeds
@@ -48,13 +51,19 @@ class Replica:
         max_prefix_blocks: int,
         failover_domain_label: str = "",
         division: Division = Division(),  # noqa: B008  # frozen
+        *,
+        prefix_max_age_s: float = 0.0,
     ) -> None:
+        """Prefix blocks not used for `prefix_max_age_s` are forgotten; 0: never for their age."""
         self._catalog, self._default, self._division = catalog, default, division
         self.table = InstanceTable()
         self.view = ClusterView(seed_of(own.id), failover_domain_label)
         self._echo = Echo(self.view.loads)
-        self._speeds = Speeds(self.view.loads, self.view.slot)
         self.index = PrefixIndex(max_prefix_blocks)
+        self._prefix_max_age_s = prefix_max_age_s
+        self.kv_feeds = KvFeeds(self.index, self.view.slot)
+        self._restarts = Restarts()
+        self._speeds = Speeds(self.view.loads, self.view.slot, self.kv_feeds.judge)
         self.ledger = InFlightLedger()
         self.peers = Peers(own)
         self._writer, self._reader = FeedWriter(own), FeedReader(own)
@@ -190,6 +199,10 @@ class Replica:
         """Take an engine's own numbers; False if there was nothing to take."""
         return self.view.take_status(status.instance, status.load, now - status.age_s)
 
+    def kv_events(self, events: KvEvents, now: float) -> None:
+        """Take what an engine says of its KV cache."""
+        self.kv_feeds.take(events)
+
     def registry(self, event: WatchEvent) -> tuple[list[str], list[str]] | None:
         """Follow the registry: (ids added, ids gone), None if no instance changed."""
         self._age.registry(event)
@@ -197,6 +210,11 @@ class Replica:
             return None
         added, gone = self.view.refresh(self.table, self._forget)
         self._speeds.forget(instances=gone)
+        self.kv_feeds.forget(gone)
+        for instance in self._restarts.see(self.table.instances()):
+            slot = self.view.slot(instance)
+            if slot is not None and not self.kv_feeds.follows(instance):
+                self.index.forget(1 << slot)
         self.view.take(self.ledger.full_load(instance) for instance in added)
         self._rank()
         return added, gone
@@ -204,6 +222,8 @@ class Replica:
     def expire(self, now: float) -> list[str]:
         """Drop what its time is up for; the ingresses released for silence."""
         self.peers.expire(now)
+        if self._prefix_max_age_s:
+            self.index.expire(now, self._prefix_max_age_s)
         silent = self.ledger.expire(now)
         self._speeds.forget(ingresses=silent)
         self.view.take(self.ledger.changes())

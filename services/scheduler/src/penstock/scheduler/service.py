@@ -19,6 +19,7 @@ from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import (
     EngineStatus,
     Heartbeat,
+    KvEvents,
     LoadReport,
     Placed,
     PlacedFeed,
@@ -35,6 +36,7 @@ from penstock.common.subjects import (
     DEFAULT_SHARD,
     HEARTBEAT,
     INSTANCES,
+    KV,
     LOAD,
     PLACED,
     SNAPSHOT,
@@ -93,6 +95,7 @@ class SchedulerService:
             settings.prefix_index_blocks,
             settings.failover_domain_label,
             Division(settings.pd_skip_below_tokens),
+            prefix_max_age_s=settings.prefix_index_max_age,
         )
         self._teller = Teller(own, events)
         custom = settings.custom_policies
@@ -119,6 +122,7 @@ class SchedulerService:
         await self._bus.subscribe(LOAD, self._on_load)
         await self._bus.subscribe(PLACED, self._on_placed, DEFAULT_SHARD)
         await self._bus.subscribe(STATUS, self._on_status)
+        await self._bus.subscribe(KV, self._on_kv_events)
         await self._bus.subscribe(HEARTBEAT, self._on_heartbeat)
         await self._bus.serve(SNAPSHOT, self._on_snapshot, DEFAULT_SHARD, self._own.id)
         await self._explaining.serve(self._bus, self._clock, lambda: self._intake.open)
@@ -168,6 +172,9 @@ class SchedulerService:
     def _on_status(self, status: EngineStatus) -> None:
         self.replica.status(status, self._clock())
 
+    def _on_kv_events(self, events: KvEvents) -> None:
+        self.replica.kv_events(events, self._clock())
+
     def _on_heartbeat(self, beat: Heartbeat) -> None:
         self.replica.peers.heard(beat, self._clock())
 
@@ -210,6 +217,8 @@ class SchedulerService:
                 log.warning("ingresses are silent, their work is released", extra={"fields": fields})
             self._absences.listen(self._hears())
             self._faults.expire(self._clock())
+            for change in self.replica.kv_feeds.changes():
+                self._teller.trust(change)
             self._instruments.refresh()
             await asyncio.sleep(TICK_S)
 

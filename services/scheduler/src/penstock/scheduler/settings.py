@@ -68,6 +68,13 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         "hundred, and of rejections and fallbacks up to 50 a second (sampled), or all (full); off: none, and "
         "the last 10,000 are not kept in the replica either",
     )
+    prefix_index_max_age: float = Field(
+        3600.0,
+        ge=0,
+        le=604_800,
+        description="seconds after which prompt blocks that were neither placed nor announced are forgotten, "
+        "at the earliest after half of it; 0: only for want of room",
+    )
     imbalance_requests: float = Field(
         16.0,
         gt=0,

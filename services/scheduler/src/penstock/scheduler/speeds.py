@@ -18,8 +18,14 @@ FIRST_TOKENS = 10_000
 class Speeds:
     """Adds what is new in the ingresses' sums to the loads."""
 
-    def __init__(self, loads: Loads, slot_of: Callable[[InstanceId], int | None]) -> None:
-        self._loads, self._slot_of = loads, slot_of
+    def __init__(
+        self,
+        loads: Loads,
+        slot_of: Callable[[InstanceId], int | None],
+        judge: Callable[[InstanceSpeed, InstanceSpeed], None] = lambda now, before: None,
+    ) -> None:
+        """`judge` is told the sums of an instance and those that the same ingress sent before."""
+        self._loads, self._slot_of, self._judge = loads, slot_of, judge
         self._heard: dict[str, tuple[str, dict[InstanceId, InstanceSpeed]]] = {}
         self._count = 0
 
@@ -72,7 +78,8 @@ class Speeds:
         answers, tokens = now.requests - old.requests, now.output_tokens - old.output_tokens
         _add_ratio(loads.answer_tokens, loads.answers, slot, tokens, answers, first=first)
         # What an ingress did before this replica heard of it says nothing about the last minute.
-        if not first:
+        if before is not None:
+            self._judge(now, before)
             loads.served[slot] += max(0, 2 * (now.prompt_tokens - old.prompt_tokens)) + max(0, tokens)
 
 

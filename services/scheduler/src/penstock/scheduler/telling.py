@@ -20,6 +20,8 @@ from penstock.common.routing_events import (
     RejectionEvent,
     ViewAge,
 )
+from penstock.scheduler.kv_feeds import TrustChange
+from penstock.scheduler.precision import WINDOW
 from penstock.scheduler.scheduler import HASH_BYTES, Decision
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,14 @@ class Teller:
             self._events.emit(PLACEMENT, request.model, request.request_id, placement)
         elif rejection is not None:
             self._events.emit(REJECTION, request.model, request.request_id, rejection)
+
+    def trust(self, change: TrustChange) -> None:
+        """The KV-cache events of an instance are not used from here on, or are again."""
+        share = f"{change.precision:.2f} of the expected tokens were cached over the last {WINDOW} answers"
+        what = f"prefix index by KV-cache events of {change.instance}"
+        cause = share if not change.trusted else ""
+        text = "used again, on trial" if change.trusted else "not trusted, placements alone count"
+        self.degraded(what, not change.trusted, cause, f"KV-cache events of {change.instance} are {text}")
 
     def degraded(self, what: str, active: bool, cause: str, text: str, level: int = logging.WARNING) -> None:
         """`what` is missing and worked around from here on (`active`), or no longer; the log says `text`."""
