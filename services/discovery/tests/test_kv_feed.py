@@ -180,6 +180,15 @@ def test_an_engine_that_starts_anew_has_an_empty_cache() -> None:
     assert one.restarts == 1
 
 
+def test_after_a_lost_connection_another_life_is_not_taken_for_the_next_messages() -> None:
+    one, scheduler = feed(blocks()), Scheduler()
+    hear(one, scheduler, 0, batch(stored([1], None, [1, 2])), {})
+    one.doubt()
+    # The process was started anew and has published one message that was not heard.
+    hear(one, scheduler, 1, batch(stored([3], None, [5, 6])), {0: batch(stored([2], None, [3, 4]))})
+    assert [scheduler.holds(gateway(ids)) for ids in ([1, 2], [3, 4], [5, 6])] == [0, 1, 1]
+
+
 def test_a_batch_that_cannot_be_read_makes_the_instance_unknown_and_the_next_ones_count() -> None:
     one, scheduler = feed(blocks()), Scheduler()
     hear(one, scheduler, 0, batch(stored([1], None, [1, 2])), {})

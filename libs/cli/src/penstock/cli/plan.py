@@ -127,6 +127,8 @@ class _Planner:
             ingress["block_hash_secret"] = SecretStr(secret)
         engines = ",".join(url.removeprefix("http://") for url in engine_urls)
         discovery: dict[str, object] = {"llm_backend_discovery": ",".join(self.settings.sources)}
+        if self.settings.kv_events == "blocks" and "block_hash_secret" in ingress:
+            discovery["block_hash_secret"] = ingress["block_hash_secret"]
         if engines:
             discovery["llm_backend_endpoints"] = engines
         return [

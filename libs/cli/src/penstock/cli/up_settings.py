@@ -77,6 +77,12 @@ class UpSettings(IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSe
         return self
 
     @model_validator(mode="after")
+    def _matched_events(self) -> Self:
+        if self.kv_events == "blocks" and not self.tokenizer_path:
+            raise ValueError("--kv-events blocks needs --tokenizer-path: no event matches blocks of bytes")
+        return self
+
+    @model_validator(mode="after")
     def _one_bus(self) -> Self:
         others = [name for name in _OF_ANOTHER_BUS if name in self.model_fields_set]
         if others and not self.nats_url:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
-TOKEN_BYTES = 4
+TOKEN_BYTES, HASH_BYTES = 4, 8
 MAX_TOKEN_ID = 2**32 - 1
 
 
@@ -36,6 +36,13 @@ def token_chain(tokens: bytes, seed: int, block_size: int, most: int) -> list[in
         seed = digest(view[start : start + width], seed)
         hashes.append(seed)
     return hashes
+
+
+def salted(hashes: bytes, salt: int) -> bytes:
+    """Packed hashes, each combined with a salt of 64 bits: equal prompts match under equal salts only."""
+    size = len(hashes)
+    mask = salt.to_bytes(HASH_BYTES, "little") * (size // HASH_BYTES)
+    return (int.from_bytes(hashes, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
 
 
 def pack_hashes(hashes: Iterable[int]) -> bytes:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_FIRST_S, CONNECT_MOST_S = 0.5, 30.0
 # A publisher that is silent for so long is connected to anew: its name may stand for another address.
-SILENCE_S = 60.0
+SILENCE_S = 600.0
 # Replays of one publisher: so many at once, and one more each second; a gap on top of them is a loss.
 REPLAYS, REPLAYS_PER_S = 8, 1.0
 # An engine publishes once a step, 100 times a second; above this rate it is read no faster, and what it then
@@ -139,6 +139,7 @@ class Bridging:
         if self._publishers is None:
             return
         publisher = await self._publishers.connect(target)
+        feed.doubt()
         losses, replays, clock = self._losses, _Allowance(), time.monotonic
         count, since = 0, clock()
         try:
@@ -148,6 +149,8 @@ class Bridging:
                         sequence, payload = await publisher.receive()
                 except TimeoutError:
                     return
+                if publisher.interrupted():
+                    feed.doubt()
                 if losses != self._losses:
                     losses = self._losses
                     self._send(feed.announce())

@@ -16,6 +16,8 @@ from penstock.common.model import InstanceId
 from penstock.discovery.kv_blocks import KvBlocks
 from penstock.discovery.kv_events import AllBlocksCleared, BlockStored, KvEvent, decode_batch
 
+_MAX_BYTES = MAX_BLOCKS * 8
+
 
 class Next(Enum):
     """What to do with a message that was heard."""
@@ -66,6 +68,10 @@ class KvFeed:
             self.gaps += 1
             return Next.RECOVER
         return Next.APPLY
+
+    def doubt(self) -> None:
+        """The connection was lost: whoever is heard next may be in another life."""
+        self._expected = None
 
     def apply(self, sequence: int, payload: bytes) -> Iterator[KvEvents]:
         """The messages that a batch becomes. Raises KvEventError; the batch then counts as lost."""
@@ -158,6 +164,11 @@ class KvFeed:
             if change is None:
                 # What came before it in this message is gone as well.
                 some, cleared = [], True
+                continue
+            last = some[-1] if some else None
+            if last and last.stored == change.stored and len(last.hashes + change.hashes) <= _MAX_BYTES:
+                # Evictions come one by one.
+                some[-1] = KvChange(change.stored, last.hashes + change.hashes)
                 continue
             some.append(change)
             if len(some) == MAX_KV_CHANGES:

@@ -86,6 +86,9 @@ class KvPublisher(Protocol):
             OSError: nothing more will come.
         """
 
+    def interrupted(self) -> bool:
+        """Whether the connection was lost since the last call."""
+
     async def replay(self, first: int) -> list[tuple[int, bytes]]:
         """The messages from number `first` on that the engine still has, bounded in number, size and time;
         none if it cannot be asked."""

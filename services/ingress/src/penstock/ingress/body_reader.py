@@ -14,7 +14,9 @@ import socket
 
 import msgspec
 
-from penstock.ingress.large_bodies import Setup, Task, read
+from penstock.common.messages import MAX_BLOCKS
+from penstock.ingress.large_bodies import Setup, Task, Tokenizer, read
+from penstock.ingress.tokenizer_paths import tokenizer_folders
 
 SIZE_BYTES = 4
 # The loop of the worker goes first where both share a core.
@@ -31,14 +33,25 @@ def main() -> int:
     libc = _libc()
     with socket.socket(fileno=0) as sock, contextlib.suppress(EOFError, OSError):
         setup = msgspec.msgpack.decode(_frame(sock), type=Setup)
+        tokenizer = tokenizer_of(setup)
         while True:
             task = msgspec.msgpack.decode(_frame(sock), type=Task)
-            answer = msgspec.msgpack.encode(read(task, _exactly(sock, task.size), setup))
+            answer = msgspec.msgpack.encode(read(task, _exactly(sock, task.size), setup, tokenizer))
             sock.sendall(len(answer).to_bytes(SIZE_BYTES, "big") + answer)
             # Of what a body took, the allocator would keep several times its size for the next one.
             if libc is not None:
                 libc.malloc_trim(0)
     return 0
+
+
+def tokenizer_of(setup: Setup) -> Tokenizer | None:
+    """What --tokenizer-path names, None if it names nothing. Raises TokenizerError."""
+    if not setup.tokenizer_path:
+        return None
+    # Neither the package nor a vocabulary is loaded where none is used.
+    from penstock.ingress.adapters.tokenizer import Tokenizers
+
+    return Tokenizers(tokenizer_folders(setup.tokenizer_path), MAX_BLOCKS * setup.token_block_size)
 
 
 def _libc() -> ctypes.CDLL | None:

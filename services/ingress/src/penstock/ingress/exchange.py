@@ -70,19 +70,21 @@ class Exchange:
         self.decisions: list[str] = []
         self._keep_alive = head.keep_alive
 
-    def start(self, facts: Facts | None = None) -> None:
-        """Parse the body and ask for a placement; a large body comes back from its reading as `facts`."""
+    def start(self, facts: Facts | None = None, *, by_bytes: bool = False) -> None:
+        """Parse the body and ask for a placement; a large body comes back from its reading as `facts`.
+        `by_bytes`: without its tokens."""
         gateway = self._gateway
         gateway.exchanges.add(self)
         try:
             routes = gateway.splitting.routes
             if routes is None:
                 gateway.admit()
-            if facts is None and len(self.body) > LARGE_BODY_BYTES:
+            if facts is None and not by_bytes and len(self.body) > gateway.most_body_bytes:
                 kind = self.head.header(b"content-type")
                 gateway.large_bodies.read(self, self._downstream.peer, self.head.path, kind, self.body)
                 return
-            inference = facts or parse(self.head.path, self.head.header(b"content-type"), self.body)
+            read = parse if by_bytes else gateway.parse
+            inference = facts or read(self.head.path, self.head.header(b"content-type"), self.body)
             self.stream = inference.stream
             if inference.body:
                 self.body = inference.body
@@ -95,8 +97,12 @@ class Exchange:
             self.fail(exc, Outcome.REJECTED)
 
     def body_refused(self, error: GatewayError) -> None:
-        """The body, a large one, is not valid or could not be read."""
-        self.fail(error, Outcome.REJECTED)
+        """The body, a large one, is not valid or could not be read. One that was to be read for its tokens
+        alone goes by its bytes instead."""
+        if error.code == "overloaded" and len(self.body) <= LARGE_BODY_BYTES:
+            self.start(by_bytes=True)
+        else:
+            self.fail(error, Outcome.REJECTED)
 
     def refused(self, error: GatewayError) -> None:
         """There is no capacity for it, or none in time."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from penstock.common.block_hash import root_seed
+from penstock.common.block_hash import root_seed, salted
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
@@ -22,8 +22,17 @@ from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
-from penstock.ingress.large_bodies import Facts
-from penstock.ingress.openai import InferenceRequest
+from penstock.ingress.large_bodies import (
+    LARGE_BODY_BYTES,
+    TOKENIZED_BODY_BYTES,
+    Facts,
+    Refusal,
+    Setup,
+    Task,
+    Tokenizer,
+    read,
+)
+from penstock.ingress.openai import InferenceRequest, parse
 from penstock.ingress.owners import Owners, said_in_head
 from penstock.ingress.ports import Externals, LargeBodies, Upstreams
 from penstock.ingress.route_settings import proxy_from_environment
@@ -82,6 +91,9 @@ class Gateway:
         self.draining = False
         self._decision_numbers = itertools.count(1)
         self._request_numbers = itertools.count(1)
+        # What reads a body on the event loop, and up to what size; with a tokenizer another one, and less.
+        self.parse: Callable[[bytes, str, bytes | bytearray], InferenceRequest | Facts] = parse
+        self.most_body_bytes = LARGE_BODY_BYTES
         self._secret = settings.block_hash_secret.get_secret_value()
         self._seeds: dict[str, int] = {}
         self._routing_headers: dict[tuple[str, str, int, str], bytes] = {}
@@ -103,6 +115,17 @@ class Gateway:
         )
         metrics.gauge("penstock_ingress_exchanges", "Requests in hand", lambda: len(self.exchanges))
         metrics.gauge("penstock_ingress_in_flight", "Requests placed and not finished", lambda: len(account))
+
+    def use(self, tokenizer: Tokenizer, setup: Setup) -> None:
+        """Hash prompts by their tokens from here on."""
+
+        def parse_tokens(path: bytes, content_type: str, body: bytes | bytearray) -> Facts:
+            answer = read(Task(path, content_type, len(body)), body, setup, tokenizer)
+            if isinstance(answer, Refusal):
+                raise answer.error()
+            return answer
+
+        self.parse, self.most_body_bytes = parse_tokens, TOKENIZED_BODY_BYTES
 
     def request_id(self, given: bytes | None) -> str:
         """The client's id if it is sane, else one of ours."""
@@ -147,7 +170,7 @@ class Gateway:
             profile,
             inference.prompt_tokens,
             min(inference.max_tokens, 2**40),
-            self._hashes(inference),
+            self._of_tenant(self._hashes(inference), user, owner),
             session,
             user,
             priority,
@@ -251,6 +274,13 @@ class Gateway:
         if isinstance(inference, Facts):
             return inference.block_hashes
         return chain(condense(inference.prompt), self._seed(inference), self.settings.block_bytes)
+
+    def _of_tenant(self, hashes: bytes, user: str, owner: str) -> bytes:
+        """Hashes that match no other tenant's, if that is asked for."""
+        by = self.settings.block_hash_tenant
+        if by == "none":
+            return hashes
+        return salted(hashes, root_seed(self._secret, "", f"{by}\0{user if by == 'user' else owner}"))
 
     def _seed(self, inference: InferenceRequest) -> int:
         model, salt = inference.model, inference.cache_salt

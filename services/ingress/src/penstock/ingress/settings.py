@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -17,6 +18,7 @@ from penstock.common.settings import (
     sane_token,
 )
 from penstock.ingress.route_settings import RouteSettings
+from penstock.ingress.tokenizer_paths import tokenizer_folders
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -106,10 +108,30 @@ class IngressSettings(
         le=16384,
         description="bytes of canonical prompt text per block hash, at the prompt's start",
     )
+    tokenizer_path: str = Field(
+        "",
+        description="folder of a tokenizer (tokenizer.json, and the chat template beside it), or "
+        "model=folder,...: prompts are hashed by the engines' tokens, as KV-cache events need it; empty: "
+        "by bytes",
+    )
+    block_hash_tenant: Literal["none", "user", "owner"] = Field(
+        "none",
+        description="whose prompts share no prefix match with those of others: each user's (header user), or "
+        "each owner's (header x-owned-by); such hashes match no KV-cache events",
+    )
     expose_routing_headers: bool = Field(
         True, description="tell clients routing-strategy, target-pod and target-pod-ip"
     )
     access_log: bool = Field(True, description="one log line per request")
+
+    @field_validator("tokenizer_path")
+    @classmethod
+    def _usable_tokenizer(cls, text: str) -> str:
+        tokenizer_folders(text)
+        lacking = [name for name in ("tokenizers", "jinja2") if text and find_spec(name) is None]
+        if lacking:
+            raise ValueError(f"{', '.join(lacking)} is not installed: install penstock-ingress[tokenizer]")
+        return text
 
     @field_validator("admin_token")
     @classmethod

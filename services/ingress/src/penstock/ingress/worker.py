@@ -30,6 +30,7 @@ from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.listening import listening_socket
+from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.capture import Capture
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
@@ -97,8 +98,17 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     )
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics)
     gateway.externals = externals = ExternalClient(settings, host.metrics)
-    setup = Setup(settings.block_hash_secret.get_secret_value(), settings.block_bytes)
-    gateway.large_bodies = large_bodies = BodyHelper(setup, host.metrics, gateway.degraded)
+    setup = Setup(
+        settings.block_hash_secret.get_secret_value(),
+        settings.block_bytes,
+        settings.tokenizer_path,
+        settings.token_block_size,
+    )
+    if (tokenizer := tokenizer_of(setup)) is not None:
+        gateway.use(tokenizer, setup)
+    gateway.large_bodies = large_bodies = BodyHelper(
+        setup, host.metrics, gateway.degraded, keep=tokenizer is not None
+    )
     gateway.placer = Placer(
         host.bus,
         table,

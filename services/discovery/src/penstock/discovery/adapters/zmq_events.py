@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import zmq
 import zmq.asyncio
@@ -72,8 +73,10 @@ class ZmqPublisher:
     def __init__(self, context: zmq.asyncio.Context, events: str, replay: str) -> None:
         """Raises OSError."""
         self._context, self._replay = context, replay
-        self._events = self._socket(zmq.SUB, events)
+        self._events = self._socket(zmq.SUB)
         self._events.setsockopt(zmq.SUBSCRIBE, b"")
+        self._monitor = self._events.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._connect(self._events, events)
 
     async def receive(self) -> tuple[int, bytes]:
         """See `ports.KvPublisher`. Raises KvEventError for other frames than a publisher's."""
@@ -83,6 +86,15 @@ class ZmqPublisher:
             raise OSError(exc.errno, str(exc)) from exc
         return decode_sequence(sequence), payload
 
+    def interrupted(self) -> bool:
+        """See `ports.KvPublisher`."""
+        interrupted = False
+        while int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            # They are there already: nothing is awaited.
+            cast(asyncio.Future[list[bytes]], self._monitor.recv_multipart(zmq.NOBLOCK)).result()
+            interrupted = True
+        return interrupted
+
     async def replay(self, first: int) -> list[tuple[int, bytes]]:
         """See `ports.KvPublisher`."""
         replayed: list[tuple[int, bytes]] = []
@@ -90,8 +102,9 @@ class ZmqPublisher:
             return replayed
         deadline, size = time.monotonic() + REPLAY_S, 0
         with contextlib.suppress(zmq.ZMQError, OSError, KvEventError, TimeoutError):
-            socket = self._socket(zmq.DEALER, self._replay)
+            socket = self._socket(zmq.DEALER)
             try:
+                self._connect(socket, self._replay)
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await socket.send_multipart([b"", first.to_bytes(8, "big")])
                     while len(replayed) < MAX_REPLAYED and size < MAX_REPLAYED_BYTES:
@@ -107,9 +120,11 @@ class ZmqPublisher:
 
     def close(self) -> None:
         """See `ports.KvPublisher`."""
+        self._events.disable_monitor()
+        self._monitor.close(linger=0)
         self._events.close(linger=0)
 
-    def _socket(self, kind: int, address: str) -> zmq.asyncio.Socket:
+    def _socket(self, kind: int) -> zmq.asyncio.Socket:
         try:
             socket = self._context.socket(kind)
         except zmq.ZMQError as exc:
@@ -122,15 +137,17 @@ class ZmqPublisher:
             (zmq.RECONNECT_IVL_MAX, RECONNECT_MOST_MS),
             (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
             (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-            (zmq.IPV6, int("[" in address)),
+            (zmq.IPV6, 1),
         ):
             socket.setsockopt(option, value)
+        return socket
+
+    def _connect(self, socket: zmq.asyncio.Socket, address: str) -> None:
         try:
             socket.connect(address)
         except zmq.ZMQError as exc:
             socket.close(linger=0)
             raise OSError(exc.errno, str(exc)) from exc
-        return socket
 
     async def _message(self, socket: zmq.asyncio.Socket, skip: int = 0) -> tuple[bytes, bytes, bytes]:
         """The three frames after the first `skip` of the next message; frames on top of them are read one by

@@ -15,14 +15,14 @@ import msgspec
 
 from penstock.common.telemetry import Metrics
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.large_bodies import Facts, FairQueue, Refusal, Setup, Task
+from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts, FairQueue, Refusal, Setup, Task
 from penstock.ingress.ports import BodyListener
 
 log = logging.getLogger(__name__)
 
 # Bodies that may wait. At 30 ms for the worst 4 MiB they are two seconds of work.
 MAX_WAITING = 64
-MAX_WAIT_S = 10.0
+MAX_WAIT_S, MAX_TOKENS_WAIT_S = 10.0, 0.1
 # A body that ends two helpers is not given to a third.
 MAX_ATTEMPTS = 2
 # The worst body takes 7 ms a MiB on a core of its own; a helper that is a hundred times slower hangs.
@@ -54,6 +54,11 @@ class Entry:
     def __init__(self, listener: BodyListener, client: str, task: Task, body: bytes | bytearray) -> None:
         self.listener, self.client, self.task, self.body = listener, client, task, body
         self.overdue: asyncio.TimerHandle | None = None
+
+    @property
+    def most_wait_s(self) -> float:
+        """How long it may wait for its turn; one that is read for its tokens alone can do without."""
+        return MAX_WAIT_S if self.task.size > LARGE_BODY_BYTES else MAX_TOKENS_WAIT_S
 
 
 class Helper:
@@ -119,10 +124,13 @@ class BodyHelper:
         degraded: Degraded,
         *,
         idle_s: float = IDLE_S,
+        keep: bool = False,
         argv: Sequence[str] = ARGV,
     ) -> None:
-        """`degraded` is told when bodies cannot be read, and when they can again."""
+        """`degraded` is told when bodies cannot be read, and when they can again. With `keep`, as a helper
+        that loads a vocabulary needs it, the first one is started at once, and it stays while idle."""
         self._setup, self._say_degraded, self._idle_s, self._argv = setup, degraded, idle_s, argv
+        self._keep = keep
         self._queue: FairQueue[Entry] = FairQueue(MAX_WAITING)
         self._wake = asyncio.Event()
         self._helper: Helper | None = None
@@ -153,7 +161,7 @@ class BodyHelper:
         dropped = self._queue.push(client, entry)
         if dropped is not entry:
             loop = asyncio.get_running_loop()
-            entry.overdue = loop.call_later(MAX_WAIT_S, self._overdue, entry)
+            entry.overdue = loop.call_later(entry.most_wait_s, self._overdue, entry)
         if dropped is not None:
             self._refuse(dropped, f"{MAX_WAITING} large bodies wait to be read already")
         self._wake.set()
@@ -168,6 +176,9 @@ class BodyHelper:
     async def run(self) -> None:
         """An eternal loop: one body after the other."""
         try:
+            if self._keep:
+                with contextlib.suppress(OSError):
+                    await self._start()
             while True:
                 entry = self._queue.pop()
                 if entry is not None:
@@ -185,7 +196,7 @@ class BodyHelper:
 
     async def _more(self) -> None:
         """Wait for a body; without one for long, the helper goes."""
-        if self._helper is not None:
+        if self._helper is not None and not self._keep:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._idle_s):
                     await self._wake.wait()
@@ -217,14 +228,18 @@ class BodyHelper:
             limit_s += START_S
         try:
             async with asyncio.timeout(limit_s):
-                if self._helper is None:
-                    self._helper = Helper(self._argv)
-                    await self._helper.open(self._setup)
-                return await self._helper.read(entry.task, entry.body)
+                helper = self._helper or await self._start()
+                return await helper.read(entry.task, entry.body)
         except TimeoutError:
             raise HelperLost(f"no answer within {limit_s:.1f} s") from None
         except (OSError, EOFError, msgspec.MsgspecError) as exc:
             raise HelperLost(str(exc) or repr(exc)) from exc
+
+    async def _start(self) -> Helper:
+        """Raises OSError."""
+        self._helper = helper = Helper(self._argv)
+        await helper.open(self._setup)
+        return helper
 
     def _deliver(self, entry: Entry, answer: Facts | Refusal) -> None:
         if not entry.listener.waiting:
@@ -243,7 +258,7 @@ class BodyHelper:
 
     def _overdue(self, entry: Entry) -> None:
         self._queue.remove(entry.client, entry)
-        self._refuse(entry, f"the body could not be read within {MAX_WAIT_S:g} s")
+        self._refuse(entry, f"the body could not be read within {entry.most_wait_s:g} s")
 
     def _settle(self, entry: Entry, result: str) -> None:
         if entry.overdue is not None:
