@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from penstock.common.messages import Mode
 from penstock.common.routing_events import OUTCOME, OutcomeEvent
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
                     first_byte_at if stream else attempt.sent_at,
                     now,
                 )
-                if prompt and attempt.work.cached_tokens and not request.prefill_instance:
+                if prompt and attempt.work.cached_tokens and request.mode is Mode.NEUTRAL:
                     # The placement counts in the ingress's estimate of the prompt.
                     expected = attempt.work.cached_tokens * prompt // max(1, request.prompt_tokens)
                     reported = cached > 0 or relay.reports_cache()

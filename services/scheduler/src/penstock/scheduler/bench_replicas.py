@@ -66,8 +66,8 @@ def most_on_one(policy: str, model: str, replicas: int, feed_s: float, fleet: Li
         decision = member.decide(request, now)
         assert isinstance(decision.outcome, Placement)
         placed[decision.outcome.instance] += 1
-        one_placed = member.reserve(batch, request, decision, now)
-        mail.extend((now + feed_s, feed) for feed in member.feed(batch, [one_placed] if one_placed else []))
+        told = member.reserve(batch, request, decision, now)
+        mail.extend((now + feed_s, feed) for feed in member.feed(batch, told))
     return max(placed.values())
 
 
