@@ -418,7 +418,7 @@ async def test_requests_that_cannot_be_asked_for_are_ended_and_not_left_waiting(
 async def test_tenants_share_no_hashes_when_asked_for_and_each_agrees_with_itself(lab_of: LabOf) -> None:
     body = b'{"model":"m","messages":["' + b"x" * 2000 + b'"]}'
     lab = await lab_of(block_hash_tenant="user")
-    lab.scheduler.decide = lambda request: Rejection(request.decision_id, Reason.SATURATED)
+    lab.scheduler.decide = lambda request: Rejection(request.decision_id, Reason.NO_INSTANCE)
     await lab.engine()
     for user in ("a", "b", "a"):
         assert (await (await lab.client()).ask(body, user=user)).status == 503
