@@ -36,7 +36,9 @@ _OF_ANOTHER_BUS = (
 )
 
 
-class UpSettings(IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSettings):
+class UpSettings(  # type: ignore[misc]  # the plugin's own model_construct differs between the bases
+    IngressSettings, SchedulerSettings, DiscoverySettings, MirrorSettings
+):
     """The whole stack on this machine: NATS, every service, and simulated engines where no real ones are
     given. Takes the flags of every service and hands each to the services that have it."""
 
