@@ -11,6 +11,7 @@ import pytest
 from penstock.common.permissions import (
     AUDITOR,
     AUDITORS_ACCOUNT,
+    EXPLAINS,
     GRANTS,
     JOIN,
     REGISTER,
@@ -158,3 +159,7 @@ def test_every_user_is_limited_in_both_directions() -> None:
         for user in content["users"]:
             assert user["permissions"]["publish"]["allow"]
             assert user["permissions"]["subscribe"]["allow"]
+
+
+def test_schedulers_may_answer_the_tool_that_asks_them_why() -> None:
+    assert "scheduler" in may_publish(f"_INBOX.{EXPLAINS}.id.incarnation.answers.1")

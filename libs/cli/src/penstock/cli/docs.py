@@ -14,6 +14,7 @@ from msgspec import inspect as types
 from pydantic import Field
 
 from penstock.cli import event_lines
+from penstock.cli.explain import ExplainSettings
 from penstock.cli.nats_accounts import accounts_config
 from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.tap import TapSettings
@@ -156,6 +157,7 @@ def _flags() -> Iterator[str]:
     yield from _flag_section("penstock sim", SimSettings, _own(SimSettings))
     yield from _flag_section("penstock replay", ReplaySettings, _own(ReplaySettings))
     yield from _flag_section("penstock tap", TapSettings, _own(TapSettings))
+    yield from _flag_section("penstock explain REQUEST_ID", ExplainSettings, _own(ExplainSettings))
     yield "Also the `--nats-` flags of every service."
 
 

@@ -61,6 +61,8 @@ _READ_LOG = f"$JS.API.DIRECT.GET.{EVENTS.name}"
 # tools can therefore not answer in the place of another service.
 _INBOX = "_INBOX"
 _TOOLS = f"{_INBOX}.*", f"{_INBOX}.*.*"
+# The tool that asks schedulers why; its inboxes are as deep as those of services.
+EXPLAINS = "explain"
 _ANSWERS = "*.*.answers.*"
 _DIRECTORY = "$SRV.>"
 
@@ -130,7 +132,7 @@ SERVICES: Mapping[str, Grant] = {
         (
             PLACED.pattern,
             SNAPSHOT.request.pattern,
-            *(f"{_INBOX}.{service}.{_ANSWERS}" for service in ("ingress", "scheduler")),
+            *(f"{_INBOX}.{service}.{_ANSWERS}" for service in ("ingress", "scheduler", EXPLAINS)),
         ),
         (
             *(f"{one.request.pattern} {one.request.queue_group}" for one in (SCHEDULE, EXPLAIN_NOW)),
