@@ -97,7 +97,7 @@ PUBLISHING: dict[str, frozenset[str]] = {
     event_subject(OUTCOME, "m"): who("ingress"),
     event_subject(INSTANCE, "m"): who("discovery"),
     event_subject(DEGRADED, ""): TRUSTED,
-    event_subject(CONFIG_CHANGE, ""): who("ingress", "discovery", "mirror"),
+    event_subject(CONFIG_CHANGE, ""): who("ingress", "scheduler", "discovery", "mirror"),
     event_subject(MIRRORED, "m"): who("ingress", "mirror"),
     event_subject(COMPARISON, "m"): who("mirror"),
     event_subject("forged", "m"): NOBODY,

@@ -56,6 +56,7 @@ class Reason(StrEnum):
     SATURATED = "saturated"
     BAD_STRATEGY = "bad_strategy"
     BAD_REQUEST = "bad_request"
+    BAD_PROFILE = "bad_profile"
 
 
 class ScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -102,6 +103,8 @@ class Placement(msgspec.Struct, frozen=True, array_like=True, tag="placement", g
     matched_blocks: Count = 0
     # What `matched_blocks` are of the request's `prompt_tokens`.
     matched_tokens: Count = 0
+    # The config profile that it was decided by; empty: none.
+    profile: Name = ""
 
 
 class Rejection(msgspec.Struct, frozen=True, array_like=True, tag="rejection", gc=False):

@@ -125,7 +125,7 @@ SERVICES: Mapping[str, Grant] = {
         (HEARTBEAT.name("scheduler"),),
     )
     + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern, EXPLAIN.request.pattern, EXPLAIN_NOW.request.pattern)),
-    "scheduler": _process("scheduler", PLACEMENT, REJECTION)
+    "scheduler": _process("scheduler", PLACEMENT, REJECTION, CONFIG_CHANGE)
     + _watching(INSTANCES)
     + _watching(CONFIG)
     + Grant(

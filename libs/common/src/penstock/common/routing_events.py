@@ -70,7 +70,8 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request was given an instance, by a scheduler or, in need, by its ingress (`policy` "local")."""
+    """A request was given an instance, by a scheduler or, in need, its ingress (`policy` "local"). `profile`
+    is the config profile that counted, if one did."""
 
     decision_id: str
     request_id: str
@@ -90,6 +91,7 @@ class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     view: ViewAge | None = None
     fault: str = ""
     inputs: Inputs | None = None
+    profile: str = ""
 
 
 class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):

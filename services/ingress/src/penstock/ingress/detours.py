@@ -12,7 +12,7 @@ from penstock.common.messages import Reason, Rejection
 from penstock.common.routing_events import RetryEvent
 from penstock.ingress.attempt import Attempt, Failure
 from penstock.ingress.backoff import RETRY_FIRST_S, RETRY_MOST_S, delay_s
-from penstock.ingress.failures import REJECTIONS, GatewayError
+from penstock.ingress.failures import PARAMS, REJECTIONS, GatewayError
 from penstock.ingress.fallbacks import TOO_MANY, Fallbacks
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.kept import Keeper, Kept
@@ -170,8 +170,9 @@ class Detours:
             exchange.ask_again(tuple(i for i in exchange.request.excluded if i not in ejected))
             return
         code = REJECTIONS[rejection.reason]
-        param = {"model_not_found": "model", "invalid_strategy": "routing-strategy"}.get(code)
-        error = GatewayError(code, rejection.message, param=param, retry_after_s=rejection.retry_after_s)
+        error = GatewayError(
+            code, rejection.message, param=PARAMS.get(code), retry_after_s=rejection.retry_after_s
+        )
         if rejection.reason not in _OURS:
             exchange.fail(error, Outcome.REJECTED)
         elif exchange.error:

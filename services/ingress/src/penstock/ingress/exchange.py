@@ -46,7 +46,7 @@ class Exchange:
     attempt: Attempt | None = None
     relay: Relay | None = None
     detours: Detours | None = None
-    policy = error = ""
+    policy = profile = error = ""
     placed_at = 0.0
     stream = False
     copied: Copied | None = None
@@ -147,7 +147,7 @@ class Exchange:
         if self.ticket is not None:
             gateway.waiting.leave(self, placed=True)
         self.placed_at = self.placed_at or gateway.clock()
-        self.policy = placement.policy
+        self.policy, self.profile = placement.policy, placement.profile
         work = gateway.account.start(
             placement.decision_id, instance.id, self.request.prompt_tokens, placement.matched_tokens
         )
@@ -248,7 +248,7 @@ class Exchange:
         routing = b""
         if gateway.settings.expose_routing_headers:
             if self.detours is None and attempt.instance is not None:
-                routing = gateway.routing_headers(self.policy, attempt.instance)
+                routing = gateway.routing_headers(self.policy, self.profile, attempt.instance)
             else:
                 routing = self.routing_lines(attempt)
         relay.begin(self.request_id, routing, keep_alive=self._keep_alive)
@@ -258,7 +258,7 @@ class Exchange:
         """The header lines that tell a client who answered."""
         lines = b""
         if attempt.instance is not None:
-            lines = self._gateway.routing_headers(self.policy, attempt.instance)
+            lines = self._gateway.routing_headers(self.policy, self.profile, attempt.instance)
         if self.detours is not None and self.detours.route:
             lines += b"x-penstock-route: %b\r\n" % self.detours.route.encode()
         return lines

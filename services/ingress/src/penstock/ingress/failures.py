@@ -11,6 +11,7 @@ CODES: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "invalid_request_error"),
     "bad_framing": (400, "invalid_request_error"),
     "invalid_strategy": (400, "invalid_request_error"),
+    "invalid_profile": (400, "invalid_request_error"),
     "invalid_admin_token": (401, "authentication_error"),
     "forbidden": (403, "permission_error"),
     "model_not_found": (404, "invalid_request_error"),
@@ -53,6 +54,14 @@ REJECTIONS = {
     Reason.SATURATED: "overloaded",
     Reason.BAD_STRATEGY: "invalid_strategy",
     Reason.BAD_REQUEST: "invalid_request",
+    Reason.BAD_PROFILE: "invalid_profile",
+}
+
+# What of a request a refusal is about: a field or a header.
+PARAMS = {
+    "model_not_found": "model",
+    "invalid_strategy": "routing-strategy",
+    "invalid_profile": "config-profile",
 }
 
 

@@ -96,7 +96,7 @@ class Gateway:
         self.most_body_bytes = LARGE_BODY_BYTES
         self._secret = settings.block_hash_secret.get_secret_value()
         self._seeds: dict[str, int] = {}
-        self._routing_headers: dict[tuple[str, str, int, str], bytes] = {}
+        self._routing_headers: dict[tuple[str, str, str, int, str], bytes] = {}
         self._hosts: dict[InstanceId, tuple[Instance, bytes]] = {}
         self._request_prefix = f"{identity.id}-{identity.incarnation}-"
         self._decision_prefix = f"{identity.incarnation}."
@@ -213,16 +213,23 @@ class Gateway:
             length,
         )
 
-    def routing_headers(self, policy: str, instance: Instance) -> bytes:
+    def routing_headers(self, policy: str, profile: str, instance: Instance) -> bytes:
         """The lines that tell a client who chose what."""
-        key = policy, instance.id, instance.endpoint.port, instance.endpoint.host
+        key = policy, profile, instance.id, instance.endpoint.port, instance.endpoint.host
         lines = self._routing_headers.get(key)
         if lines is None:
             if len(self._routing_headers) >= _HEADER_CACHE:
                 self._routing_headers.clear()
-            # Both come from the bus: nothing of them may end a header line.
-            shown = [_UNPRINTABLE.sub("?", text) for text in (policy, instance.id, str(instance.endpoint))]
-            text = "routing-strategy: {}\r\ntarget-pod: {}\r\ntarget-pod-ip: {}\r\n".format(*shown)
+            # All come from the bus: nothing of them may end a header line.
+            headers = {
+                "routing-strategy": policy,
+                "target-pod": instance.id,
+                "target-pod-ip": str(instance.endpoint),
+            }
+            if profile:
+                headers["config-profile"] = profile
+            shown = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
+            text = "".join(f"{name}: {value}\r\n" for name, value in shown.items())
             lines = self._routing_headers[key] = text.encode()
         return lines
 

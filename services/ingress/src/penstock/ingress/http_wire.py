@@ -49,7 +49,7 @@ _ROUTING = frozenset(
     }
 )
 _REQUEST_DROPPED = _HOP_BY_HOP | _ROUTING | {b"host", b"expect", b"http2-settings"}
-_RESPONSE_DROPPED = _HOP_BY_HOP | _ROUTING | {b"routing-strategy"}
+_RESPONSE_DROPPED = _HOP_BY_HOP | _ROUTING | {b"routing-strategy", b"config-profile"}
 _REQUEST_READ = frozenset(
     {
         b"routing-strategy",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
-from penstock.common.messages import Mode, Placement, Reason, ScheduleRequest, Stage
+from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.common.model import Instance, Role
 from penstock.scheduler.candidates import Candidates, Case, part_of
 from penstock.scheduler.draws import seed_of
@@ -30,7 +30,6 @@ from penstock.scheduler.scheduler import (
     none_left,
     reject,
     schedule,
-    strategy_of,
     unpack,
 )
 from penstock.scheduler.view import ClusterView
@@ -63,19 +62,19 @@ def schedule_divided(
     """Place one stage of `request`, or both. A placement without `prefill_instance` is not divided: one
     instance does all of it. Nothing is changed by it."""
     try:
-        asked, by_decode = catalog.find(strategy_of(request, default)), catalog.find(DECODE_BALANCE)
+        asked, by_decode = catalog.choose(request, default), catalog.find(DECODE_BALANCE)
     except BadStrategy as exc:
-        return reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
+        return reject(request, UNKNOWN, exc.reason, str(exc))
+    # Limits and prompt lengths of the config profile are those of both.
+    by_decode = replace(by_decode, role=Role.DECODE, filters=asked.filters, config=asked.config)
     pool = view.pool(request.model)
     if pool is None or len(request.block_hashes) % HASH_BYTES:
         return schedule(request, view, index, catalog, default=default, replicas=replicas)
     hashes, seed = unpack(request.block_hashes), seed_of(request.decision_id)
     divider = _Divider(Case(request, hashes, seed, pool.turn, replicas), pool, view, index, catalog)
     if request.stage is Stage.DECODE:
-        return divider.second(replace(by_decode, role=Role.DECODE))
-    decision = divider.first(
-        replace(asked, role=Role.PREFILL), replace(by_decode, role=Role.DECODE), division
-    )
+        return divider.second(by_decode)
+    decision = divider.first(replace(asked, role=Role.PREFILL), by_decode, division)
     if decision is not None:
         return decision
     return schedule(request, view, index, catalog, default=default, replicas=replicas)
@@ -115,6 +114,7 @@ class _Divider:
             placed.policy,
             placed.matched_blocks,
             placed.matched_tokens,
+            placed.profile,
         )
         return msgspec.structs.replace(decode, outcome=both, policy=prefill.policy, prefill=prefill)
 

@@ -36,6 +36,8 @@ class Pool:
         self.limits = np.array(limits) if any(map(math.isfinite, limits)) else None
         # What the standing filters leave for a role and an owner; profiles keep it here.
         self.standing: dict[tuple[Role, str], Kept] = {}
+        # Least and most prompt tokens that each takes, None for any; the filters of profiles keep it here.
+        self.lengths: dict[object, tuple[Floats, Floats] | None] = {}
 
     def __len__(self) -> int:
         return len(self.instances)

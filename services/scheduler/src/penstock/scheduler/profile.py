@@ -47,6 +47,8 @@ class Profile:
     names: tuple[str, ...] = ()
     # What the policy was built with.
     thresholds: Thresholds = Thresholds()  # noqa: RUF009  # frozen
+    # The config profile that it was made for, if any.
+    config: str = ""
 
     @cached_property
     def weights(self) -> dict[str, float]:

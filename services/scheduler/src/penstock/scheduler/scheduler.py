@@ -28,9 +28,6 @@ MAX_MESSAGE = 1024
 # A client that finds everything full comes back after so long.
 SATURATED_RETRY_S = 1.0
 UNKNOWN = "unknown"
-# The strategy by which a request asks for disaggregation (its ingress sets the mode); where its instances are
-# is left to the default.
-DISAGGREGATED = "pd"
 
 
 class Basis(msgspec.Struct, frozen=True, gc=False):
@@ -74,9 +71,9 @@ def schedule(
     `replicas` is the number of schedulers alive.
     """
     try:
-        profile = catalog.find(strategy_of(request, default))
+        profile = catalog.choose(request, default)
     except BadStrategy as exc:
-        return reject(request, UNKNOWN, Reason.BAD_STRATEGY, str(exc))
+        return reject(request, UNKNOWN, exc.reason, str(exc))
     if len(request.block_hashes) % HASH_BYTES:
         message = "block_hashes is not a sequence of 64-bit hashes"
         return reject(request, profile.name, Reason.BAD_REQUEST, message)
@@ -96,12 +93,6 @@ def schedule(
         fresh = Candidates(candidates.kept, view.loads)
         decision = choose(case, fresh, index, catalog.fallback)
         return msgspec.structs.replace(decision, fault=fault)
-
-
-def strategy_of(request: ScheduleRequest, default: str) -> str:
-    """The text of the policy that places it."""
-    strategy = request.strategy
-    return default if strategy in ("", DISAGGREGATED) else strategy
 
 
 def unpack(packed: bytes) -> list[int]:
@@ -135,7 +126,9 @@ def choose(
         part, whole = part_of(case, matched)
         tokens = part * request.prompt_tokens // whole
     # In the order of their fields: by name they cost three times as much.
-    placement = Placement(request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens)
+    placement = Placement(
+        request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens, profile.config
+    )
     terms = _terms(candidates, scores, dict(zip(profile.names, parts, strict=True)), chosen, matched, shown)
     label, kept = profile.label or profile.name, candidates.kept
     basis = Basis(case, profile, kept, steps)

@@ -50,7 +50,8 @@ from penstock.scheduler.faults import PolicyFaults
 from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.peers import SILENCE_S
-from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.policies.configured import ConfiguredCatalog
+from penstock.scheduler.profile_keeping import ProfileKeeper
 from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.settings import SchedulerSettings
@@ -88,9 +89,10 @@ class SchedulerService:
         """`loop_clock` tells how late the event loop is."""
         self._bus, self._own, self._clock = bus, own, clock
         self._warm_up_s = warm_up_s
+        catalog = ConfiguredCatalog(settings.thresholds, settings.custom_policies)
         self.replica = Replica(
             own,
-            Catalog(settings.thresholds, settings.custom_policies),
+            catalog,
             settings.default_routing_strategy,
             settings.prefix_index_blocks,
             settings.failover_domain_label,
@@ -100,6 +102,7 @@ class SchedulerService:
         self._teller = Teller(own, events)
         custom = settings.custom_policies
         self._explaining = Explaining(own, self.replica, settings.explain, custom)
+        self._profiles = ProfileKeeper(bus, catalog, self._teller, metrics, settings.profiles_file)
         self._absences = Absences(self._teller, self.replica.table, self.replica.peers)
         self._instruments = Instruments(metrics, self.replica, clock)
         self._faults = PolicyFaults(self._teller, self._instruments.policy_faults)
@@ -127,6 +130,8 @@ class SchedulerService:
         await self._bus.serve(SNAPSHOT, self._on_snapshot, DEFAULT_SHARD, self._own.id)
         await self._explaining.serve(self._bus, self._clock, lambda: self._intake.open)
         self._lifecycle.add_loop("instances", self._watch_instances())
+        for name, loop in self._profiles.loops():
+            self._lifecycle.add_loop(name, loop)
         self._lifecycle.add_loop("housekeeping", self._keep_house())
         self._lifecycle.add_loop("warming", self._keep_warm())
         self._lifecycle.add_loop("intake", self._keep_intake())
@@ -193,6 +198,7 @@ class SchedulerService:
             changed = self.replica.registry(event)
             self._absences.registry(event)
             if changed is not None:
+                self._profiles.registry(self.replica.table.instances())
                 self._instances_changed(*changed)
 
     def _instances_changed(self, added: list[str], gone: list[str]) -> None:

@@ -9,11 +9,14 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from penstock.common.messages import MAX_BLOCKS
+from penstock.common.profiles import ModelProfiles, read_file
 from penstock.common.settings import InstanceLimitSettings, ServiceSettings
 from penstock.scheduler import plugins
-from penstock.scheduler.policies.catalog import MAX_COEFFICIENT, Catalog
+from penstock.scheduler.policies.catalog import MAX_COEFFICIENT
+from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
+from penstock.scheduler.profiles_file import read_bytes
 
 
 class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
@@ -35,6 +38,11 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         "",
         description="Python files with policies of your own, comma-separated: each has POLICIES, a dict of "
         f"name -> function; packages bring theirs by the entry point group {plugins.GROUP}",
+    )
+    profiles_file: Path | None = Field(
+        None,
+        description="YAML file with config profiles by model, read again when it changes; see the guide on "
+        "profiles",
     )
     pd_skip_below_tokens: int = Field(
         0,
@@ -97,13 +105,24 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
             custom = self.custom_policies
         except plugins.PluginError as exc:
             faults.append(f"--policy-module: {exc}")
+        catalog = ConfiguredCatalog(self.thresholds, custom)
         try:
-            Catalog(self.thresholds, custom).find(self.default_routing_strategy)
+            catalog.find(self.default_routing_strategy)
         except ValueError as exc:
             faults.append(f"--default-routing-strategy: {exc}")
+        try:
+            for model, one in self._profiles().items():
+                if fault := catalog.fault(one):
+                    faults.append(f"--profiles-file {self.profiles_file}: {model}: {fault}")
+        except (OSError, ValueError) as exc:
+            cause = exc.strerror if isinstance(exc, OSError) else exc
+            faults.append(f"--profiles-file {self.profiles_file}: {cause}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _profiles(self) -> Mapping[str, ModelProfiles]:
+        return read_file(read_bytes(self.profiles_file)) if self.profiles_file else {}
 
     @property
     def thresholds(self) -> Thresholds:

@@ -8,12 +8,15 @@ import msgspec
 
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
+from penstock.common.live_config import PROFILE
 from penstock.common.messages import Placement, Rejection, ScheduleBatch, ScheduleRequest
 from penstock.common.routing_events import (
+    CONFIG_CHANGE,
     DEGRADED,
     PLACEMENT,
     REJECTION,
     CandidateTerms,
+    ConfigEvent,
     DegradedEvent,
     Inputs,
     PlacementEvent,
@@ -68,6 +71,12 @@ class Teller:
         text = "used again, on trial" if change.trusted else "not trusted, placements alone count"
         self.degraded(what, not change.trusted, cause, f"KV-cache events of {change.instance} are {text}")
 
+    def profile(self, model: str, change: str, version: int, origin: str) -> None:
+        """The config profiles of a model were created, updated or deleted, here alone."""
+        event = ConfigEvent(PROFILE, model, change, version, self._own.id, origin)
+        self._events.emit(CONFIG_CHANGE, "", f"{PROFILE}/{model}", event)
+        log.info("configuration %s", change, extra={"fields": {"kind": PROFILE, "name": model}})
+
     def degraded(self, what: str, active: bool, cause: str, text: str, level: int = logging.WARNING) -> None:
         """`what` is missing and worked around from here on (`active`), or no longer; the log says `text`."""
         log.log(level, text, extra={"fields": {"cause": cause}})
@@ -113,6 +122,7 @@ def event_of(
             why.view,
             why.fault,
             why.inputs,
+            outcome.profile,
         )
         return placement, None
     rejection = RejectionEvent(

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from penstock.common.live_config import MIRROR, ROUTE
+from penstock.common.live_config import MIRROR, PROFILE, ROUTE
 from penstock.common.mirroring import MirrorConfig
+from penstock.common.profiles import ModelProfiles
 from penstock.ingress.route_config import RouteDocument, masked
 
 
@@ -35,4 +36,5 @@ class Resource:
 RESOURCES: tuple[Resource, ...] = (
     Resource("mirror", MIRROR, MirrorConfig, "mirror configuration", singleton=True),
     Resource("routes", ROUTE, RouteDocument, "the routes", singleton=True, masked=masked),
+    Resource("profiles", PROFILE, ModelProfiles, "profile document"),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from penstock.common.messages import Reason, ScheduleRequest
+from penstock.common.profiles import AUTO, DEFAULT
 from penstock.scheduler.policies.custom import Custom, Policy
 from penstock.scheduler.policies.filters import NotExcluded, NotSaturated
 from penstock.scheduler.policies.pickers import Best
@@ -28,8 +30,25 @@ _QUOTED = 120
 WEIGHTED = "weighted-list"
 
 
+# The strategy by which a request asks for disaggregation (its ingress sets the mode); where its instances are
+# is left to the default.
+DISAGGREGATED = "pd"
+
+
 class BadStrategy(ValueError):
     """The text names no policy; the message lists what it may name."""
+
+    reason = Reason.BAD_STRATEGY
+
+
+class BadProfile(BadStrategy):
+    """A model has no config profile of this name; the message lists those it has."""
+
+    reason = Reason.BAD_PROFILE
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = ", ".join(sorted({*known, DEFAULT, AUTO}))
+        super().__init__(f"unknown config profile {name[:_QUOTED]!r}; one of: {names}")
 
 
 class Catalog:
@@ -51,6 +70,16 @@ class Catalog:
     def names(self) -> tuple[str, ...]:
         """Every policy by its own name."""
         return tuple(self._strategies)
+
+    def choose(self, request: ScheduleRequest, default: str) -> Profile:
+        """What decides a request: the policy that it names, else `default`.
+
+        Raises:
+            BadStrategy: it names a policy, or a config profile, that there is not.
+        """
+        if request.profile and request.profile.lower() not in (DEFAULT, AUTO):
+            raise BadProfile(request.profile, ())
+        return self.find(strategy_of(request) or default)
 
     def find(self, text: str) -> Profile:
         """The profile of a name, an alias, or a weighted list like `prefix-cache:6,least-request:1`.
@@ -141,3 +170,8 @@ def _distinct(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def strategy_of(request: ScheduleRequest) -> str:
+    """The text of the policy that a request names; empty if it leaves that to others."""
+    return "" if request.strategy == DISAGGREGATED else request.strategy

@@ -11,11 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from penstock.common.model import Role
+from penstock.common.model import Instance, Role
 from penstock.scheduler.candidates import Candidates, Case
-from penstock.scheduler.pool import Flags
+from penstock.scheduler.pool import Flags, Floats, Pool
 
 SATURATED = "saturated"
+# A filter is made for each profile and strategy that is asked for: past so many, lengths are looked up again.
+MAX_LENGTHS = 256
 
 
 class Filter(Protocol):
@@ -114,6 +116,44 @@ class NotSaturated:
         if self.max_requests:
             limits = np.where(np.isfinite(limits), limits, self.max_requests)
         return candidates.loads.requests[kept.slots] < limits[kept.rows]
+
+
+class Lengths(Protocol):
+    """Prompt lengths that instances take."""
+
+    def of(self, instance: Instance) -> tuple[int, int] | None:
+        """Least and most tokens, both included; None for any. A least above the most: none."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittingPrompt:
+    """Drops instances that take shorter or longer prompts only. A request of unknown length fits all."""
+
+    lengths: Lengths
+    name: str = "prompt-length"
+
+    def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        kept, tokens = candidates.kept, case.request.prompt_tokens
+        bounds = kept.pool.lengths.get(self, ...)
+        if bounds is ...:
+            bounds = self._remembered(kept.pool)
+        if bounds is None or not tokens:
+            return None
+        least, most = bounds
+        return (least.take(kept.rows) <= tokens) & (most.take(kept.rows) >= tokens)
+
+    def _remembered(self, pool: Pool) -> tuple[Floats, Floats] | None:
+        """Aligned with the pool; None if everybody takes all."""
+        pairs = [self.lengths.of(instance) for instance in pool.instances]
+        bounds = None
+        if any(pairs):
+            least = np.array([pair[0] if pair else 0.0 for pair in pairs])
+            most = np.array([pair[1] if pair else np.inf for pair in pairs])
+            bounds = least, most
+        if len(pool.lengths) >= MAX_LENGTHS:
+            pool.lengths.clear()
+        pool.lengths[self] = bounds
+        return bounds
 
 
 def _flags(values: Iterable[bool]) -> Flags:

@@ -54,8 +54,10 @@ class ExpectedTtft:
     since each lengthens the steps that prefill shares, plus up to 1 s for a KV cache that is nearly full
     (from 0.9 on). Uncached is the prompt less the share of it that the instance holds by the
     prefix index. Speeds are those that ingresses measured, fading, else the pool's (see Loads).
+    Waiting counts `wait_weight` times.
     """
 
+    wait_weight: float = 1.0
     small: float = 100.0
     by_prefix: bool = True
     reads: ClassVar[tuple[str, ...]] = ("ms_per_token", "wait_ms")
@@ -72,7 +74,10 @@ class ExpectedTtft:
             cost *= uncached
         else:
             cost *= tokens
-        cost += loads.wait_ms.take(slots)
+        wait = loads.wait_ms.take(slots)
+        if self.wait_weight != 1.0:
+            wait *= self.wait_weight
+        cost += wait
         return cost
 
 

@@ -31,12 +31,15 @@ _BAND = 0.05
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When prefix-cache takes an instance for overloaded, see PrefixMatch and Headroom; and how many requests
-    an instance may have in flight, see NotSaturated."""
+    """When prefix-cache takes an instance for overloaded, see PrefixMatch and Headroom; how many requests an
+    instance may have in flight, see NotSaturated; what the match counts against headroom in prefix-cache, and
+    waiting against computing in cache-aware, see ExpectedTtft."""
 
     imbalance_requests: float = 16.0
     imbalance_ratio: float = 0.25
     max_requests: int = 0
+    prefix_weight: float = 2 / 3
+    wait_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,15 @@ def _least(measure: Measure, band: float = _BAND) -> Strategy:
 
 
 def _prefix_cache(thresholds: Thresholds) -> Strategy:
-    """2/3 prefix match (of those not overloaded) + 1/3 headroom.
+    """2/3 prefix match (of those not overloaded) + 1/3 headroom, by default.
 
     A full match outweighs any difference in load that the guard lets pass; a match of a quarter of the
     prompt, say a shared system prompt, is outweighed by half the headroom, so that such requests spread.
     The band is one request's worth of headroom by the default thresholds. In a list: unmatched blocks alone.
     """
     requests, ratio = thresholds.imbalance_requests, thresholds.imbalance_ratio
-    scorers = (PrefixMatch(requests, ratio), 2 / 3), (Headroom(requests, ratio), 1 / 3)
+    match, room = thresholds.prefix_weight, 1 - thresholds.prefix_weight
+    scorers = (PrefixMatch(requests, ratio), match), (Headroom(requests, ratio), room)
     return Strategy(Best(0.02, by_block=True), scorers, UnmatchedBlocks(), by_prefix=True)
 
 
@@ -107,7 +111,7 @@ def _session_affinity(thresholds: Thresholds) -> Strategy:
 
 
 STRATEGIES: Mapping[str, Callable[[Thresholds], Strategy]] = {
-    CACHE_AWARE: lambda _: _least(ExpectedTtft(), band=0.0),
+    CACHE_AWARE: lambda thresholds: _least(ExpectedTtft(thresholds.wait_weight), band=0.0),
     "prefix-cache": _prefix_cache,
     LEAST_REQUEST: lambda _: Strategy(Best(_BAND), ((FewestRequests(), 1.0),), Requests()),
     "load-balance": _load_balance,
