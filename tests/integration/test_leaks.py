@@ -32,8 +32,9 @@ async def stack() -> AsyncIterator[Stack]:
     with running_stack() as stack:
         stack.start_sims(2)
         stack.start_discovery()
-        stack.start_scheduler()
-        stack.start_scheduler()
+        # Without the ring of the last 10,000 decisions, which fills up to its bound meanwhile.
+        stack.start_scheduler("--explain", "off")
+        stack.start_scheduler("--explain", "off")
         stack.start_ingress(
             *("--request-timeout", SHORT_S, "--stream-idle-timeout", SHORT_S),
             *("--upstream-idle-timeout", "1", "--header-timeout", SHORT_S),
