@@ -1,0 +1,1 @@
+"""Prefill and decode on different instances: what each protocol sends to which, and what flows between."""

@@ -1,0 +1,68 @@
+"""Bodies of requests as members of their top level, so that a protocol can set and drop some of them.
+
+Values stay the bytes that the client sent; of a member that comes more than once the last counts, as with
+engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+Members = Mapping[str, msgspec.Raw]
+
+# Between gateway and engines only. From a client, the first kills a vLLM that decodes (its connector
+# asserts) or reads what another request left; the others point an SGLang or TensorRT-LLM at a host of the
+# client's choice.
+FORBIDDEN = frozenset(
+    {
+        "kv_transfer_params",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "disagg_prefill_dp_rank",
+        "disagg_prefill_resp",
+        "disaggregated_params",
+    }
+)
+# Requests with one of these members, other than as given here, are not divided: decode would need what
+# prefill computed beyond the KV cache, or would read the same blocks more than once.
+WHOLE: Mapping[str, tuple[bytes, ...]] = {
+    "n": (b"1", b"null"),
+    "best_of": (b"1", b"null"),
+    "use_beam_search": (b"false", b"null"),
+    "echo": (b"false", b"null"),
+    "prompt_logprobs": (b"null",),
+    "prompt_embeds": (b"null",),
+}
+DIVIDED_PATHS = frozenset({b"/v1/chat/completions", b"/v1/completions"})
+
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Edit(msgspec.Struct, frozen=True):
+    """What becomes of a body: members to set, in plain JSON types, and those to leave out."""
+
+    sets: dict[str, Any] = {}
+    drops: frozenset[str] = frozenset()
+
+
+def members(body: bytes | bytearray) -> Members:
+    """The members of a body that was read as a JSON object before, less those of FORBIDDEN. Raises
+    msgspec.DecodeError."""
+    return {name: value for name, value in _decode(body).items() if name not in FORBIDDEN}
+
+
+def divisible(path: bytes, parts: Members) -> bool:
+    """Whether prefill and decode of such a request may be done by different instances."""
+    if path not in DIVIDED_PATHS:
+        return False
+    return all(bytes(parts[name]) in plain for name, plain in WHOLE.items() if name in parts)
+
+
+def edited(parts: Members, edit: Edit) -> bytes:
+    """The body with an edit done, as JSON."""
+    kept = {name: value for name, value in parts.items() if name not in edit.drops}
+    return msgspec.json.encode({**kept, **edit.sets})
