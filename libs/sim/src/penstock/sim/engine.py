@@ -27,6 +27,7 @@ class Engine:
         self._waiting: OrderedDict[str, TokenSequence] = OrderedDict()
         self._running: dict[str, TokenSequence] = {}
         self._stalled: dict[str, TokenSequence] = {}
+        self._kept: dict[str, TokenSequence] = {}
         self._step: list[tuple[TokenSequence, int]] | None = None
         self._step_s = 0.0
         self._all_decode = False
@@ -48,14 +49,15 @@ class Engine:
         return self._pool.used / self._pool.total
 
     @property
+    def kv_blocks_kept(self) -> int:
+        """Blocks of finished requests that somebody is to fetch."""
+        return sum(sequence.blocks for sequence in self._kept.values())
+
+    @property
     def uncomputed_prompt_tokens(self) -> int:
         """Prompt tokens to compute until every request has its first token, less the cached ones."""
-        block_size = self.spec.block_size
         running = sum(one.known - one.computed for one in self._running.values() if not one.generated)
-        return running + sum(
-            one.known - block_size * self._pool.match(one.request.block_hashes, (one.known - 1) // block_size)
-            for one in self._waiting.values()
-        )
+        return running + sum(one.known - self._present(one) for one in self._waiting.values())
 
     @property
     def in_step(self) -> bool:
@@ -78,7 +80,8 @@ class Engine:
         """Queue a request. Raises DoesNotFit, QueueFull; ValueError for an id in use or an empty prompt."""
         if request.prompt_tokens < 1 or request.output_tokens < 0:
             raise ValueError("a request has at least one prompt token and no negative output")
-        if any(request.request_id in home for home in (self._waiting, self._running, self._stalled)):
+        homes = self._waiting, self._running, self._stalled, self._kept
+        if any(request.request_id in home for home in homes):
             raise ValueError(f"request id {request.request_id!r} is in use")
         # The last output token is never fed back, so its keys and values are not kept.
         needed = self._blocks_for(request.prompt_tokens + max(request.output_tokens - 1, 0))
@@ -98,6 +101,13 @@ class Engine:
                 self.stats.finished["abort"] += 1
                 return True
         return False
+
+    def let_go(self, request_id: str) -> bool:
+        """Free the blocks that a finished request left behind. False if it left none."""
+        sequence = self._kept.pop(request_id, None)
+        if sequence is not None:
+            self._release(sequence)
+        return sequence is not None
 
     def start_step(self, now: float) -> float | None:
         """Compose the next step and return its duration in seconds; None if there is nothing to compute."""
@@ -162,6 +172,15 @@ class Engine:
                 events.append(self._produce(sequence, now))
         return events
 
+    def _hits(self, sequence: TokenSequence) -> int:
+        """Leading blocks in the cache. At least one token is computed: the next one comes out of it."""
+        limit = (sequence.known - 1) // self.spec.block_size
+        return self._pool.match(sequence.request.block_hashes, limit)
+
+    def _present(self, sequence: TokenSequence) -> int:
+        """Tokens that need no computation when the request is admitted now."""
+        return max(self._hits(sequence) * self.spec.block_size, sequence.imported)
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.spec.block_size)
 
@@ -200,6 +219,7 @@ class Engine:
         """Send the request admitted last back to the head of the queue; what it computed is lost."""
         request_id, victim = self._running.popitem()
         self._release(victim)
+        victim.imported = 0
         self._waiting[request_id] = victim
         self._waiting.move_to_end(request_id, last=False)
         self.stats.preemptions += 1
@@ -220,17 +240,15 @@ class Engine:
 
     def _place(self, sequence: TokenSequence, budget: int) -> int | None:
         """Take the cached prefix and room for the first tokens to compute: their number, or None."""
-        hashes = sequence.request.block_hashes
-        # At least one token is computed: the next token comes out of its computation.
-        hits = self._pool.match(hashes, (sequence.known - 1) // self.spec.block_size)
-        cached_tokens = hits * self.spec.block_size
-        tokens = min(sequence.known - cached_tokens, budget)
-        blocks = self._blocks_for(cached_tokens + tokens)
+        hashes, hits = sequence.request.block_hashes, self._hits(sequence)
+        present = max(hits * self.spec.block_size, sequence.imported)
+        tokens = min(sequence.known - present, budget)
+        blocks = self._blocks_for(present + tokens)
         self._pool.acquire(hashes[:hits])
         if not self._pool.allocate(blocks - hits):
             self._pool.release(hashes[:hits], 0)
             return None
-        sequence.computed = cached_tokens
+        sequence.computed = present
         sequence.blocks = blocks
         sequence.shared = hits
         self._publish(sequence, tokens)
@@ -266,7 +284,10 @@ class Engine:
         finished = sequence.generated == request.output_tokens
         if finished:
             del self._running[request.request_id]
-            self._release(sequence)
+            if request.keeps:
+                self._kept[request.request_id] = sequence
+            else:
+                self._release(sequence)
             self._note_finished(sequence, now)
         elif sequence.generated == request.stall_after:
             self._stalled[request.request_id] = self._running.pop(request.request_id)

@@ -48,6 +48,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     blocks after them are never shared. `finish_reason` is what a complete output ends with. After
     `stall_after` output tokens the request produces nothing more and holds what it has until it is aborted.
     `tokens` and `cache_root` are what the hashes were made of; only an engine that publishes needs them.
+    Keys and values of the first `imported_tokens` of the prompt came from another engine and are not computed.
+    With `keeps` its blocks stay after its end, until `Engine.let_go`.
     """
 
     request_id: str
@@ -58,6 +60,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     stall_after: int | None = None
     tokens: bytes = b""
     cache_root: str = ""
+    imported_tokens: int = 0
+    keeps: bool = False
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
