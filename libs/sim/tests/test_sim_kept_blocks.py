@@ -58,9 +58,13 @@ def test_an_imported_prompt_costs_the_computation_of_one_token() -> None:
 
 
 def test_what_was_imported_is_lost_by_preemption() -> None:
-    engine = Engine(EngineSpec(max_batch=2, step_token_budget=1000, kv_blocks=8, block_size=10))
-    engine.submit(EngineRequest("first", 39, 20), 0.0)
-    engine.submit(EngineRequest("second", 39, 20, imported_tokens=38), 0.0)
-    finish(engine)
-    assert engine.stats.preemptions > 0
-    assert engine.stats.finished["stop"] == 2
+    seconds = []
+    for imported in (0, 38):
+        engine = Engine(
+            EngineSpec(prefill_tokens_per_s=10.0, step_token_budget=1000, kv_blocks=8, block_size=10)
+        )
+        engine.submit(EngineRequest("first", 39, 20), 0.0)
+        engine.submit(EngineRequest("second", 39, 20, imported_tokens=imported), 0.0)
+        seconds.append(finish(engine))
+        assert engine.stats.preemptions > 0
+    assert seconds[0] - seconds[1] == pytest.approx(3.8)

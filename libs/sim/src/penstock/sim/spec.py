@@ -48,7 +48,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     blocks after them are never shared. `finish_reason` is what a complete output ends with. After
     `stall_after` output tokens the request produces nothing more and holds what it has until it is aborted.
     `tokens` and `cache_root` are what the hashes were made of; only an engine that publishes needs them.
-    Keys and values of the first `imported_tokens` of the prompt came from another engine and are not computed.
+    Keys and values of the first `imported_tokens` of the prompt came from another engine: no computation.
     With `keeps` its blocks stay after its end, until `Engine.let_go`.
     """
 
