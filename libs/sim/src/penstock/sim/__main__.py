@@ -40,6 +40,7 @@ async def serve(settings: SimSettings) -> list[str]:
                 port=port,
                 keep_alive_s=settings.keep_alive,
                 kv_events=settings.kv_events_at(place),
+                transfer=settings.transfer(place),
             )
             try:
                 await running.enter_async_context(instance)

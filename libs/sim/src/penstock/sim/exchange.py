@@ -2,16 +2,20 @@
 
 import asyncio
 from functools import partial
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from penstock.sim import sabotage, text
 from penstock.sim.blocks import chain_hashes
+from penstock.sim.connectors import Keep, Load, Task
 from penstock.sim.faults import MID_STREAM, Fault
 from penstock.sim.replies import Reply, Usage
 from penstock.sim.runner import EngineRunner
 from penstock.sim.spec import DoesNotFit, EngineRequest, QueueFull, TokenEvent
 from penstock.sim.text import Answer
+from penstock.sim.transfers import Transfers
 from penstock.sim.wire import ApiError, bad_request
 
 _SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
@@ -23,7 +27,19 @@ class Exchange:
     `close` is the one way out: it aborts in the engine what has not finished there.
     """
 
-    def __init__(self, reply: Reply, runner: EngineRunner, engine_id: str, fault: Fault | None) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        runner: EngineRunner,
+        engine_id: str,
+        fault: Fault | None,
+        transfers: Transfers | None = None,
+        task: Task = None,
+    ) -> None:
+        """`task` is what the connector behind `transfers` has to do with the request's KV."""
+        self._transfers, self._task = transfers, task
+        self._imported_tokens = 0
+        self._keeping = isinstance(task, Keep)
         self._reply = reply
         self._runner = runner
         self._fault = fault
@@ -38,6 +54,8 @@ class Exchange:
 
     async def run(self, request: web.BaseRequest) -> web.StreamResponse:
         """Raises ApiError if the engine does not take the request, and what `sabotage` raises."""
+        if self._transfers is not None and isinstance(self._task, Load):
+            self._imported_tokens = await self._transfers.load(self._task, self._reply.call)
         self._submit()
         if self._fault is not None and self._fault.kind == "hang-before-headers":
             await sabotage.until_gone()
@@ -46,6 +64,9 @@ class Exchange:
     def close(self) -> None:
         for engine_id in self._ids:
             self._runner.abort(engine_id)
+            if self._keeping:
+                # The client left between the last token and the answer.
+                self._runner.let_go(engine_id)
 
     def _submit(self) -> None:
         call, block_size = self._reply.call, self._runner.engine.spec.block_size
@@ -60,6 +81,8 @@ class Exchange:
                 stall_after=self._stall_after(answer),
                 tokens=tokens,
                 cache_root=call.cache_root,
+                imported_tokens=self._imported_tokens,
+                keeps=isinstance(self._task, Keep),
             )
             try:
                 self._runner.submit(request, partial(self._on_event, choice))
@@ -102,6 +125,8 @@ class Exchange:
         while self._unfinished:
             await self._progress()
         body = self._reply.whole(self._usage())
+        if self._transfers is not None:
+            body = body[:-1] + b',"kv_transfer_params":' + msgspec.json.encode(self._kept()) + b"}"
         if self._mid_fault is None:
             return web.Response(body=body, content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -130,8 +155,17 @@ class Exchange:
         if fault is not None:
             await response.write(data)
             await sabotage.mid_body(request, fault)
+        self._kept()
         await response.write_eof(data + self._reply.closing(self._usage()))
         return response
+
+    def _kept(self) -> dict[str, Any] | None:
+        """A prompt that is kept is there for others from now on."""
+        if self._transfers is None or not isinstance(self._task, Keep):
+            return None
+        self._keeping = False
+        reason = self._reply.answers[0].finish_reason
+        return self._transfers.kept(self._task, self._ids[0], self._reply.call, reason)
 
     def _fresh(self, targets: list[int]) -> bytes:
         """Events of the tokens that are generated and not sent, at most `targets` tokens a choice."""

@@ -20,6 +20,7 @@ from penstock.sim.kv_publisher import KvPublisher
 from penstock.sim.metrics import MetricsStyle
 from penstock.sim.replies import Reply
 from penstock.sim.runner import EngineRunner
+from penstock.sim.transfers import Transfers
 from penstock.sim.wire import ApiError, Call, Catalogue
 
 _REMEMBERED_REQUESTS = 1000
@@ -78,9 +79,10 @@ class EngineServer:
         profile: Profile,
         refuse: Callable[[float], None],
         kv_publisher: KvPublisher | None = None,
+        transfers: Transfers | None = None,
     ) -> None:
         """`refuse(seconds)` closes the listening socket for that long."""
-        self._kv_publisher = kv_publisher
+        self._kv_publisher, self._transfers = kv_publisher, transfers
         self._runner = runner
         self._profile = profile
         self._refuse = refuse
@@ -101,6 +103,7 @@ class EngineServer:
             "/detokenize": {"POST": self._detokenize},
             "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
             "/sim/kv-events": {"POST": self._spoil_kv_events},
+            "/abort_request": {"POST": self._abort},
             "/sim/state": {"GET": self._state},
             "/sim/fault": {"POST": self._arm, "DELETE": self._disarm},
         }
@@ -155,8 +158,12 @@ class EngineServer:
             if fault is not None and fault.kind != "hang-before-headers":
                 await sabotage.before_headers(request, fault)
             parse, reply_type = _GENERATION[request.path]
-            reply = reply_type(parse(body, self._catalogue), request_id, int(time.time()))
-            exchange = Exchange(reply, self._runner, engine_id, fault)
+            call = parse(body, self._catalogue)
+            reply = reply_type(call, request_id, int(time.time()))
+            transfers, task = self._transfers, None
+            if transfers is not None:
+                task = transfers.read(body, request_id, self._seen_total, call)
+            exchange = Exchange(reply, self._runner, engine_id, fault, transfers, task)
             try:
                 return await exchange.run(request)
             finally:
@@ -218,12 +225,20 @@ class EngineServer:
                 "waiting": engine.waiting,
                 "kv_blocks_used": engine.kv_blocks_used,
                 "kv_blocks_total": engine.spec.kv_blocks,
+                "transfers": self._transfers.state() if self._transfers else None,
                 "open": self._open,
                 "aborted": self._aborted,
                 "requests_total": self._seen_total,
                 "requests": [seen.as_dict() for seen in islice(self._seen, skipped, None)],
             }
         )
+
+    def _abort(self, _: web.BaseRequest, body: bytes) -> web.Response:
+        """SGLang's way to end a request from outside: here, what is kept for it."""
+        wanted = wire.decode(body, wire.AbortBody)
+        if self._transfers is not None:
+            self._transfers.abort(wanted.rid)
+        return web.Response()
 
     def _arm(self, _: web.BaseRequest, body: bytes) -> web.Response:
         fault = faults.parse_body(body)

@@ -4,15 +4,18 @@ import asyncio
 import socket
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from aiohttp import web
 
+from penstock.sim.connectors import Place
 from penstock.sim.engine import Engine
 from penstock.sim.http import EngineServer, Profile
 from penstock.sim.kv_log import KvEncoding, KvLog
 from penstock.sim.kv_publisher import KvPublisher
 from penstock.sim.runner import EngineRunner
 from penstock.sim.spec import EngineSpec
+from penstock.sim.transfers import Transfers, TransferSpec
 
 _BACKLOG = 1024
 # What runs at the end is cut off, as an engine cuts off its streams.
@@ -42,6 +45,7 @@ class Instance:
         port: int = 0,
         keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
         kv_events: KvEventsAt | None = None,
+        transfer: TransferSpec | None = None,
     ) -> None:
         self._kv_log = KvLog(spec.block_size) if kv_events is not None else None
         self._kv_events = kv_events
@@ -51,6 +55,9 @@ class Instance:
         self.port = port
         self._profile = profile
         self._keep_alive_s = keep_alive_s
+        self._transfer = transfer
+        self._transfers: Transfers | None = None
+        self._side_channel: asyncio.AbstractServer | None = None
         self._refusal: asyncio.Task[None] | None = None
         # Connections with a request in progress.
         self._busy: set[web.RequestHandler] = set()
@@ -63,11 +70,13 @@ class Instance:
     async def start(self) -> None:
         """Raises OSError if the address is taken or not ours."""
         loop = asyncio.get_running_loop()
-        bound = self._bind()
+        bound = self._bind(self.port)
         self.port = bound.getsockname()[1]
         publisher = self._publisher(bound)
         self._runner = EngineRunner(self.engine, loop, publisher.flush if publisher is not None else None)
-        self._interface = EngineServer(self._runner, self._profile, self._refuse, publisher)
+        if self._transfer is not None:
+            await self._open_side_channel(self._transfer)
+        self._interface = EngineServer(self._runner, self._profile, self._refuse, publisher, self._transfers)
         self._server = web.Server(
             self._handle,
             handler_cancellation=True,
@@ -86,6 +95,10 @@ class Instance:
         self._listener.close()
         self._server.pre_shutdown()
         await self._server.shutdown(_SHUTDOWN_S)
+        if self._transfers is not None and self._side_channel is not None:
+            self._side_channel.close()
+            await self._side.shutdown(_SHUTDOWN_S)
+            await self._transfers.close()
         self._runner.close()
         if self.kv_publisher is not None:
             await self.kv_publisher.stop()
@@ -116,6 +129,14 @@ class Instance:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    async def _open_side_channel(self, spec: TransferSpec) -> None:
+        bound = self._bind(spec.port)
+        place = Place(self.host, bound.getsockname()[1], uuid4().hex, spec.dp_rank, spec.dp_size)
+        self._transfers = Transfers(spec, self.engine.spec.role, place, self._runner)
+        self._side = web.Server(self._transfers.handle, handler_cancellation=True, access_log=None)
+        loop = asyncio.get_running_loop()
+        self._side_channel = await loop.create_server(self._side, sock=bound, backlog=_BACKLOG)
+
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
         self._busy.add(connection)
@@ -129,9 +150,9 @@ class Instance:
         limit = self._profile.max_body_bytes
         return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
 
-    def _bind(self) -> socket.socket:
+    def _bind(self, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            self.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
         try:
@@ -151,7 +172,7 @@ class Instance:
             return
         self._listener.close()
         # Bound but not listening: connections are refused, and nobody else gets the port meanwhile.
-        held = self._bind()
+        held = self._bind(self.port)
         for connection in self._server.connections:
             # Idle connections go at once, as those of a dead process do; busy ones after their answer.
             if connection in self._busy:

@@ -50,6 +50,11 @@ class EngineRunner:
         self._wake()
         return True
 
+    def let_go(self, request_id: str) -> None:
+        """Free the blocks that a finished request left behind."""
+        if self.engine.let_go(request_id):
+            self._wake()
+
     def close(self) -> None:
         if self._handle is not None:
             self._handle.cancel()

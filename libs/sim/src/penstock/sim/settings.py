@@ -5,12 +5,14 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from penstock.common.settings import Settings
+from penstock.sim.connectors import ConnectorName
 from penstock.sim.http import Profile
 from penstock.sim.instance import DEFAULT_KEEP_ALIVE_S, KvEventsAt
 from penstock.sim.kv_log import KvEncoding
 from penstock.sim.metrics import MetricsStyle
 from penstock.sim.spec import EngineSpec, Role
 from penstock.sim.text import DEFAULT_MODEL
+from penstock.sim.transfers import TransferSpec
 
 # Computing takes no time that a timer would notice, yet durations stay finite.
 _INSTANT_TOKENS_PER_S = 1e15
@@ -72,6 +74,30 @@ class SimSettings(Settings):
     kv_events_encoding: KvEncoding = Field(
         "vllm", description="whose events: vllm (0.32), vllm-bytes (older, hashes as bytes) or sglang"
     )
+    kv_connector: ConnectorName = Field(
+        "none", description="how prefill and decode transfer KV; requests that break its protocol are refused"
+    )
+    kv_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port of the first engine's side channel, where its KV is fetched, others take the next; "
+        "0 picks free ones",
+    )
+    kv_lease_ms: float = Field(
+        30_000.0,
+        gt=0,
+        le=3_600_000,
+        description="milliseconds that a computed prompt is kept for others to fetch",
+    )
+    kv_transfer_tokens_per_s: float = Field(
+        1_000_000.0, gt=0, description="tokens of KV cache that are transferred in a second"
+    )
+    kv_wait_ms: float = Field(
+        480_000.0, gt=0, le=3_600_000, description="milliseconds that decode waits for a prefill under way"
+    )
+    dp_rank: int = Field(0, ge=0, le=4095, description="data-parallel rank")
+    dp_size: int = Field(1, ge=1, le=4096, description="data-parallel ranks in all")
     keep_alive: float = Field(
         DEFAULT_KEEP_ALIVE_S, gt=0, le=86_400, description="seconds after which an idle connection is closed"
     )
@@ -95,6 +121,10 @@ class SimSettings(Settings):
                 faults.append(f"--{name.replace('_', '-')} + --count goes past port 65535")
         if self.kv_events_replay_port and not self.kv_events_port:
             faults.append("--kv-events-replay-port needs --kv-events-port")
+        if self.kv_port and self.kv_port + self.count - 1 > 65535:
+            faults.append("--kv-port + --count goes past port 65535")
+        if self.dp_rank >= self.dp_size:
+            faults.append(f"--dp-rank {self.dp_rank}: below --dp-size, which is {self.dp_size}")
         names = [*_names(self.model), *_names(self.lora_adapters)]
         if not _names(self.model):
             faults.append("--model names at least one model")
@@ -122,6 +152,20 @@ class SimSettings(Settings):
             kv_blocks=self.kv_blocks,
             block_size=self.block_size,
             max_waiting=self.max_waiting,
+        )
+
+    def transfer(self, place: int) -> TransferSpec | None:
+        """How the engine at a place of the row transfers KV; None if it does not."""
+        if self.kv_connector == "none":
+            return None
+        return TransferSpec(
+            self.kv_connector,
+            self.kv_port + place if self.kv_port else 0,
+            self.kv_lease_ms / 1000,
+            self.kv_transfer_tokens_per_s,
+            self.kv_wait_ms / 1000,
+            self.dp_rank,
+            self.dp_size,
         )
 
     def profile(self) -> Profile:

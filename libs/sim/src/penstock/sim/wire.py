@@ -127,6 +127,10 @@ class RerankBody(_Body, kw_only=True):
     top_n: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
+class AbortBody(_Body, kw_only=True):
+    rid: str
+
+
 class TokenizeBody(_Body):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
