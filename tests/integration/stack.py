@@ -66,6 +66,11 @@ class Stack:
             self.sims.append(sim)
             self.engines.append(match[1])
 
+    def run_sim(self, *flags: str) -> Process:
+        """A process of engines that nobody waits for yet."""
+        self.sims.append(sim := self._run("penstock.sim", *flags))
+        return sim
+
     def restart_sim(self, index: int, *flags: str) -> None:
         """Start an engine again on its old port."""
         port = self.engines[index].rsplit(":", 1)[1]

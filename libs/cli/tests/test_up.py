@@ -31,7 +31,7 @@ def plan(*argv: str, environ: Mapping[str, str] | None = None) -> Plan:
 
 
 def commands(made: Plan) -> dict[str, Command]:
-    every = [made.nats_command, made.sim_command, *(member.command for member in made.members)]
+    every = [made.nats_command, *made.sim_commands, *(member.command for member in made.members)]
     return {command.name: command for command in every if command}
 
 
@@ -138,6 +138,29 @@ def test_discovery_is_told_where_the_simulated_engines_will_be() -> None:
     assert made.engine_urls[0].endswith(f":{sim['port']}")
 
 
+def test_engines_that_prefill_and_decode_are_listed_with_all_that_their_protocol_needs() -> None:
+    made = plan("--sim-prefill", "2", "--sim-decode", "1", "--pd-disagg-protocol", "vllm-kvt")
+    every = commands(made)
+    assert "sim" not in every
+    prefill, decode = flags(every["sim-prefill"]), flags(every["sim-decode"])
+    assert (prefill["role"], prefill["count"], prefill["kv-connector"]) == ("prefill", "2", "kvt")
+    assert (decode["role"], decode["count"], decode["kv-connector"]) == ("decode", "1", "kvt")
+    assert flags(every["discovery"])["llm-backend-endpoints"] == "@/data/engines"
+    assert made.listing is not None
+    listed = [json.loads(line)["instances"][0] for line in made.listing.text.splitlines()]
+    assert [one["role"] for one in listed] == ["prefill", "prefill", "decode"]
+    assert listed[1]["kv_address"] == f"127.0.0.1:{int(prefill['kv-port']) + 1}"
+    assert len(made.engine_urls) == 3
+
+
+def test_simulated_pairs_speak_what_a_current_vllm_ships_unless_told_otherwise() -> None:
+    made = commands(plan("--sim-prefill", "1", "--sim-decode", "1", "--sim", "1"))
+    assert flags(made["ingress"])["pd-disagg-protocol"] == "vllm-nixl"
+    assert flags(made["sim-decode"])["kv-connector"] == "nixl"
+    assert flags(made["sim"])["count"] == "1"
+    assert "kv-connector" not in flags(made["sim"])
+
+
 @pytest.mark.parametrize(
     ("argv", "sources", "simulated"),
     [
@@ -203,6 +226,8 @@ def test_a_bus_of_ones_own_is_used_instead_of_a_started_one() -> None:
         (("--sim", "1", "--llm-backend-endpoints", "h:1"), ("--sim and", "exclude each other")),
         (("--sim-model", "m", "--llm-backend-endpoints", "h:1"), ("--sim-model and", "exclude each other")),
         (("--llm-backend-endpoints", "h:port"), ("--llm-backend-endpoints",)),
+        (("--sim-prefill", "1"), ("--sim-prefill and --sim-decode go together",)),
+        (("--pd-disagg-protocol", "nixl"), ("--pd-disagg-protocol", "vllm-nixl")),
         (
             ("--sim-max-batch", "64", "--sim-step-token-budget", "8"),
             ("--sim-step-token-budget is at least --sim-max-batch",),

@@ -41,6 +41,7 @@ from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
+from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Setup
@@ -286,6 +287,7 @@ class Lab:
             time.monotonic,
         )
         self.gateway.upstreams = self.upstreams = EngineClient(self.settings, self.metrics)
+        self.gateway.dividing = Dividing(self.gateway, self.metrics)
         self.gateway.externals = self.externals = ExternalClient(self.settings, self.metrics)
         setup = Setup(self.settings.block_hash_secret.get_secret_value(), self.settings.block_bytes)
         self.gateway.large_bodies = self.large_bodies = BodyHelper(setup, self.metrics, self.gateway.degraded)

@@ -14,11 +14,20 @@ from penstock.cli.nats_server import NatsServer, find_program, new_passwords
 from penstock.cli.ports import FreePorts, trouble
 from penstock.cli.processes import Command
 from penstock.cli.up_settings import SERVICES, UpSettings, as_arguments, of_service
+from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.permissions import AUDITOR, JOIN, REGISTER
+from penstock.common.records import PENSTOCK, write_record
 from penstock.common.settings import ENV_PREFIX, flag_of
 from penstock.discovery.settings import NATS
 
 LOOPBACK = "127.0.0.1"
+# Protocol -> connector of the simulated engines.
+_CONNECTORS = {
+    "vllm-kvt": "kvt",
+    "vllm-mooncake": "mooncake",
+    "vllm-nixl": "nixl",
+    "sglang-mooncake": "sglang",
+}
 _ANY_ADDRESS = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}
 
 
@@ -31,8 +40,20 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """The file that tells discovery of engines about which there is more to say than an address."""
+
+    path: Path
+    text: bytes
+
+    def write(self) -> None:
+        """Raises OSError."""
+        self.path.write_bytes(self.text)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The whole stack; `nats` and `sim` are None where the user has their own.
+    """The whole stack; `nats` is None, and there are no simulated engines, where the user has their own.
 
     `nats_url` is where further services join, `auditor_url` where the routing log can be read, `register_url`
     where sidecars register engines, if that is a source; on a bus of the user's own all are that bus.
@@ -44,8 +65,9 @@ class Plan:
     base_url: str
     nats: NatsServer | None
     nats_command: Command | None
-    sim_command: Command | None
+    sim_commands: tuple[Command, ...]
     engine_urls: tuple[str, ...]
+    listing: Listing | None
     members: tuple[Member, ...]
 
     @property
@@ -91,7 +113,12 @@ class _Planner:
         settings = self.settings
         self.nats = nats = None if settings.nats_url else self._nats(folder)
         port = settings.port or self.ports.take()
-        sim, engine_urls = self._sim() if settings.engines else (None, ())
+        sims = [self._sim(role, count) for role, count in settings.simulated.items()]
+        engines = [engine for sim in sims for engine in sim.engines]
+        listing = None
+        if settings.sim_protocol:
+            lines = [write_record((engine,), 0, PENSTOCK) for engine in engines]
+            listing = Listing(folder / "engines", b"\n".join(lines))
         return Plan(
             self._nats_url(JOIN),
             self._nats_url(AUDITOR),
@@ -99,9 +126,10 @@ class _Planner:
             f"http://{reachable(settings.host)}:{port}",
             nats,
             self._nats_command(nats) if nats else None,
-            sim,
-            engine_urls,
-            tuple(self._members(port, engine_urls)),
+            tuple(sim.command for sim in sims),
+            tuple(engine.endpoint.url for engine in engines),
+            listing,
+            tuple(self._members(port, engines, listing)),
         )
 
     def _nats(self, folder: Path) -> NatsServer:
@@ -113,19 +141,30 @@ class _Planner:
     def _nats_command(self, nats: NatsServer) -> Command:
         return Command("nats", (find_program() or "nats-server", "-c", str(nats.config_file)), self.environ)
 
-    def _sim(self) -> tuple[Command, tuple[str, ...]]:
-        count = self.settings.engines
+    def _sim(self, role: Role, count: int) -> _Sim:
+        """The process of the engines of one role."""
+        settings, divided = self.settings, role is not Role.NEUTRAL
         first = self.ports.take_row(count)
-        values = {**self.settings.for_sim(), "host": LOOPBACK, "port": first, "count": count}
-        urls = tuple(f"http://{LOOPBACK}:{port}" for port in range(first, first + count))
-        return self._python("sim", "sim", values), urls
+        values = {**settings.for_sim(), "host": LOOPBACK, "port": first, "count": count}
+        kv_port = 0
+        if divided:
+            kv_port = self.ports.take_row(count)
+            connector = _CONNECTORS[settings.sim_protocol]
+            values = {"kv_connector": connector, **values, "role": role.value, "kv_port": kv_port}
+        engines = [
+            _engine(role, first + place, kv_port + place if divided else 0, settings.sim_protocol)
+            for place in range(count)
+        ]
+        return _Sim(self._python("sim", f"sim-{role}" if divided else "sim", values), engines)
 
-    def _members(self, port: int, engine_urls: tuple[str, ...]) -> list[Member]:
+    def _members(self, port: int, engine_list: list[Instance], listing: Listing | None) -> list[Member]:
         secret = secrets.token_hex(16)
         ingress: dict[str, object] = {"host": self.settings.host, "port": port}
+        if self.settings.sim_protocol:
+            ingress["pd_disagg_protocol"] = self.settings.sim_protocol
         if not self.settings.block_hash_secret.get_secret_value():
             ingress["block_hash_secret"] = SecretStr(secret)
-        engines = ",".join(url.removeprefix("http://") for url in engine_urls)
+        engines = f"@{listing.path}" if listing else ",".join(str(one.endpoint) for one in engine_list)
         discovery: dict[str, object] = {"llm_backend_discovery": ",".join(self.settings.sources)}
         if self.settings.kv_events == "blocks" and "block_hash_secret" in ingress:
             discovery["block_hash_secret"] = ingress["block_hash_secret"]
@@ -164,6 +203,27 @@ class _Planner:
         flags, variables = as_arguments(values)
         argv = (sys.executable, "-m", f"penstock.{service}", *flags)
         return Command(name, argv, self.environ | variables)
+
+
+@dataclass(frozen=True)
+class _Sim:
+    command: Command
+    engines: list[Instance]
+
+
+def _engine(role: Role, port: int, kv_port: int, protocol: str) -> Instance:
+    """A simulated engine as discovery is told of it; where its KV is fetched is its side channel."""
+    endpoint = Endpoint(LOOPBACK, port)
+    if role is Role.NEUTRAL:
+        return Instance(id=str(endpoint), endpoint=endpoint)
+    return Instance(
+        id=f"{role}-{port}",
+        endpoint=endpoint,
+        role=role,
+        kv_address=f"{LOOPBACK}:{kv_port}",
+        bootstrap_port=kv_port,
+        labels={"kv_connector": protocol},
+    )
 
 
 def reachable(host: str) -> str:

@@ -110,8 +110,10 @@ class Stack:
                 plan.nats.write_config()
                 self._supervisor.start(plan.nats_command)
                 await self._ready({"nats": plan.nats.missing})
-            if plan.sim_command:
-                self._supervisor.start(plan.sim_command)
+            if plan.listing is not None:
+                plan.listing.write()
+            for command in plan.sim_commands:
+                self._supervisor.start(command)
             for member in plan.members:
                 self._supervisor.start(member.command)
             served: list[str] = []

@@ -10,6 +10,7 @@ from typing import Self, cast
 
 from pydantic import Field, SecretStr, ValidationError, create_model, model_validator
 
+from penstock.common.model import Role
 from penstock.common.settings import Settings, SettingsError, env_of, flag_of, load
 from penstock.discovery.settings import ENDPOINTS, NATS, DiscoverySettings
 from penstock.ingress.settings import IngressSettings
@@ -19,6 +20,8 @@ from penstock.sim.settings import SimSettings
 
 PROG = "penstock up"
 DEFAULT_SIM = 2
+# What a current vLLM ships.
+SIM_PROTOCOL = "vllm-nixl"
 SIM_PREFIX = "sim_"
 # Stands for endpoints that are known once ports are chosen; discovery's rules see that there are some.
 _SIMULATED = "simulated:1"
@@ -54,6 +57,19 @@ class UpSettings(  # type: ignore[misc]  # the plugin's own model_construct diff
         description=f"simulated engines to start; {DEFAULT_SIM} if neither --llm-backend-endpoints nor "
         "--llm-backend-discovery is given",
     )
+    sim_prefill: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="simulated engines to start that compute prompts for those of --sim-decode",
+    )
+    sim_decode: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="simulated engines that decode what those of --sim-prefill computed; they "
+        f"exchange KV caches by --pd-disagg-protocol, {SIM_PROTOCOL} if that is not given",
+    )
     schedulers: int = Field(1, ge=1, le=64, description="scheduler replicas to start")
     nats_url: str = Field(
         "", description="NATS servers to use; a NATS server is started if empty; may carry user:password@"
@@ -74,8 +90,12 @@ class UpSettings(  # type: ignore[misc]  # the plugin's own model_construct diff
         sim_flags = sorted(
             name for name in self.model_fields_set if name == "sim" or name.startswith(SIM_PREFIX)
         )
-        if sim_flags and not self.engines and self.sim != 0:
+        if sim_flags and not self.simulated and self.sim != 0:
             raise ValueError(f"{flag_of(sim_flags[0])} and engines of your own exclude each other: give one")
+        if bool(self.sim_prefill) != bool(self.sim_decode):
+            raise ValueError(
+                "--sim-prefill and --sim-decode go together: one computes what the other decodes"
+            )
         return self
 
     @model_validator(mode="after")
@@ -110,16 +130,27 @@ class UpSettings(  # type: ignore[misc]  # the plugin's own model_construct diff
         """As discovery's; where nothing is said, the simulated engines, and whatever registers in NATS."""
         if "llm_backend_endpoints" in self.model_fields_set or self._discovery_said:
             return super().sources
-        return (ENDPOINTS, NATS) if self.engines else (NATS,)
+        return (ENDPOINTS, NATS) if self.simulated else (NATS,)
 
     @property
-    def engines(self) -> int:
-        """How many simulated engines to start."""
+    def simulated(self) -> dict[Role, int]:
+        """How many simulated engines of which role to start."""
         if "llm_backend_endpoints" in self.model_fields_set:
-            return 0
+            return {}
         if self._discovery_said and ENDPOINTS not in super().sources:
-            return 0
-        return DEFAULT_SIM if self.sim is None else self.sim
+            return {}
+        usual = 0 if self.sim_prefill else DEFAULT_SIM
+        wanted = {
+            Role.NEUTRAL: usual if self.sim is None else self.sim,
+            Role.PREFILL: self.sim_prefill,
+            Role.DECODE: self.sim_decode,
+        }
+        return {role: count for role, count in wanted.items() if count}
+
+    @property
+    def sim_protocol(self) -> str:
+        """By which protocol simulated engines exchange KV caches; empty if none do."""
+        return (self.pd_disagg_protocol or SIM_PROTOCOL) if self.sim_prefill else ""
 
     @property
     def _discovery_said(self) -> bool:

@@ -122,7 +122,10 @@ class Explained(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms.
-    `waited_ms` of them the request waited for capacity."""
+    `waited_ms` of them the request waited for capacity.
+
+    Of one that was divided: how long prefill took to answer, how long its answer waited for decode to be
+    asked, and decode took to its first piece."""
 
     request_id: str
     model: str
@@ -145,6 +148,10 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     route: str = ""
     waited_ms: float = 0.0
+    prefill_instance: str = ""
+    prefill_ms: float = 0.0
+    transfer_wait_ms: float = 0.0
+    decode_ttft_ms: float = 0.0
 
 
 class RouteEvent(msgspec.Struct, frozen=True, omit_defaults=True):

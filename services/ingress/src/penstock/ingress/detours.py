@@ -103,6 +103,8 @@ class Detours:
         if failure not in (Failure.OVERFLOW, Failure.STALE):
             self._splitting.breakers.failed(attempt.target, self._gateway.clock())
         attempt.close()
+        if exchange.divided is not None:
+            exchange.divided.close()
         if instance is not None:
             self._instance_failed(instance.id, failure, cause)
         elif failure is Failure.STALE and self._free_moves < FREE_MOVES:
@@ -123,10 +125,34 @@ class Detours:
             self._free_moves += 1
             gateway.count_move(True)
             exchange.ask_again((*exchange.request.excluded, failed))
-        elif self._retries < gateway.settings.retry_max_count and self._retry(failed, failure):
+        elif self._may_retry and self._retry(failed, failure):
             gateway.count_move(False)
         else:
             self._next(failure.value, _last_word(failure, cause, exchange.error))
+
+    @property
+    def _may_retry(self) -> bool:
+        divided = self._exchange.divided
+        spent = divided is not None and divided.spent
+        return self._retries < self._gateway.settings.retry_max_count and not spent
+
+    def free_move(self) -> bool:
+        """Take a move that costs no retry; False if there is none left."""
+        if self._free_moves >= FREE_MOVES:
+            return False
+        self._free_moves += 1
+        self._stale = False
+        self._gateway.count_move(True)
+        return True
+
+    def restart(self, cause: str) -> None:
+        """Begin again, for no fault of an instance."""
+        exchange = self._exchange
+        exchange.error = cause
+        if self.free_move():
+            exchange.ask_again(exchange.request.excluded)
+        else:
+            self._next("restart", GatewayError("upstream_unreachable", cause))
 
     def _retry(self, failed: str, failure: Failure) -> bool:
         """Try another instance after a short wait, if the budget allows it."""
@@ -215,8 +241,7 @@ class Detours:
         """Who reads an error answer while something better may come; None: it is the client's answer."""
         chain = self._fallbacks
         if attempt.instance is not None:
-            more = self._retries < self._gateway.settings.retry_max_count or chain.any_left
-            movable = head.status >= 500 and more
+            movable = head.status >= 500 and (self._may_retry or chain.any_left)
         else:
             movable = chain.any_left or (head.status == TOO_MANY and chain.may_queue)
         if not movable:
@@ -259,6 +284,8 @@ class Detours:
 
     def _next(self, cause: str, error: GatewayError, outcome: Outcome = Outcome.FAILED) -> None:
         """The next fallback; without one the last answer there was, or else `error`."""
+        if self._exchange.divided is not None:
+            self._exchange.divided.close()
         if self._fallbacks.next(cause):
             return
         if self._kept is not None:

@@ -11,6 +11,8 @@ from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt, Failure
 from penstock.ingress.capture import Copied
 from penstock.ingress.detours import Detours
+from penstock.ingress.disaggregation.protocols import PD
+from penstock.ingress.divided import Divided
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
@@ -46,6 +48,7 @@ class Exchange:
     attempt: Attempt | None = None
     relay: Relay | None = None
     detours: Detours | None = None
+    divided: Divided | None = None
     policy = profile = error = ""
     placed_at = 0.0
     stream = False
@@ -80,8 +83,7 @@ class Exchange:
             if routes is None:
                 gateway.admit()
             if facts is None and not by_bytes and len(self.body) > gateway.most_body_bytes:
-                kind = self.head.header(b"content-type")
-                gateway.large_bodies.read(self, self._downstream.peer, self.head.path, kind, self.body)
+                self._read_elsewhere()
                 return
             read = parse if by_bytes else gateway.parse
             inference = facts or read(self.head.path, self.head.header(b"content-type"), self.body)
@@ -96,6 +98,12 @@ class Exchange:
         except GatewayError as exc:
             self.fail(exc, Outcome.REJECTED)
 
+    def _read_elsewhere(self) -> None:
+        gateway, head = self._gateway, self.head
+        kind = head.header(b"content-type")
+        divide = gateway.dividing.wants(head.read.get(b"routing-strategy"))
+        gateway.large_bodies.read(self, self._downstream.peer, head.path, kind, self.body, divide=divide)
+
     def body_refused(self, error: GatewayError) -> None:
         """The body, a large one, is not valid or could not be read. One that was to be read for its tokens
         alone goes by its bytes instead."""
@@ -108,7 +116,7 @@ class Exchange:
         """There is no capacity for it, or none in time."""
         if self.ticket is not None:
             self._gateway.waiting.leave(self)
-        self._detour().refused(error)
+        self.detour().refused(error)
 
     # -- placement ---------------------------------------------------------------------------------
 
@@ -123,6 +131,8 @@ class Exchange:
         gateway.admit()
         gateway.require_model(inference.model)
         self.request = gateway.schedule_request(self.head, inference, self.request_id)
+        if gateway.divides or self.request.strategy == PD:
+            gateway.dividing.begin(self, inference)
         if gateway.tripped:
             self._leave_out(gateway.ejected(inference.model))
         if gateway.capture is not None:
@@ -139,7 +149,7 @@ class Exchange:
     def _leave_out(self, ejected: tuple[str, ...]) -> None:
         if ejected:
             self.request = structs.replace(self.request, excluded=ejected)
-            self._detour().eject(ejected)
+            self.detour().eject(ejected)
 
     def placed(self, placement: Placement, instance: Instance) -> None:
         """Go to `instance`."""
@@ -148,6 +158,8 @@ class Exchange:
             gateway.waiting.leave(self, placed=True)
         self.placed_at = self.placed_at or gateway.clock()
         self.policy, self.profile = placement.policy, placement.profile
+        if self.divided is not None and self.divided.placed(placement, instance):
+            return
         work = gateway.account.start(
             placement.decision_id, instance.id, self.request.prompt_tokens, placement.matched_tokens
         )
@@ -164,13 +176,20 @@ class Exchange:
         if rejection.reason is Reason.SATURATED:
             self._gateway.waiting.hold(self)
         else:
-            self._detour().rejected(rejection)
+            self.detour().rejected(rejection)
 
     def ask_again(self, excluded: tuple[str, ...]) -> None:
         """Ask for an instance that is none of `excluded`."""
-        self.state = State.PLACING
-        self.request = self._gateway.another_attempt(self.request, excluded)
-        self.decisions.append(self.request.decision_id)
+        request = self._gateway.another_attempt(self.request, excluded)
+        if self.divided is not None:
+            self.divided.close()
+            request = self.divided.first_stage(request)
+        self.ask(request)
+
+    def ask(self, request: ScheduleRequest) -> None:
+        """Ask for another placement."""
+        self.state, self.request = State.PLACING, request
+        self.decisions.append(request.decision_id)
         self._submit()
 
     def _submit(self) -> None:
@@ -215,20 +234,21 @@ class Exchange:
         """Whether it is in the 429 queue."""
         return self.state is State.QUEUED
 
-    def _detour(self) -> Detours:
+    def detour(self) -> Detours:
+        """What finds other ways for it."""
         if self.detours is None:
             self.detours = Detours(self._gateway, self)
         return self.detours
 
     def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
         """No response."""
-        self._detour().failed(attempt, failure, cause)
+        self.detour().failed(attempt, failure, cause)
 
     def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
         """Pass the response on, unless it is an error and something better may come."""
         gateway = self._gateway
         if head.status >= 400:
-            keeper = self._detour().keep(attempt, head)
+            keeper = self.detour().keep(attempt, head)
             if keeper is not None:
                 return keeper
         if head.status >= 500 or gateway.failing:
@@ -238,6 +258,8 @@ class Exchange:
         self.state = State.RELAYING
         # Nobody else can be asked any more: a stream must not hold its prompt for minutes.
         self.body = self.local_body = b""
+        if self.divided is not None:
+            self.divided.relayed()
         self.status = head.status
         relay = self.relay = Relay(self, self._downstream, head, gateway, attempt.work)
         if head.length == CHUNKED and self.head.minor == 0:
@@ -247,7 +269,7 @@ class Exchange:
             self._keep_alive = False
         routing = b""
         if gateway.settings.expose_routing_headers:
-            if self.detours is None and attempt.instance is not None:
+            if self.detours is None and self.divided is None and attempt.instance is not None:
                 routing = gateway.routing_headers(self.policy, self.profile, attempt.instance)
             else:
                 routing = self.routing_lines(attempt)
@@ -259,6 +281,8 @@ class Exchange:
         lines = b""
         if attempt.instance is not None:
             lines = self._gateway.routing_headers(self.policy, self.profile, attempt.instance)
+        if self.divided is not None:
+            lines += self._gateway.prefill_headers(self.divided.prefill_instance)
         if self.detours is not None and self.detours.route:
             lines += b"x-penstock-route: %b\r\n" % self.detours.route.encode()
         return lines
@@ -279,6 +303,8 @@ class Exchange:
             uncached = max(0, work.prompt_tokens - work.cached_tokens)
             self._gateway.speeds.first_token(work.instance, attempt.sent_at, now, uncached)
             self._gateway.account.began(work)
+        if self.divided is not None:
+            self.divided.began(now)
 
     def response_done(self) -> None:
         """The client has all of it."""
@@ -329,6 +355,8 @@ class Exchange:
                 self._judge(False)
             text = f"{who} nothing for {settings.stream_idle_timeout:g} s"
             self._break_off("upstream_timeout", text, Outcome.TIMED_OUT)
+        elif self.divided is not None and self.divided.expired():
+            return
         elif self.detours is None or not self.detours.expired(self.attempt):
             if self.state is State.ATTEMPTING:
                 self._judge(False)
@@ -360,9 +388,11 @@ class Exchange:
         if self.detours is not None:
             self.detours.done(answered=False)
         gateway.exchanges.discard(self)
+        if self.divided is not None:
+            self.divided.close()
         report(gateway, self, outcome)
         # They know this exchange: a cycle would wait for the garbage collector, body and all.
-        self.attempt = self.relay = self.detours = None
+        self.attempt = self.relay = self.detours = self.divided = None
         if outcome is not Outcome.CLIENT_GONE:
             complete = terminated or outcome is Outcome.COMPLETED or not relaying
             self._downstream.exchange_done(self._keep_alive and complete)

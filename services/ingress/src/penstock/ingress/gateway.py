@@ -42,6 +42,7 @@ from penstock.ingress.splitting import Splitting, is_external
 
 if TYPE_CHECKING:
     from penstock.ingress.capture import Capture
+    from penstock.ingress.dividing import Dividing
     from penstock.ingress.exchange import Exchange
     from penstock.ingress.outcomes import Outcome
     from penstock.ingress.placing import Placer
@@ -64,6 +65,7 @@ class Gateway:
     upstreams: Upstreams
     externals: Externals
     large_bodies: LargeBodies
+    dividing: Dividing
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
     waiting: WaitingRoom
@@ -89,6 +91,8 @@ class Gateway:
         self.owners = Owners(table)
         self.speeds = Speeds()
         self.draining = False
+        # Whether every request that can be is divided: all that the others look at.
+        self.divides = bool(settings.pd_disagg_protocol)
         self._decision_numbers = itertools.count(1)
         self._request_numbers = itertools.count(1)
         # What reads a body on the event loop, and up to what size; with a tokenizer another one, and less.
@@ -232,6 +236,15 @@ class Gateway:
             text = "".join(f"{name}: {value}\r\n" for name, value in shown.items())
             lines = self._routing_headers[key] = text.encode()
         return lines
+
+    def prefill_headers(self, instance_id: InstanceId) -> bytes:
+        """The lines that tell a client where the prompt was computed; none if `instance_id` is empty or has
+        left."""
+        instance = self.table.get(instance_id)
+        if instance is None:
+            return b""
+        shown = [_UNPRINTABLE.sub("?", text) for text in (instance.id, str(instance.endpoint))]
+        return "prefill-target-pod: {}\r\nprefill-target-pod-ip: {}\r\n".format(*shown).encode()
 
     def count(
         self, outcome: Outcome, status: int, received_at: float, first_byte_at: float, now: float

@@ -17,6 +17,12 @@ MAX_FINISHED = 65_536
 PIECE_ENTRIES = 512
 
 
+def of_prefill_id(decision_id: str) -> str:
+    """Under which prefill's share of a pair that was placed together is accounted; decode's is under the
+    decision's own id."""
+    return f"{decision_id}+p"
+
+
 class Work:
     """One decision's work; `output_tokens` grows while its stream runs, `cached_tokens` of its prompt need
     not be computed."""

@@ -14,6 +14,7 @@ import msgspec
 from penstock.common.block_hash import pack_hashes, pack_tokens, root_seed, token_chain
 from penstock.common.messages import MAX_BLOCKS
 from penstock.ingress.block_hash import chain, condense
+from penstock.ingress.disaggregation.bodies import DIVIDED_PATHS, places
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.openai import parse
 
@@ -35,15 +36,17 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What a helper is to read; `size` bytes of body follow it."""
+    """What a helper is to read; `size` bytes of body follow it. `divide`: tell its members apart."""
 
     path: bytes
     content_type: str
     size: int
+    divide: bool = False
 
 
 class Facts(msgspec.Struct, frozen=True, tag="facts"):
-    """What the gateway has to know of a request: `InferenceRequest` with its prompt hashed already."""
+    """What the gateway has to know of a request: `InferenceRequest` with its prompt hashed already, and where
+    the members of its body are (`disaggregation.bodies.places`)."""
 
     model: str
     stream: bool
@@ -52,6 +55,7 @@ class Facts(msgspec.Struct, frozen=True, tag="facts"):
     block_hashes: bytes
     owner: str = ""
     body: bytes = b""
+    members: tuple[tuple[str, int, int], ...] = ()
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
@@ -93,6 +97,7 @@ def read(
         # Of a prompt longer than these, bytes tell more than the tokens that were counted.
         whole = len(ids) < MAX_BLOCKS * setup.token_block_size
         prompt_tokens = len(ids) if whole else max(len(ids), inference.prompt_tokens)
+    divide = task.divide and task.path in DIVIDED_PATHS
     return Facts(
         inference.model,
         inference.stream,
@@ -101,6 +106,7 @@ def read(
         hashes,
         inference.owner,
         inference.body,
+        places(inference.body or body) if divide else (),
     )
 
 

@@ -7,6 +7,7 @@ import re
 
 import msgspec
 
+from penstock.ingress.disaggregation.bodies import without_forbidden
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.owners import said_in_body, without_owner
 
@@ -51,7 +52,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     prompt: bytes
     max_tokens: int
     cache_salt: str = ""
-    # Whose instances are wanted, and what the instance gets instead of the body that says so.
+    # Whose instances are wanted, and what the instance gets instead of a body that says so, or says
+    # what no client may say.
     owner: str = ""
     body: bytes = b""
 
@@ -77,6 +79,26 @@ class _Body(msgspec.Struct, gc=False):
     owned_by: msgspec.Raw = EMPTY
     engine: msgspec.Raw = EMPTY
     inference_server: msgspec.Raw = EMPTY
+    # Those of FORBIDDEN, which are looked for and not read.
+    kv_transfer_params: msgspec.Raw = EMPTY
+    bootstrap_host: msgspec.Raw = EMPTY
+    bootstrap_port: msgspec.Raw = EMPTY
+    bootstrap_room: msgspec.Raw = EMPTY
+    disagg_prefill_dp_rank: msgspec.Raw = EMPTY
+    disagg_prefill_resp: msgspec.Raw = EMPTY
+    disaggregated_params: msgspec.Raw = EMPTY
+
+    def plain(self) -> bool:
+        """Whether none of FORBIDDEN is there: all are EMPTY itself then, and their lengths cost more."""
+        return (
+            self.kv_transfer_params
+            is self.bootstrap_host
+            is self.bootstrap_port
+            is self.bootstrap_room
+            is self.disagg_prefill_dp_rank
+            is self.disagg_prefill_resp
+            is self.disaggregated_params
+        )
 
 
 class _Named(msgspec.Struct):
@@ -114,7 +136,9 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
     # All three are EMPTY itself in nearly every body; to ask for their lengths costs 0.4 us.
     if not (parsed.owned_by is parsed.engine is parsed.inference_server):
         owner = said_in_body(parsed.owned_by, parsed.engine, parsed.inference_server)
-        return msgspec.structs.replace(inference, owner=owner, body=without_owner(body))
+        inference = msgspec.structs.replace(inference, owner=owner, body=without_owner(body))
+    if not parsed.plain():
+        return msgspec.structs.replace(inference, body=without_forbidden(inference.body or body))
     return inference
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from penstock.common.messages import Mode
 from penstock.common.routing_events import OUTCOME, OutcomeEvent
 
@@ -77,6 +79,15 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
         route,
         exchange.waited_ms,
     )
+    divided = exchange.divided
+    if divided is not None:
+        event = msgspec.structs.replace(
+            event,
+            prefill_instance=divided.computed_by,
+            prefill_ms=round(divided.prefill_ms, 3),
+            transfer_wait_ms=round(divided.transfer_wait_ms, 3),
+            decode_ttft_ms=round(divided.decode_ttft_ms, 3),
+        )
     gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
     gateway.access_log.add(event)
     if exchange.copied is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import (
     MAX_BATCH,
+    Mode,
     Placement,
     Reason,
     Rejection,
@@ -39,13 +40,13 @@ from penstock.common.routing_events import (
 from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
 from penstock.common.telemetry import Metrics
 from penstock.ingress.breaker import BusBreaker
-from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.in_flight import InFlightAccount, of_prefill_id
+from penstock.ingress.local_pairs import LOCAL, place_pair_locally
 from penstock.ingress.local_policy import place_locally
 from penstock.ingress.replicas import ANY, Replicas
 
 log = logging.getLogger(__name__)
 
-LOCAL = "local"
 # Attempts that may go unanswered before the request is placed here.
 MAX_ATTEMPTS = 2
 HASH_BYTES = 8
@@ -228,10 +229,14 @@ class Placer:
             try:
                 if not asker.waiting:
                     # Its client left in the meantime: what the scheduler reserved is given back.
-                    self._account.finish(asker.request.decision_id)
+                    self._release(asker.request)
                 elif isinstance(outcome, Rejection):
                     asker.rejected(outcome)
-                elif outcome is None or (instance := self._table.get(outcome.instance)) is None:
+                elif (
+                    outcome is None
+                    or (instance := self._table.get(outcome.instance)) is None
+                    or (outcome.prefill_instance and self._table.get(outcome.prefill_instance) is None)
+                ):
                     # No outcome, or an instance this ingress never heard of: its own table decides.
                     unserved.append(asker)
                 else:
@@ -257,36 +262,49 @@ class Placer:
     def _locally_one(self, asker: Asker) -> None:
         request = asker.request
         if not asker.waiting:
-            self._account.finish(request.decision_id)
+            self._release(request)
             return
         pool = self._table.serving(request.model)
-        candidates = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
-        affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
-        open_ = [
-            i for i in candidates if self._account.on(i.id) < (i.max_requests or self._max_requests or inf)
-        ]
-        instance = place_locally(open_, self._account.on, affinity, request.decision_id)
-        if instance is None and candidates:
+        usable = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
+        most = self._max_requests
+        open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
+        placement = self._find(open_, request)
+        instance = self._table.get(placement.instance) if placement is not None else None
+        if placement is None and len(open_) < len(usable) and self._find(usable, request) is not None:
             # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
             asker.rejected(saturated(request))
-        elif instance is None:
+        elif placement is None or instance is None:
             # A scheduler may have reserved something in an answer that came too late, or was of no use.
-            self._account.finish(request.decision_id)
+            self._release(request)
             asker.rejected(self._reject(request, bool(pool)))
         else:
             self._by_self.value += 1
-            self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, instance))
-            asker.placed(Placement(request.decision_id, instance.id, policy=LOCAL), instance)
+            self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, placement))
+            asker.placed(placement, instance)
 
-    def _event(self, request: ScheduleRequest, instance: Instance) -> PlacementEvent:
+    def _find(self, usable: Sequence[Instance], request: ScheduleRequest) -> Placement | None:
+        affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
+        if request.mode is not Mode.NEUTRAL:
+            return place_pair_locally(usable, self._account.on, affinity, request)
+        instance = place_locally(usable, self._account.on, affinity, request.decision_id)
+        return None if instance is None else Placement(request.decision_id, instance.id, policy=LOCAL)
+
+    def _release(self, request: ScheduleRequest) -> None:
+        """Give back what a scheduler may have reserved and nobody uses."""
+        self._account.finish(request.decision_id)
+        if request.mode is Mode.PD_BATCH:
+            self._account.finish(of_prefill_id(request.decision_id))
+
+    def _event(self, request: ScheduleRequest, placement: Placement) -> PlacementEvent:
         return PlacementEvent(
             decision_id=request.decision_id,
             request_id=request.request_id,
             model=request.model,
-            instance=instance.id,
+            instance=placement.instance,
             policy=LOCAL,
             replica=self._identity.id,
             ingress=self._identity.id,
+            prefill_instance=placement.prefill_instance,
             prompt_tokens=request.prompt_tokens,
             blocks=len(request.block_hashes) // HASH_BYTES,
         )
@@ -329,9 +347,10 @@ class Placer:
 
 
 def eligible(instance: Instance, request: ScheduleRequest) -> bool:
-    """Whether this ingress may send an undivided request there by itself."""
+    """Whether this ingress may send such a request there by itself: a divided one to every role."""
     owned = not request.owner or request.owner == instance.owned_by(request.model)
-    return owned and instance.takes_work and instance.role is Role.NEUTRAL
+    fits = request.mode is not Mode.NEUTRAL or instance.role is Role.NEUTRAL
+    return owned and instance.takes_work and fits
 
 
 def saturated(request: ScheduleRequest) -> Rejection:

@@ -114,11 +114,19 @@ class LargeBodies(Protocol):
     """Reads bodies of more than LARGE_BODY_BYTES away from the event loop."""
 
     def read(
-        self, listener: BodyListener, client: str, path: bytes, content_type: str, body: bytes | bytearray
+        self,
+        listener: BodyListener,
+        client: str,
+        path: bytes,
+        content_type: str,
+        body: bytes | bytearray,
+        *,
+        divide: bool = False,
     ) -> None:
         """Call `start` later, or `body_refused` at once or later, unless it stops waiting.
 
-        `body` must not change meanwhile; `client` says whose turn it takes."""
+        `body` must not change meanwhile; `client` says whose turn it takes; `divide`: its members are to be
+        told apart."""
 
     def forget(self, listener: BodyListener) -> None:
         """The listener has left: give up what waits for it."""

@@ -17,6 +17,7 @@ from penstock.common.settings import (
     read_token,
     sane_token,
 )
+from penstock.ingress.disaggregation_settings import DisaggregationSettings
 from penstock.ingress.route_settings import RouteSettings
 from penstock.ingress.tokenizer_paths import tokenizer_folders
 
@@ -24,7 +25,12 @@ KIB, MIB = 1024, 1024 * 1024
 
 
 class IngressSettings(
-    RouteSettings, BlockHashSettings, EngineTlsSettings, InstanceLimitSettings, ServiceSettings
+    DisaggregationSettings,
+    RouteSettings,
+    BlockHashSettings,
+    EngineTlsSettings,
+    InstanceLimitSettings,
+    ServiceSettings,
 ):
     """HTTP in, placements from the bus, tokens out."""
 

@@ -203,7 +203,9 @@ class WaitingRoom:
 
 def _key(request: ScheduleRequest) -> tuple[object, ...]:
     """Requests with the same one have the same candidates."""
-    return request.model, request.owner, request.profile, request.mode, request.excluded
+    # A prompt that is computed must not wait behind those to compute.
+    stage = request.mode, request.stage, request.prefill_group
+    return request.model, request.owner, request.profile, stage, request.excluded
 
 
 def _overloaded(status: int, text: str, retry_after_s: float) -> GatewayError:

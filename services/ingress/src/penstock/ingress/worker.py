@@ -32,6 +32,7 @@ from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.capture import Capture
+from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Setup
@@ -97,6 +98,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         time.monotonic,
     )
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics)
+    gateway.dividing = Dividing(gateway, host.metrics)
     gateway.externals = externals = ExternalClient(settings, host.metrics)
     setup = Setup(
         settings.block_hash_secret.get_secret_value(),

@@ -154,10 +154,17 @@ class BodyHelper:
         return self._helper.process.pid if self._helper is not None else None
 
     def read(
-        self, listener: BodyListener, client: str, path: bytes, content_type: str, body: bytes | bytearray
+        self,
+        listener: BodyListener,
+        client: str,
+        path: bytes,
+        content_type: str,
+        body: bytes | bytearray,
+        *,
+        divide: bool = False,
     ) -> None:
         """See `penstock.ingress.ports.LargeBodies`."""
-        entry = Entry(listener, client, Task(path, content_type, len(body)), body)
+        entry = Entry(listener, client, Task(path, content_type, len(body), divide), body)
         dropped = self._queue.push(client, entry)
         if dropped is not entry:
             loop = asyncio.get_running_loop()

@@ -39,7 +39,17 @@ WHOLE: Mapping[str, tuple[bytes, ...]] = {
 }
 DIVIDED_PATHS = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 
+# Of a body whose members are told apart elsewhere; one with more is not divided.
+MAX_MEMBERS = 256
+
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class _PrefillAnswer(msgspec.Struct):
+    kv_transfer_params: msgspec.Raw = msgspec.Raw()
+
+
+_decode_answer = msgspec.json.Decoder(_PrefillAnswer).decode
 
 
 class Edit(msgspec.Struct, frozen=True):
@@ -53,6 +63,42 @@ def members(body: bytes | bytearray) -> Members:
     """The members of a body that was read as a JSON object before, less those of FORBIDDEN. Raises
     msgspec.DecodeError."""
     return {name: value for name, value in _decode(body).items() if name not in FORBIDDEN}
+
+
+def places(body: bytes | bytearray) -> tuple[tuple[str, int, int], ...]:
+    """Name, start and end of the members, for `members_at`; empty if there are too many, or one twice.
+
+    Where a value's bytes stand earlier too, that place is as good. Raises msgspec.DecodeError."""
+    parts = members(body)
+    if len(parts) > MAX_MEMBERS:
+        return ()
+    found, end = [], 0
+    for name, raw in parts.items():
+        value = bytes(raw)
+        start = body.find(value, end)
+        if start < 0:
+            return ()
+        end = start + len(value)
+        found.append((name, start, end))
+    return tuple(found)
+
+
+def members_at(body: bytes | bytearray, found: tuple[tuple[str, int, int], ...]) -> Members:
+    """The members of a body that `places` has seen."""
+    view = memoryview(body)
+    return {name: msgspec.Raw(view[start:end]) for name, start, end in found}
+
+
+def without_forbidden(body: bytes | bytearray) -> bytes:
+    """The body less the members of FORBIDDEN. Raises msgspec.DecodeError."""
+    return msgspec.json.encode(members(body))
+
+
+def parameters_in(body: bytes) -> msgspec.Raw | None:
+    """The `kv_transfer_params` of prefill's answer, if they are an object. Raises msgspec.DecodeError."""
+    # As bytes of their own: a view would keep all of the answer.
+    parameters = bytes(_decode_answer(body).kv_transfer_params)
+    return msgspec.Raw(parameters) if parameters.startswith(b"{") else None
 
 
 def divisible(path: bytes, parts: Members) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from penstock.common.messages import Mode, Stage
+from penstock.common.model import Instance
 from penstock.ingress.disaggregation.protocol import DisaggregationProtocol
 from penstock.ingress.disaggregation.sglang_mooncake import SglangMooncake
 from penstock.ingress.disaggregation.vllm_kvt import VllmKvt
@@ -11,6 +14,10 @@ from penstock.ingress.disaggregation.vllm_mooncake import VllmMooncake
 from penstock.ingress.disaggregation.vllm_nixl import VllmNixl
 
 BATCHED, STAGED = "batched", "staged"
+# The routing strategy that asks for disaggregation where no setting does.
+PD = "pd"
+# What an instance's record says of its engine's connector.
+CONNECTOR_LABEL = "kv_connector"
 
 # Name -> mode -> protocol. A mode that is not here cannot be done.
 PROTOCOLS: Mapping[str, Mapping[str, DisaggregationProtocol]] = {
@@ -19,6 +26,37 @@ PROTOCOLS: Mapping[str, Mapping[str, DisaggregationProtocol]] = {
     "vllm-nixl": {BATCHED: VllmNixl(), STAGED: VllmNixl()},
     "sglang-mooncake": {BATCHED: SglangMooncake()},
 }
+
+_BY_CONNECTOR = {"nixl": "vllm-nixl", "mooncake": "vllm-mooncake", "kvt": "vllm-kvt"}
+
+
+class Method(NamedTuple):
+    """How a request is divided."""
+
+    name: str
+    protocol: DisaggregationProtocol
+    staged: bool
+
+    @property
+    def first_call(self) -> tuple[Mode, Stage]:
+        """What a scheduler is asked first."""
+        return (Mode.PD_STAGED, Stage.PREFILL) if self.staged else (Mode.PD_BATCH, Stage.ONLY)
+
+
+def spoken_by(instance: Instance) -> str:
+    """The protocol that an instance's record names, "" if none: by label (a protocol's name, or that of a
+    vLLM connector such as NixlConnector), else by an engine that has one only."""
+    label = instance.labels.get(CONNECTOR_LABEL, "").lower()
+    if label:
+        connector = label.removesuffix("connector")
+        return label if label in PROTOCOLS else _BY_CONNECTOR.get(connector, "")
+    return "sglang-mooncake" if instance.engine == "sglang" else ""
+
+
+def method_of(name: str, *, staged: bool) -> Method:
+    """The method of a protocol that exists; staged only if it can be."""
+    mode = STAGED if staged and STAGED in PROTOCOLS[name] else BATCHED
+    return Method(name, PROTOCOLS[name][mode], mode == STAGED)
 
 
 def find(name: str, *, staged: bool) -> DisaggregationProtocol:

@@ -1,0 +1,148 @@
+"""Which requests are divided between a prefill and a decode instance, and what all divided ones share."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from penstock.common.model import Instance, InstanceId, Role
+from penstock.common.telemetry import Metrics
+from penstock.ingress.disaggregation.bodies import DIVIDED_PATHS, Members, divisible, members, members_at
+from penstock.ingress.disaggregation.protocol import Pair, Question
+from penstock.ingress.disaggregation.protocols import BATCHED, PD, STAGED, Method, find, method_of, spoken_by
+from penstock.ingress.divided import Divided
+from penstock.ingress.errands import Errands
+from penstock.ingress.failures import GatewayError
+from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
+from penstock.ingress.openai import InferenceRequest
+
+if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange
+    from penstock.ingress.gateway import Gateway
+
+MAX_KNOWN = 8192
+
+
+class Dividing:
+    """The method of one ingress process, what prefill instances told, figures, cancellations."""
+
+    def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
+        settings = gateway.settings
+        self._gateway, self._staged = gateway, settings.separate_pd_scheduling
+        self._method: Method | None = None
+        if settings.pd_disagg_protocol:
+            find(settings.pd_disagg_protocol, staged=self._staged)
+            self._method = method_of(settings.pd_disagg_protocol, staged=self._staged)
+        self.errands = Errands(gateway.upstreams)
+        self.prefill_timeout_s, self.lease_s = settings.prefill_timeout, settings.prefill_lease
+        self._told: dict[InstanceId, tuple[Instance, Question, Any]] = {}
+        self._methods: dict[str, Method | None] = {}
+        self._version = -1
+        self._pairs = metrics.counter(
+            "penstock_ingress_pairs_total",
+            "Pairs of a prefill and a decode instance by what became of them",
+            "protocol",
+            "mode",
+            "result",
+        )
+        self._cancels = metrics.counter(
+            "penstock_ingress_prefill_cancels_total",
+            "Orders to prefill instances to end what nobody will fetch, by whether they arrived",
+            "result",
+        )
+        self.prefill_time = metrics.histogram(
+            "penstock_ingress_prefill_seconds", "Prefill request sent to its answer"
+        ).labels()
+        self.transfer_wait = metrics.histogram(
+            "penstock_ingress_transfer_wait_seconds", "Prefill's answer to decode's request sent"
+        ).labels()
+        self.decode_ttft = metrics.histogram(
+            "penstock_ingress_decode_ttft_seconds", "Decode request sent to the first piece of its answer"
+        ).labels()
+
+    def wants(self, strategy: bytes | None) -> bool:
+        """Whether a request with such a `routing-strategy` is to be divided, if it can be."""
+        return self._method is not None or strategy == PD.encode()
+
+    def begin(self, exchange: Exchange, inference: InferenceRequest | Facts) -> None:
+        """Have the request divided, if it can be. Raises GatewayError where nobody says how."""
+        request, method = exchange.request, self._method
+        if request.strategy == PD:
+            request = exchange.request = msgspec.structs.replace(request, strategy="")
+            method = method or self._spoken(request.model)
+        path = exchange.head.path
+        if method is None or path not in DIVIDED_PATHS:
+            return
+        parts = _parts(exchange, inference)
+        if not parts or not divisible(path, parts):
+            return
+        mode, stage = method.first_call
+        exchange.request = msgspec.structs.replace(request, mode=mode, stage=stage)
+        exchange.divided = Divided(self._gateway, self, exchange, method, parts)
+
+    def pair(self, prefill: Instance, decode: Instance | None, decision_id: str, request_id: str) -> Pair:
+        """An attempt. Some connectors find a prompt by the request's id, which a client may use twice: with
+        the decision's it is like no other."""
+        name = f"{request_id}-{decision_id}"
+        return Pair(prefill, decode, name, f"xfer-{decision_id}", secrets.randbits(63))
+
+    def told(self, prefill: Instance, question: Question) -> Any:
+        """What the instance answered to the question before, under this very record; None if nothing."""
+        known = self._told.get(prefill.id)
+        return known[2] if known is not None and known[0] is prefill and known[1] == question else None
+
+    def learn(self, prefill: Instance, question: Question, answer: Any) -> None:
+        """Keep an answer."""
+        if len(self._told) >= MAX_KNOWN:
+            self._told.clear()
+        self._told[prefill.id] = prefill, question, answer
+
+    def forget(self, prefill: Instance) -> None:
+        """Something failed: it may be another engine by now."""
+        self._told.pop(prefill.id, None)
+
+    def cancel(self, pair: Pair, method: Method) -> None:
+        """Tell prefill that nobody will fetch, where the protocol has a way to."""
+        order = method.protocol.cancel(pair)
+        if (
+            order is not None
+            and self.errands.post(pair.prefill, order.path, order.body, self._cancelled) is None
+        ):
+            self._cancelled("too many")
+
+    def count(self, method: Method, result: str) -> None:
+        """A pair ended."""
+        self._pairs.inc(method.name, STAGED if method.staged else BATCHED, result)
+
+    def _cancelled(self, cause: str) -> None:
+        self._cancels.inc("lost" if cause else "arrived")
+
+    def _spoken(self, model: str) -> Method:
+        """The method by what the prefill instances of a model speak."""
+        table = self._gateway.table
+        if self._version != table.version or len(self._methods) >= MAX_KNOWN:
+            self._methods.clear()
+            self._version = table.version
+        if model not in self._methods:
+            spoken = {spoken_by(one) for one in table.serving(model) if one.role is Role.PREFILL}
+            known = next(iter(spoken)) if len(spoken) == 1 else ""
+            self._methods[model] = method_of(known, staged=self._staged) if known else None
+        method = self._methods[model]
+        if method is None:
+            text = (
+                f"routing-strategy {PD}: no --pd-disagg-protocol is set, and the prefill instances of "
+                f"'{model}' do not name one protocol (label kv_connector, or engine sglang)"
+            )
+            raise GatewayError("invalid_strategy", text, param="routing-strategy")
+        return method
+
+
+def _parts(exchange: Exchange, inference: InferenceRequest | Facts) -> Members:
+    """The members of the body that instances get; none if there are too many."""
+    if exchange.local_body:
+        return members(exchange.local_body)
+    if isinstance(inference, Facts) and (inference.members or len(exchange.body) > LARGE_BODY_BYTES):
+        return members_at(exchange.body, inference.members)
+    return members(exchange.body)

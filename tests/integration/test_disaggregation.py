@@ -1,0 +1,265 @@
+"""Requests divided between prefill and decode instances: one answer, whatever goes wrong. About 50 s."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from integration.pd_stack import CONNECTORS, PdStack, pd_stack, sim_state
+from integration.servers import NatsServer, Process, eventually
+from integration.stack import metric
+from penstock.common.model import Role
+from penstock.sim.text import expected_text
+
+Json = dict[str, Any]
+FLAGS = (
+    *("--retry-max-count", "2", "--retry-budget-percent", "100", "--prefill-timeout", "2"),
+    *("--breaker-failures", "0", "--breaker-error-percent", "0"),
+)
+SOAK = "PENSTOCK_SOAK_SECONDS" in os.environ
+# Questions after which one has surely met one of two instances.
+TURNS = 40
+CANCELLED, CLIENTS = 10_000 if SOAK else 200, 20
+PROMPT = "What is the answer to everything? " * 20
+MODES = [
+    (model, mode)
+    for model in CONNECTORS
+    for mode in ("batched", "staged")
+    if (model, mode) != ("sglang", "staged")
+]
+
+
+@pytest.fixture(scope="module")
+def pd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PdStack]:
+    with pd_stack(tmp_path_factory.mktemp("pd"), *FLAGS) as made:
+        yield made
+
+
+@pytest.fixture
+async def session(pd: PdStack) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as made:
+        await pd.ready(made)
+        yield made
+
+
+def body_of(model: str, *, stream: bool, chat: bool = True, **more: Any) -> Json:
+    prompt: Json = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+    usage = {"stream_options": {"include_usage": True}} if stream else {}
+    return {"model": model, **prompt, "max_tokens": 12, "stream": stream, **usage, "temperature": 0.5, **more}
+
+
+async def ask(
+    session: aiohttp.ClientSession, url: str, body: Json, **headers: str
+) -> tuple[int, dict[str, str], list[Json]]:
+    """(status, headers in lower case, the one answer or the events of the stream)."""
+    path = "chat/completions" if "messages" in body else "completions"
+    async with session.post(f"{url}/v1/{path}", json=body, headers=headers) as response:
+        text = await response.text()
+        said = {name.lower(): value for name, value in response.headers.items()}
+        if not said["content-type"].startswith("text/event-stream"):
+            return response.status, said, [json.loads(text)]
+        payloads = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert payloads.pop() == "[DONE]"
+        return response.status, said, [json.loads(payload) for payload in payloads]
+
+
+def comparable(answer: list[Json]) -> list[Json]:
+    """Without what differs between two answers to the same request, and between engines."""
+    found = []
+    for one in answer:
+        ids = {"id", "created", "kv_transfer_params"}
+        one = {name: value for name, value in one.items() if name not in ids}
+        if one.get("usage"):
+            one["usage"] = {k: v for k, v in one["usage"].items() if k != "prompt_tokens_details"}
+        found.append(one)
+    return found
+
+
+@pytest.mark.parametrize(("model", "mode"), MODES)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_divided_answer_is_the_one_that_an_engine_alone_gives(
+    pd: PdStack, session: aiohttp.ClientSession, model: str, mode: str, stream: bool
+) -> None:
+    for chat in (True, False):
+        body = body_of(model, stream=stream, chat=chat, max_completion_tokens=12, user="somebody")
+        status, headers, answer = await ask(session, pd.urls[mode], body, **{"routing-strategy": "pd"})
+        assert status == 200, answer
+        whole = f"http://{pd.engines[model, Role.DECODE][0]}"
+        assert comparable(answer) == comparable((await ask(session, whole, body))[2])
+        assert len({one["id"] for one in answer}) == 1
+        assert headers["target-pod"].startswith(f"{model}-decode-")
+        assert headers["prefill-target-pod"].startswith(f"{model}-prefill-")
+        assert headers["prefill-target-pod-ip"] in pd.engines[model, Role.PREFILL]
+    await pd.settled(session)
+
+
+async def strike(session: aiohttp.ClientSession, engines: list[str], kind: str) -> None:
+    """One fault at each of the engines."""
+    for engine in engines:
+        fault = {"kind": kind, "count": 1} if kind != "refuse" else {"kind": kind, "ms": 200}
+        async with session.post(f"http://{engine}/sim/fault", json=fault) as response:
+            assert response.status == 200, await response.text()
+
+
+async def heal(session: aiohttp.ClientSession, engines: list[str]) -> None:
+    async def reachable() -> bool:
+        try:
+            for engine in engines:
+                async with session.delete(f"http://{engine}/sim/fault"):
+                    pass
+        except aiohttp.ClientConnectionError:
+            return False
+        return True
+
+    await eventually(reachable)
+
+
+P, D = Role.PREFILL, Role.DECODE
+# (who is struck, by what, whether both instances of that role are, what the client gets). With two retries
+# the first fault costs one; where both are struck the second pair fails too, and the third finds nobody.
+POINTS: list[tuple[Role, str, bool, str | int]] = [
+    (P, "refuse", False, "answer"),
+    (P, "drop-before-headers", False, "answer"),
+    (P, "500", False, "answer"),
+    (P, "garbage", False, "answer"),
+    (P, "drop-mid-stream", False, "answer"),
+    (P, "429", True, 429),
+    (P, "500", True, 500),
+    (P, "drop-before-headers", True, 502),
+    (D, "refuse", False, "answer"),
+    (D, "drop-before-headers", False, "answer"),
+    (D, "500", False, "answer"),
+    (D, "429", True, 429),
+    (D, "500", True, 500),
+    (D, "drop-mid-stream", True, "broken off"),
+]
+
+
+@pytest.mark.parametrize(("model", "mode"), MODES)
+async def test_whatever_fails_is_tried_again_or_told_and_nothing_is_kept(
+    pd: PdStack, session: aiohttp.ClientSession, model: str, mode: str
+) -> None:
+    url = pd.urls[mode]
+    for number, (role, kind, both, outcome) in enumerate(POINTS):
+        if role is P and (model, mode) == ("kvt", "batched"):
+            # Prefill gets no request there.
+            continue
+        for stream in (False, True) if SOAK else (bool(number % 2),):
+            case = f"{role} {kind} {both} stream={stream}"
+            struck = pd.engines[model, role]
+            body = body_of(model, stream=stream, user=case)
+            before = await moves(pd, session, mode)
+            await strike(session, struck if both else struck[:1], kind)
+            try:
+                await outcome_is(session, url, body, outcome, case)
+                for turn in range(0 if both else TURNS):
+                    if await moves(pd, session, mode) > before:
+                        break
+                    # It met the other one, which the prompt or chance decides.
+                    body["messages"][0]["content"] = f"{turn} {PROMPT}"
+                    await outcome_is(session, url, body, outcome, case)
+                # A 4xx, and what broke off after its first token, are nobody else's to answer. SGLang's
+                # prefill is not listened to once it has agreed.
+                heard = (model, role, kind) != ("sglang", P, "drop-mid-stream")
+                tried_again = outcome not in (429, "broken off") and heard
+                assert (await moves(pd, session, mode) > before) is tried_again, case
+            finally:
+                await heal(session, struck)
+    await pd.settled(session)
+
+
+async def moves(pd: PdStack, session: aiohttp.ClientSession, mode: str) -> float:
+    """Requests that went on to other instances so far."""
+    return await metric(session, pd.admin_ports[mode], "penstock_ingress_moves_total")
+
+
+async def outcome_is(
+    session: aiohttp.ClientSession, url: str, body: Json, outcome: str | int, case: str
+) -> None:
+    if outcome == "broken off":
+        path = f"{url}/v1/chat/completions"
+        async with session.post(path, json=body, headers={"routing-strategy": "pd"}) as response:
+            assert response.status == 200, case
+            if body["stream"]:
+                assert "upstream_unreachable" in await response.text(), case
+            else:
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+        return
+    status, _, answer = await ask(session, url, body, **{"routing-strategy": "pd"})
+    if outcome == "answer":
+        assert status == 200, (case, answer)
+        text = "".join(said_in(one) for one in answer)
+        assert text == expected_text(body["messages"], 12, model=body["model"]), case
+    else:
+        assert status == outcome, (case, answer)
+
+
+def said_in(one: Json) -> str:
+    choice = one["choices"][0] if one["choices"] else {}
+    return str((choice.get("message") or choice.get("delta") or {}).get("content") or "")
+
+
+@pytest.mark.parametrize("model", CONNECTORS)
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
+    pd: PdStack, session: aiohttp.ClientSession, model: str
+) -> None:
+    chance = random.Random(model)
+    modes = [mode for mode in pd.urls if (model, mode) in MODES]
+
+    async def leave(number: int) -> None:
+        body = body_of(model, stream=bool(number % 2), user=str(number))
+        body["messages"][0]["content"] = f"{number} {PROMPT}"
+        body["max_tokens"] = 40
+        try:
+            async with asyncio.timeout(chance.uniform(0, 0.3)):
+                await ask(session, pd.urls[modes[number % len(modes)]], body, **{"routing-strategy": "pd"})
+        except TimeoutError:
+            pass
+
+    for start in range(0, CANCELLED // len(CONNECTORS), CLIENTS):
+        await asyncio.gather(*(leave(start + n) for n in range(CLIENTS)))
+    await pd.settled(session)
+
+
+async def test_decode_is_placed_by_whoever_is_left_after_prefill(tmp_path: Path) -> None:
+    with pd_stack(
+        tmp_path, "--schedule-timeout", "0.5", models=["nixl"], modes=["staged"], schedulers=2, sims=1
+    ) as pd:
+        async with aiohttp.ClientSession() as session:
+            await pd.ready(session)
+            url, (prefill,) = pd.urls["staged"], pd.engines["nixl", P]
+
+            async def placed_by_schedulers() -> bool:
+                body = body_of("nixl", stream=False)
+                headers = (await ask(session, url, body, **{"routing-strategy": "pd"}))[1]
+                return headers.get("routing-strategy") != "local" and "prefill-target-pod" in headers
+
+            await eventually(placed_by_schedulers, 30.0)
+            losses: list[Process | NatsServer] = [*pd.stack.schedulers, pd.stack.nats]
+            for lost in losses:
+                slow = {"kind": "slow-start", "count": 1, "ms": 500}
+                async with session.post(f"http://{prefill}/sim/fault", json=slow):
+                    pass
+                body = body_of("nixl", stream=True)
+                asking = asyncio.create_task(ask(session, url, body, **{"routing-strategy": "pd"}))
+                await eventually(lambda: busy(session, prefill))
+                lost.kill()
+                status, headers, answer = await asking
+                assert status == 200, answer
+                assert headers["prefill-target-pod"].startswith("nixl-prefill-")
+                text = "".join(said_in(one) for one in answer)
+                assert text == expected_text(body["messages"], 12, model="nixl")
+            await pd.settled(session)
+
+
+async def busy(session: aiohttp.ClientSession, engine: str) -> bool:
+    return bool((await sim_state(session, engine))["open"])
