@@ -62,8 +62,10 @@ def stack() -> Iterator[Stack]:
     with running_stack() as stack:
         stack.start_sims(1)
         stack.start_discovery()
+        stack.start_scheduler()
         stack.start_ingress()
-        eventually_sync(lambda: http_status(f"{stack.ingresses[0].admin_url}/readyz") == 200)
+        for port in (stack.ingresses[0].admin_port, stack.scheduler_ports[0]):
+            eventually_sync(lambda: http_status(f"http://127.0.0.1:{port}/readyz") == 200)  # noqa: B023  # awaited in its round
         yield stack
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
@@ -17,7 +18,10 @@ from penstock.common.telemetry import Metrics, configure_logging
 from penstock.ingress.adapters.admin_http import mount
 from penstock.ingress.adapters.listening import reserve_port
 from penstock.ingress.admin.access import Access
+from penstock.ingress.admin.explaining import Hashing
 from penstock.ingress.admin.service import AdminService
+from penstock.ingress.body_reader import tokenizer_of
+from penstock.ingress.large_bodies import Setup
 from penstock.ingress.parent import Parent
 from penstock.ingress.settings import IngressSettings
 
@@ -47,7 +51,7 @@ async def serve(settings: IngressSettings) -> None:
         writer, metrics = f"{identity.writer}-admin", Metrics()
         bus = NatsBus(settings, writer, metrics)
         events = EventWriter(bus, writer, identity.incarnation, metrics)
-        api = AdminService(bus, events, Access(_token_of(settings)))
+        api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings))
         parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
         expose_config(api.config, parent.metrics)
         admin = AdminListener(
@@ -79,6 +83,17 @@ async def serve(settings: IngressSettings) -> None:
         finally:
             await bus.close()
             await admin.close()
+
+
+def _hashing_of(settings: IngressSettings) -> Hashing:
+    """As the workers hash; a tokenizer is loaded once it is needed."""
+    setup = Setup(
+        settings.block_hash_secret.get_secret_value(),
+        settings.block_bytes,
+        settings.tokenizer_path,
+        settings.token_block_size,
+    )
+    return Hashing(setup, settings.block_hash_tenant, cache(lambda: tokenizer_of(setup)))
 
 
 def _token_of(settings: IngressSettings) -> Callable[[], str]:

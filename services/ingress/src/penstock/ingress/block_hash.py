@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import xxhash
 
-from penstock.common.block_hash import pack_hashes
+from penstock.common.block_hash import pack_hashes, root_seed, salted
 
 RUN_BLOCKS = 64
 MAX_HASHES = 512
@@ -112,3 +112,10 @@ def chain(prompt: bytes, seed: int, block_bytes: int) -> bytes:
         position += size * RUN_BLOCKS
         size *= 2
     return pack_hashes(hashes)
+
+
+def of_tenant(hashes: bytes, secret: str, by: str, user: str, owner: str) -> bytes:
+    """Hashes that match no other tenant's; `by` is the setting --block-hash-tenant."""
+    if by == "none":
+        return hashes
+    return salted(hashes, root_seed(secret, "", f"{by}\0{user if by == 'user' else owner}"))

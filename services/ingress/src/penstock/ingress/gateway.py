@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from penstock.common.block_hash import root_seed, salted
+from penstock.common.block_hash import root_seed
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
@@ -18,7 +18,7 @@ from penstock.common.model import Instance, InstanceId
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Cell, Metrics
 from penstock.ingress.access_log import AccessLog
-from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense
+from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, of_tenant
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
 from penstock.ingress.in_flight import InFlightAccount
@@ -300,7 +300,7 @@ class Gateway:
         by = self.settings.block_hash_tenant
         if by == "none":
             return hashes
-        return salted(hashes, root_seed(self._secret, "", f"{by}\0{user if by == 'user' else owner}"))
+        return of_tenant(hashes, self._secret, by, user, owner)
 
     def _seed(self, inference: InferenceRequest) -> int:
         model, salt = inference.model, inference.cache_salt

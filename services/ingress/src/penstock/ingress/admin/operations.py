@@ -48,12 +48,13 @@ class ErrorBody(BaseModel):
 @dataclass(frozen=True)
 class Call:
     """A request that fits an operation: `params` out of the path, `query` and `body` validated, `by` who asks
-    as far as is known."""
+    as far as is known, `raw` the body as it came."""
 
     params: Mapping[str, str]
     query: Any
     body: Any
     by: str
+    raw: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Operation:
         body = None
         if self.body is not None and (request.body or self.body_required):
             body = validated(self.body, request.body)
-        return Call(params, query, body, by)
+        return Call(params, query, body, by, request.body)
 
 
 def segments_of(path: str) -> list[str]:

@@ -16,6 +16,7 @@ from penstock.common.subjects import INSTANCES
 from penstock.ingress.admin.access import Access
 from penstock.ingress.admin.discovering import Discovering
 from penstock.ingress.admin.documents import ROOT, Documents
+from penstock.ingress.admin.explaining import Explaining, Hashing
 from penstock.ingress.admin.fleet import Fleet
 from penstock.ingress.admin.openapi import document
 from penstock.ingress.admin.operations import Answer, Call, Operation
@@ -31,8 +32,14 @@ API_VERSION = "1"
 class AdminService:
     """What the admin API knows and does; `router` answers requests."""
 
-    def __init__(self, bus: Bus, events: EventWriter | None, access: Access) -> None:
-        self._bus = bus
+    def __init__(
+        self,
+        bus: Bus,
+        events: EventWriter | None,
+        access: Access,
+        hashing: Hashing = Hashing(),  # noqa: B008  # frozen
+    ) -> None:
+        self._bus, self.hashing = bus, hashing
         self.table, self.config = InstanceTable(), LiveConfig(keeps=True)
         self.writer = ConfigWriter(bus, self.config, events)
         self.router = Router(list(operations(self)), access)
@@ -65,6 +72,7 @@ def operations(service: AdminService) -> Iterator[Operation]:
         *Fleet(table, config, writer).operations(),
         *Routing(table, config, writer).operations(),
         *Discovering(service.bus).operations(),
+        *Explaining(service.bus, table, service.hashing).operations(),
     ]
     for resource in RESOURCES:
         own += Documents(resource, config, writer).operations()
