@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
 from msgspec import structs
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
@@ -18,25 +16,15 @@ from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
 from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
+from penstock.ingress.limiter import metered, settle
+from penstock.ingress.limits import Reservation
 from penstock.ingress.openai import InferenceRequest, parse
 from penstock.ingress.outcomes import Outcome, report
 from penstock.ingress.ports import Downstream, ResponseListener
 from penstock.ingress.relay import Relay
 from penstock.ingress.responses import client_head, error_response
+from penstock.ingress.states import State
 from penstock.ingress.waiting import Ticket
-
-
-class State(Enum):
-    """Where a request is."""
-
-    PLACING = "placing"
-    ATTEMPTING = "attempting"
-    # Before a retry.
-    PAUSING = "pausing"
-    # After a fallback's 429.
-    QUEUED = "queued"
-    RELAYING = "relaying"
-    DONE = "done"
 
 
 class Exchange:
@@ -53,6 +41,7 @@ class Exchange:
     placed_at = 0.0
     stream = False
     copied: Copied | None = None
+    reservation: Reservation | None = None
     status = 0
     # What instances get instead of `body`, if their route says so.
     local_body: bytes | bytearray = b""
@@ -79,8 +68,7 @@ class Exchange:
         gateway = self._gateway
         gateway.exchanges.add(self)
         try:
-            routes = gateway.splitting.routes
-            if routes is None:
+            if gateway.splitting.routes is None:
                 gateway.admit()
             if facts is None and not by_bytes and len(self.body) > gateway.most_body_bytes:
                 self._read_elsewhere()
@@ -90,13 +78,19 @@ class Exchange:
             self.stream = inference.stream
             if inference.body:
                 self.body = inference.body
-            if routes is None:
-                self.place(inference)
-            else:
-                detours = self.detours = Detours(gateway, self, routes)
-                detours.choose(routes, inference)
+            if gateway.limits is None or gateway.admit_user(self, inference):
+                self.go(inference)
         except GatewayError as exc:
             self.fail(exc, Outcome.REJECTED)
+
+    def go(self, inference: InferenceRequest | Facts) -> None:
+        """No limit stands against it. Raises GatewayError if nobody can serve it."""
+        routes = self._gateway.splitting.routes
+        if routes is None:
+            self.place(inference)
+        else:
+            detours = self.detours = Detours(self._gateway, self, routes)
+            detours.choose(routes, inference)
 
     def _read_elsewhere(self) -> None:
         gateway, head = self._gateway, self.head
@@ -273,6 +267,8 @@ class Exchange:
                 routing = gateway.routing_headers(self.policy, self.profile, attempt.instance)
             else:
                 routing = self.routing_lines(attempt)
+        if self.reservation is not None:
+            routing += metered(self, self.reservation, relay)
         relay.begin(self.request_id, routing, keep_alive=self._keep_alive)
         return relay
 
@@ -376,7 +372,7 @@ class Exchange:
         response that was broken off has its last chunk all the same."""
         if self.state is State.DONE:
             return
-        relaying = self.state is State.RELAYING
+        relaying, attempting = self.state is State.RELAYING, self.state is State.ATTEMPTING
         self.state = State.DONE
         gateway = self._gateway
         if self.ticket is not None:
@@ -391,6 +387,8 @@ class Exchange:
         if self.divided is not None:
             self.divided.close()
         report(gateway, self, outcome)
+        if self.reservation is not None:
+            settle(self, outcome, attempting)
         # They know this exchange: a cycle would wait for the garbage collector, body and all.
         self.attempt = self.relay = self.detours = self.divided = None
         if outcome is not Outcome.CLIENT_GONE:

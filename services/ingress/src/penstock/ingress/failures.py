@@ -20,7 +20,9 @@ CODES: dict[str, tuple[int, str]] = {
     "request_timeout": (408, "invalid_request_error"),
     "version_conflict": (409, "invalid_request_error"),
     "request_too_large": (413, "invalid_request_error"),
+    "rate_limit_exceeded": (429, "rate_limit_error"),
     "headers_too_large": (431, "invalid_request_error"),
+    "limits_unavailable": (503, "api_error"),
     "no_available_instance": (503, "overloaded_error"),
     "overloaded": (503, "overloaded_error"),
     "shutting_down": (503, "overloaded_error"),
@@ -77,10 +79,12 @@ class GatewayError(Exception):
         retry_after_s: float = 0.0,
         allow: str = "",
         status: int = 0,
+        lines: str = "",
     ) -> None:
-        """`allow`: the methods that the path takes, for a 405. `status`: not the code's usual one."""
+        """`allow`: the methods that the path takes, for a 405. `status`: not the code's usual one. `lines`:
+        further header lines, whole."""
         self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
-        self.allow, self._status = allow, status
+        self.allow, self._status, self.lines = allow, status, lines
         super().__init__(f"{code}: {message}")
 
     @property

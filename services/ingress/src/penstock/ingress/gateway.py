@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from penstock.ingress.capture import Capture
     from penstock.ingress.dividing import Dividing
     from penstock.ingress.exchange import Exchange
+    from penstock.ingress.limiter import Limiter
     from penstock.ingress.outcomes import Outcome
     from penstock.ingress.placing import Placer
     from penstock.ingress.waiting_room import WaitingRoom
@@ -69,6 +70,8 @@ class Gateway:
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
     waiting: WaitingRoom
+    # While anybody is limited.
+    limits: Limiter | None = None
 
     def __init__(
         self,
@@ -199,6 +202,12 @@ class Gateway:
     def seen(self) -> int:
         """Requests so far."""
         return sum(self._e2e.counts) + len(self.exchanges)
+
+    def admit_user(self, exchange: Exchange, inference: InferenceRequest | Facts) -> bool:
+        """Whether a request of a limited user may go on at once (`Limiter.admit`). One without a user may.
+        Raises GatewayError for one over a limit, and for a header that is too long."""
+        user = _text(exchange.head.read, b"user")
+        return not user or self.limits is None or self.limits.admit(exchange, user, inference)
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
         """The request again, under a fresh decision id and without the instances `excluded`."""

@@ -107,6 +107,7 @@ class _Named(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Body).decode
 _decode_model = msgspec.json.Decoder(_Named).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceRequest:
@@ -158,6 +159,26 @@ def with_model(path: bytes, body: bytes | bytearray, model: str) -> bytes | byte
     if held == named:
         return body
     raise GatewayError("invalid_request", "'model' is not where it can be replaced", param="model")
+
+
+def asking_usage(body: bytes | bytearray) -> bytes | None:
+    """A streaming body, valid by `parse`, that asks for the usage chunk; None if it does already, or says of
+    it what no engine takes. But for `stream_options`, what stands in it stays as it is."""
+    if b'"stream_options"' not in body:
+        start = body.index(b"{") + 1
+        return b"".join((body[:start], b'"stream_options":{"include_usage":true},', body[start:]))
+    fields = _decode_fields(body)
+    try:
+        options = _decode_fields(fields.get("stream_options", b"{}"))
+    except msgspec.DecodeError:
+        if bytes(fields["stream_options"]) != b"null":
+            return None
+        options = {}
+    if bytes(options.get("include_usage", b"")) == b"true":
+        return None
+    options["include_usage"] = msgspec.Raw(b"true")
+    fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
+    return msgspec.json.encode(fields)
 
 
 def _prompt(path: bytes, parsed: _Body) -> bytes:

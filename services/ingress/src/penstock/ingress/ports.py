@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from penstock.common.model import Instance
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.large_bodies import Facts
+from penstock.ingress.limits import Correction, Part, Verdict
 from penstock.ingress.routes import External
 
 
@@ -130,3 +132,20 @@ class LargeBodies(Protocol):
 
     def forget(self, listener: BodyListener) -> None:
         """The listener has left: give up what waits for it."""
+
+
+class StoreLost(Exception):
+    """The store of rate limits did not answer; the text says why, and holds no secret."""
+
+
+class LimitStore(Protocol):
+    """Counts that all ingress processes share."""
+
+    async def settle(
+        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
+    ) -> list[Verdict]:
+        """Apply the corrections, then each claim in order; one verdict for each claim. Without any of them
+        it says whether the store is there. Raises StoreLost."""
+
+    async def close(self) -> None:
+        """Give connections back."""

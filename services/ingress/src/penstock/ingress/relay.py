@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 from penstock.common.response_tail import TAIL_BYTES, usage_in
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.http_wire import LAST_CHUNK, ResponseHead
+from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, ResponseHead
 from penstock.ingress.in_flight import Work
 from penstock.ingress.ports import Downstream
 from penstock.ingress.responses import client_head, last_event
+from penstock.ingress.usage_filter import UsageFilter
 
 if TYPE_CHECKING:
     from penstock.ingress.gateway import Gateway
@@ -40,6 +41,7 @@ class Relay:
     _held = _last = _previous = b""
     _clean = True
     _dechunker: ChunkedBody | None = None
+    _filter: UsageFilter | None = None
 
     def __init__(
         self, owner: RelayOwner, downstream: Downstream, head: ResponseHead, gateway: Gateway, work: Work
@@ -51,6 +53,17 @@ class Relay:
     def dechunk(self) -> None:
         """Take the chunks apart, for a client that speaks HTTP/1.0; the connection's end is the body's."""
         self._dechunker = ChunkedBody(collect=True)
+
+    def meter(self, *, hide: bool, chunked: bool) -> None:
+        """Count the events of a stream; with `hide`, take the usage chunk out of it. `chunked`: the client
+        takes chunks. Call it before `begin`."""
+        head = self._head
+        if head.event_stream and not head.encoded:
+            self._filter = UsageFilter(hide=hide, chunked_in=head.length == CHUNKED, chunked_out=chunked)
+            if hide:
+                # It gets shorter, by how much is not known before its end.
+                self._head = head.with_length(CHUNKED if chunked else UNTIL_CLOSE)
+                self._dechunker = None
 
     def begin(self, request_id: str, routing: bytes, *, keep_alive: bool) -> None:
         """Hold the head back until something of the body comes, or nothing is at hand."""
@@ -75,6 +88,9 @@ class Relay:
         if not self.first_byte_at:
             self.first_byte_at = self._clock()
             self._owner.response_began(self.first_byte_at)
+        if self._filter is not None and not (data := self._filter.feed(data)):
+            self.touch()
+            return
         if self._dechunker is not None:
             self._dechunker.feed(data)
             data = bytes(self._dechunker.data)
@@ -85,7 +101,8 @@ class Relay:
         if data != LAST_CHUNK:
             self.chunks += 1
             self._previous, self._last = self._last, data
-        self._clean = boundary
+        # What goes out of a filter is framed whole, wherever the piece ended.
+        self._clean = boundary or (self._filter is not None and self._filter.hides)
         if self._held:
             # A write of its own for the head costs another system call, 8 us of the 80 of a request.
             data, self._held = self._held + data, b""
@@ -96,6 +113,8 @@ class Relay:
     def upstream_done(self) -> None:
         """The response is complete."""
         self.upstream_flush()
+        if self._filter is not None and (end := self._filter.end()):
+            self._downstream.write(end)
         self._owner.response_done()
 
     def upstream_lost(self, cause: str, *, answered: bool) -> None:
@@ -117,7 +136,14 @@ class Relay:
         """The end of what came."""
         last = self._last
         tail = last if len(last) >= TAIL_BYTES else self._previous[-TAIL_BYTES:] + last
+        if self._filter is not None:
+            tail += self._filter.hidden
         return tail[-TAIL_BYTES:]
+
+    @property
+    def events(self) -> int:
+        """Data events of a stream, counted with `meter`; else the pieces it came in."""
+        return self.chunks if self._filter is None else self._filter.events
 
     def usage(self) -> tuple[int, int, int]:
         """(prompt, completion, cached) tokens as the response's end tells; 0 if it does not."""

@@ -37,7 +37,7 @@ def error_response(
     close = "" if keep_alive else "connection: close\r\n"
     head = (
         f"HTTP/1.1 {error.status} {PHRASES[error.status]}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{retry}{allow}{close}\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{retry}{allow}{error.lines}{close}\r\n"
     )
     return head.encode() if head_only else head.encode() + body
 

@@ -21,6 +21,7 @@ from penstock.ingress.capture import Capture
 from penstock.ingress.exchange import Exchange
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.limiter import Limiter
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,17 @@ class IngressService:
             if was_known and table.lost is not was_lost:
                 self._gateway.degraded("registry", table.lost, cause)
 
-    async def follow_config(self, live: LiveConfig, capture: Capture) -> None:
+    async def follow_config(self, live: LiveConfig, capture: Capture, limiter: Limiter | None = None) -> None:
         """Keep up with the live configuration."""
+        if limiter is not None:
+            self._gateway.limits = limiter.if_active
         routes_changed = self._gateway.splitting.follow(live)
 
         def apply(changed: Changed) -> None:
             routes_changed(changed)
+            if limiter is not None:
+                limiter.follow(live, changed)
+                self._gateway.limits = limiter.if_active
             try:
                 capture.config = of_document(live.get(MIRROR, NAME))
             except BadMirrorConfig as exc:

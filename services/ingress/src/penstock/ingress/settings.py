@@ -18,6 +18,7 @@ from penstock.common.settings import (
     sane_token,
 )
 from penstock.ingress.disaggregation_settings import DisaggregationSettings
+from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.route_settings import RouteSettings
 from penstock.ingress.tokenizer_paths import tokenizer_folders
 
@@ -26,6 +27,7 @@ KIB, MIB = 1024, 1024 * 1024
 
 class IngressSettings(
     DisaggregationSettings,
+    LimitSettings,
     RouteSettings,
     BlockHashSettings,
     EngineTlsSettings,

@@ -29,6 +29,7 @@ from penstock.ingress.adapters.connection_limit import WAITING, SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
+from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.capture import Capture
@@ -36,6 +37,7 @@ from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import Setup
+from penstock.ingress.limiter import Limiter
 from penstock.ingress.placing import Placer
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
@@ -130,6 +132,8 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         host.metrics,
         forward_credentials=settings.mirror_forward_credentials,
     )
+    store = RedisLimitStore(settings) if settings.limits_store == "redis" else None
+    limiter = Limiter(settings, host.metrics, gateway.degraded, time.time, store)
     live = LiveConfig()
     waiting = SharedCounts(counts_fd, settings.workers, start.index, WAITING)
     gateway.waiting = WaitingRoom(gateway, waiting, host.metrics)
@@ -163,12 +167,14 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     await server.listen(listening_socket(settings.host, start.port))
+    if store is not None:
+        host.lifecycle.add_loop("limits", limiter.run())
     for name, loop in (
         ("registry-watch", service.watch()),
         ("load-report", service.report()),
         ("sweep", service.sweep((server, upstreams, externals), time.monotonic)),
         ("large-bodies", large_bodies.run()),
-        ("live-config", service.follow_config(live, capture)),
+        ("live-config", service.follow_config(live, capture, limiter)),
         ("mirror-copies", capture.run()),
         ("parent", answer_parent()),
     ):

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from penstock.common.live_config import MIRROR, PROFILE, ROUTE
+from penstock.common.live_config import MIRROR, PROFILE, ROUTE, USER
 from penstock.common.mirroring import MirrorConfig
 from penstock.common.profiles import ModelProfiles
+from penstock.ingress.limit_settings import UserRecord
 from penstock.ingress.route_config import RouteDocument, masked
 
 
@@ -37,4 +38,5 @@ RESOURCES: tuple[Resource, ...] = (
     Resource("mirror", MIRROR, MirrorConfig, "mirror configuration", singleton=True),
     Resource("routes", ROUTE, RouteDocument, "the routes", singleton=True, masked=masked),
     Resource("profiles", PROFILE, ModelProfiles, "profile document"),
+    Resource("users", USER, UserRecord, "user record"),
 )

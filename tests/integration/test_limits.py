@@ -1,0 +1,300 @@
+"""Rate limits with real Redis and several workers: exact under a burst, settled, through outages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from integration.redis_lab import RedisServer
+from integration.servers import eventually
+from integration.stack import MODEL, Ingress, Stack, chat, messages, metric, running_stack, stream_chat
+from penstock.ingress.adapters.limit_store import RedisLimitStore
+from penstock.ingress.limit_settings import LimitSettings
+from penstock.ingress.limits import TOKENS, Correction, LocalCounts, Part, window
+from penstock.ingress.ports import StoreLost
+
+pytestmark = pytest.mark.integration
+
+WORKERS = "8" if "PENSTOCK_SOAK_SECONDS" in os.environ else "2"
+LOST = "penstock_ingress_limits_store_lost"
+LEAVE_AFTER = 5
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as stack:
+        stack.start_sims(1)
+        stack.start_discovery()
+        yield stack
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield session
+
+
+async def ingress_of(stack: Stack, redis: RedisServer, *flags: str, workers: str = WORKERS) -> Ingress:
+    """An ingress that counts in `redis`."""
+    store = ("--limits-store", "redis", "--limits-redis-url", f"redis://{redis.address}/0")
+    stack.ingresses.clear()
+    ingress = stack.start_ingress("--workers", workers, *store, *flags)
+    await stack.ready()
+    return ingress
+
+
+async def within_a_minute(redis: RedisServer, attempt: Callable[[str], Awaitable[None]]) -> None:
+    """Run `attempt` as one user after the other until one ran within a window of the clock of Redis."""
+
+    def minute() -> int:
+        with redis.client() as client:
+            seconds, _ = client.time()
+            return int(seconds) // 60
+
+    for number in range(3):
+        begun = await asyncio.to_thread(minute)
+        try:
+            await attempt(f"user {number}")
+        except AssertionError:
+            if await asyncio.to_thread(minute) == begun:
+                raise
+        else:
+            return
+    raise AssertionError("no attempt ended within a minute")
+
+
+def counted(redis: RedisServer, user: str, what: str) -> int:
+    """What Redis holds for a user, in all windows."""
+    with redis.client() as client:
+        keys = client.keys(f"penstock:limits:{len(user)}:{user}|{what}:*")
+        return sum(int(client.get(key) or 0) for key in keys)
+
+
+async def test_fifty_at_once_against_ten_over_all_workers(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
+) -> None:
+    ingress = await ingress_of(stack, redis, "--limits-default-rpm", "10")
+
+    async def burst(user: str) -> None:
+        asked = [chat(session, ingress.url, f"{user} {n}", headers={"user": user}) for n in range(50)]
+        answers = await asyncio.gather(*asked)
+        assert Counter(status for status, _, _ in answers) == {200: 10, 429: 40}
+        refused = next(headers for status, headers, _ in answers if status == 429)
+        assert 1 <= int(refused["retry-after"]) <= 60
+        assert refused["x-error-rpm-exceeded"] == "true"
+        left = sorted(int(h["x-ratelimit-remaining-requests"]) for status, h, _ in answers if status == 200)
+        assert left == list(range(10))
+
+    await within_a_minute(redis, burst)
+    ingress.process.terminate()
+
+
+async def test_the_ledger_is_the_engine_s_own_count(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
+) -> None:
+    ingress = await ingress_of(stack, redis, "--limits-default-tpm", "1000000", "--retry-max-count", "2")
+    url = f"http://{stack.engines[0]}/metrics"
+
+    async def engine_tokens() -> int:
+        async with session.get(url) as response:
+            text = await response.text()
+        found = re.findall(r"^vllm:(?:prompt|generation)_tokens_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
+        assert len(found) == 2
+        return int(sum(map(float, found)))
+
+    async def ask(user: str) -> None:
+        before = await engine_tokens()
+        plain = [chat(session, ingress.url, f"p{n}" * n, headers={"user": user}) for n in range(1, 9)]
+        streams = [_streamed(session, ingress.url, f"s{n}" * n, user) for n in range(1, 9)]
+        await asyncio.gather(*plain, *streams)
+        used = await engine_tokens() - before
+        await eventually(lambda: _is_counted(redis, user, used))
+
+    await within_a_minute(redis, ask)
+    ingress.process.terminate()
+
+
+async def _streamed(session: aiohttp.ClientSession, url: str, prompt: str, user: str) -> None:
+    events = [event async for event in stream_chat(session, url, prompt, headers={"user": user})]
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(event)["choices"] for event in events[:-1])
+
+
+async def _is_counted(redis: RedisServer, user: str, tokens: int) -> bool:
+    return await asyncio.to_thread(counted, redis, user, "t") == tokens
+
+
+async def test_an_aborted_stream_is_counted_by_what_came(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
+) -> None:
+    ingress = await ingress_of(stack, redis, "--limits-default-tpm", "100000")
+
+    async def leave(user: str) -> None:
+        body: dict[str, Any] = {"model": MODEL, "messages": messages("go on"), "max_tokens": 4000}
+        async with session.post(
+            f"{ingress.url}/v1/chat/completions", json=body | {"stream": True}, headers={"user": user}
+        ) as response:
+            came = 0
+            async for line in response.content:
+                came += line.startswith(b"data:")
+                if came == LEAVE_AFTER:
+                    break
+            response.close()
+
+        async def counted_in_part() -> bool:
+            return LEAVE_AFTER <= await asyncio.to_thread(counted, redis, user, "t") < 4000
+
+        await eventually(counted_in_part)
+
+    await within_a_minute(redis, leave)
+    ingress.process.terminate()
+
+
+async def test_users_records_count_at_once_in_every_worker(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
+) -> None:
+    ingress = await ingress_of(stack, redis)
+
+    async def write(user: str) -> None:
+        record = {"rpm": 0, "models": {MODEL: {"rpm": 3}}}
+        async with session.put(f"{ingress.admin_url}/admin/api/users/{user}", json=record) as response:
+            assert response.status == 201
+
+        async def limited() -> bool:
+            asked = [chat(session, ingress.url, "hi", headers={"user": user}) for _ in range(8)]
+            answers = await asyncio.gather(*asked)
+            return all("x-ratelimit-limit-requests" in headers for _, headers, _ in answers)
+
+        await eventually(limited)
+        status, _, answer = await chat(session, ingress.url, "hi", headers={"user": user})
+        assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+        async with session.put(f"{ingress.admin_url}/admin/api/users/{user}", json={"rmp": 1}) as response:
+            assert response.status == 400
+
+    await within_a_minute(redis, write)
+    ingress.process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("mode", "away"),
+    [("local", {200, 429}), ("open", {200}), ("closed", {503})],
+    ids=str,
+)
+async def test_redis_is_restarted_in_a_burst(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, mode: str, away: set[int]
+) -> None:
+    flags = ("--limits-default-rpm", "5", "--limits-on-store-loss", mode)
+    ingress = await ingress_of(stack, redis, *flags, workers="1")
+    statuses: list[int] = []
+    stop = asyncio.Event()
+
+    async def client(number: int) -> None:
+        asked = 0
+        while not stop.is_set():
+            user = f"{mode} {number} {asked // 10}"
+            status, _, _ = await chat(session, ingress.url, "hi", max_tokens=1, headers={"user": user})
+            statuses.append(status)
+            asked += 1
+
+    async def lost(value: float) -> bool:
+        return await metric(session, ingress.admin_port, LOST) == value
+
+    async def more() -> set[int]:
+        """The statuses of what is asked from now on."""
+        start = len(statuses) + 8
+        await eventually(lambda: len(statuses) >= start + 60)
+        return set(statuses[start:])
+
+    clients = [asyncio.create_task(client(number)) for number in range(4)]
+    try:
+        assert await more() == {200, 429}
+        redis.kill()
+        await eventually(lambda: lost(1.0))
+        assert await more() == away
+        await asyncio.to_thread(redis.start)
+        await eventually(lambda: lost(0.0))
+        assert await more() == {200, 429}
+    finally:
+        stop.set()
+        await asyncio.gather(*clients)
+        if redis.process is None:
+            redis.start()
+        ingress.process.terminate()
+    assert set(statuses) <= {200, 429} | away
+
+
+async def test_redis_counts_as_the_process_does(redis: RedisServer) -> None:
+    rng = random.Random(7)
+    url = f"redis://{redis.address}/1"
+    store = RedisLimitStore(LimitSettings(limits_store="redis", limits_redis_url=url))
+    local, number = LocalCounts(), 0
+    try:
+        for _ in range(200):
+            claims = [
+                [
+                    Part(rng.choice("abc"), s, rng.randint(1, 9), rng.choice((20, 60)), TOKENS, "")
+                    for s in (1, 60)
+                ]
+                for _ in range(rng.randint(0, 6))
+            ]
+            corrections = [
+                Correction(rng.choice("abc"), 60, number - rng.randint(0, 1), rng.randint(-20, 9))
+                for _ in range(rng.randint(0, 2))
+            ]
+            verdicts = await store.settle(claims, corrections)
+            if not verdicts:
+                # Nobody says at which moment the corrections were taken.
+                await asyncio.to_thread(_empty, redis)
+                local = LocalCounts()
+                continue
+            now = verdicts[0].now
+            local.correct(corrections, now)
+            assert verdicts == [local.claim(parts, now) for parts in claims]
+            number = window(now, 60)
+    finally:
+        await store.close()
+
+
+def _empty(redis: RedisServer) -> None:
+    with redis.client() as client:
+        client.flushall()
+
+
+async def test_what_is_no_redis_and_what_is_no_count(redis: RedisServer) -> None:
+    asked = [[Part("k", 60, 1, 10, TOKENS, "")]]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        addresses = [f"127.0.0.1:{server.sockets[0].getsockname()[1]}/0", f"{redis.address}/2"]
+        with redis.client() as client:
+            client.select(2)
+            seconds, _ = client.time()
+            for minute in (0, 1):
+                client.rpush(f"penstock:limits:k:{seconds // 60 + minute}", "a list")
+        for address in addresses:
+            store = RedisLimitStore(
+                LimitSettings(limits_store="redis", limits_redis_url=f"redis://{address}")
+            )
+            with pytest.raises(StoreLost):
+                await store.settle(asked, [])
+            await store.close()
