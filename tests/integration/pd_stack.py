@@ -62,10 +62,10 @@ class PdStack:
             for engine in self.every_engine:
                 state = await sim_state(session, engine)
                 transfers = state["transfers"]
-                assert transfers["violations"] == [], engine
-                assert transfers["overdue"] == 0, engine
+                assert transfers["violations"] == [], (engine, transfers)
+                assert transfers["overdue"] == 0, (engine, transfers)
                 assert (state["open"], state["running"], transfers["held"]) == (0, 0, 0), (engine, transfers)
-                assert transfers["blocks_kept"] == 0, engine
+                assert transfers["blocks_kept"] == 0, (engine, transfers)
             return True
 
         await eventually(quiet, 20.0)

@@ -209,8 +209,12 @@ class Transfers:
         self._runner.submit(request, partial(_finished, done))
         try:
             await done
-        finally:
+        except asyncio.CancelledError:
+            # Whoever asked has left; if it was between the last token and this, the prompt is kept already.
             self._runner.abort(engine_id)
+            self._runner.let_go(engine_id)
+            raise
+        self._runner.abort(engine_id)
         self.holds.keep(fetch.key, self._hold(engine_id, fetch.digest, text.count(prompt)))
 
     def _hold(self, engine_id: str, digest: str, tokens: int, rid: str = "") -> Hold:
