@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.common.followed_file import MAX_FILE_BYTES
 from penstock.common.profiles import (
-    MAX_FILE_BYTES,
     ModelProfiles,
     ProfileError,
     merged,

@@ -12,13 +12,13 @@ import msgspec
 import pytest
 
 from penstock.common.config_keeping import ConfigWriter, follow_config
+from penstock.common.followed_file import follow_file
 from penstock.common.instances import encode_instance, instance_key
 from penstock.common.live_config import PROFILE, LiveConfig
 from penstock.common.messages import Placement, Reason, Rejection
 from penstock.common.model import Endpoint, Instance
 from penstock.common.settings import SettingsError, load
 from penstock.common.subjects import INSTANCES
-from penstock.scheduler.profiles_file import follow_file
 from penstock.scheduler.settings import SchedulerSettings
 
 from .scheduler_service_lab import ask, events_of, eventually, register, replica, request, wire

@@ -20,8 +20,9 @@ from penstock.common.subjects import token
 from penstock.common.telemetry import Metrics
 
 PROFILE, ROUTE, MIRROR, USER, MAPPING, DRAIN = "profile", "route", "mirror", "user", "mapping", "drain"
+KEY = "key"
 # Every kind of document; a new one is entered here.
-KINDS = PROFILE, ROUTE, MIRROR, USER, MAPPING, DRAIN
+KINDS = PROFILE, ROUTE, MIRROR, USER, MAPPING, DRAIN, KEY
 
 MAX_HISTORY = 10
 Changed = list[tuple[str, str]]

@@ -21,12 +21,13 @@ from pydantic import (
     model_validator,
 )
 
+from penstock.common.followed_file import MAX_FILE_BYTES
+
 ANY_MODEL = "*"
 # What `config-profile` may always name: the model's default, and the choice by the request's size.
 DEFAULT, AUTO = "default", "auto"
 MAX_PROFILES, MAX_BUCKETS, MAX_MODELS = 64, 32, 4096
 MAX_TOKENS = 2**40
-MAX_FILE_BYTES = 1024 * 1024
 _SHOWN_FAULTS, _QUOTED = 8, 80
 
 ProfileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]

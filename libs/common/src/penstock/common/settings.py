@@ -123,10 +123,12 @@ class BlockHashSettings(Settings):
 
 
 class EngineKeySettings(Settings):
-    """What engines are shown by whoever probes them."""
+    """What engines are shown by whoever probes them, and in the place of clients' keys."""
 
     engine_api_key: SecretStr = Field(
-        SecretStr(""), description="key sent to the engines as a bearer token by the prober"
+        SecretStr(""),
+        description="key sent to the engines as a bearer token, by the prober and, with --api-keys, in "
+        "the place of clients' keys",
     )
 
     @field_validator("engine_api_key")

@@ -78,6 +78,8 @@ class Exchange:
             self.stream = inference.stream
             if inference.body:
                 self.body = inference.body
+            if self.head.caller is not None:
+                self.head.caller.require(inference.model)
             if gateway.limits is None or gateway.admit_user(self, inference):
                 self.go(inference)
         except GatewayError as exc:

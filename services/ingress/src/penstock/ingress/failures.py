@@ -12,6 +12,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_framing": (400, "invalid_request_error"),
     "invalid_strategy": (400, "invalid_request_error"),
     "invalid_profile": (400, "invalid_request_error"),
+    "invalid_api_key": (401, "authentication_error"),
     "invalid_admin_token": (401, "authentication_error"),
     "forbidden": (403, "permission_error"),
     "model_not_found": (404, "invalid_request_error"),

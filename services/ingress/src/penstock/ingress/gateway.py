@@ -18,6 +18,7 @@ from penstock.common.model import Instance, InstanceId
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Cell, Metrics
 from penstock.ingress.access_log import AccessLog
+from penstock.ingress.api_keys import ApiKeys, Caller
 from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, of_tenant
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
@@ -67,6 +68,8 @@ class Gateway:
     externals: Externals
     large_bodies: LargeBodies
     dividing: Dividing
+    # Where requests need one.
+    api_keys: ApiKeys | None = None
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
     waiting: WaitingRoom
@@ -102,6 +105,8 @@ class Gateway:
         self.parse: Callable[[bytes, str, bytes | bytearray], InferenceRequest | Facts] = parse
         self.most_body_bytes = LARGE_BODY_BYTES
         self._secret = settings.block_hash_secret.get_secret_value()
+        key = settings.engine_api_key.get_secret_value()
+        self._engine_key = f"authorization: Bearer {key}\r\n".encode() if key else b""
         self._seeds: dict[str, int] = {}
         self._routing_headers: dict[tuple[str, str, str, int, str], bytes] = {}
         self._hosts: dict[InstanceId, tuple[Instance, bytes]] = {}
@@ -206,7 +211,11 @@ class Gateway:
     def admit_user(self, exchange: Exchange, inference: InferenceRequest | Facts) -> bool:
         """Whether a request of a limited user may go on at once (`Limiter.admit`). One without a user may.
         Raises GatewayError for one over a limit, and for a header that is too long."""
-        user = _text(exchange.head.read, b"user")
+        caller = exchange.head.caller
+        if caller is not None and self.settings.limits_user == "key":
+            user = caller.owner
+        else:
+            user = _text(exchange.head.read, b"user")
         return not user or self.limits is None or self.limits.admit(exchange, user, inference)
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
@@ -217,11 +226,13 @@ class Gateway:
 
     def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
         """The request's head as the instance gets it: the client's, less what ends at this hop."""
-        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
             head.method,
             head.origin_form,
             self._host(instance),
             head.block,
+            # In the place of the client's key; without API keys what the client sent passes as it came.
+            self._engine_key if head.caller is not None else b"",
             request_id.encode(),
             length,
         )
@@ -276,13 +287,14 @@ class Gateway:
         event = DegradedEvent(self.identity.service, self.identity.id, what, active, cause)
         self.events.emit(DEGRADED, "", self.identity.service, event)
 
-    def live_models(self) -> Iterable[tuple[str, str, str]]:
-        """(model, owner, parent) of what some instance takes requests for, sorted; a LoRA adapter's parent
-        is the model that it is loaded on, a model's own is empty."""
+    def live_models(self, caller: Caller | None = None) -> Iterable[tuple[str, str, str]]:
+        """(model, owner, parent) of what some instance takes requests for and `caller` may ask for, sorted; a
+        LoRA adapter's parent is the model that it is loaded on, a model's own is empty."""
         return sorted(
             {
                 (model, instance.owned_by(model), instance.parent_of(model))
                 for model in self.table.models()
+                if caller is None or caller.may(model)
                 for instance in self.table.serving(model)
                 if instance.takes_work
             }

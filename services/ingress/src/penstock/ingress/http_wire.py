@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from penstock.ingress.api_keys import Caller
 
 from penstock.ingress.owners import HEADERS, IN_QUERY, split_query
 
@@ -62,9 +65,11 @@ _REQUEST_READ = frozenset(
         b"x-request-id",
         b"expect",
         b"host",
+        b"authorization",
+        b"x-api-key",
     }
 )
-_COMMON = frozenset({b"host", b"content-type", b"x-request-id", b"expect"})
+_COMMON = frozenset({b"host", b"content-type", b"x-request-id", b"expect", b"authorization", b"x-api-key"})
 # Of two of them, the gateway and the instance could each read another one.
 _ONCE = frozenset({b"host", b"content-type"})
 UNTIL_CLOSE = -1
@@ -79,10 +84,12 @@ class BadFraming(Exception):
 class RequestHead:
     """A request's head. `length` is the body's bytes, or CHUNKED; `block` the lines to pass on, each with
     its CRLF; `origin_form` path and query, of an absolute-form target too; `path` without the query;
-    `routed` says that `read` has something beside what nearly every request has."""
+    `routed` says that `read` has something beside what nearly every request has; `caller` is whose API key it
+    came with, None before that is known."""
 
     __slots__ = (
         "block",
+        "caller",
         "keep_alive",
         "length",
         "method",
@@ -103,6 +110,7 @@ class RequestHead:
         self.length = 0
         self.keep_alive = minor == 1
         self.routed = False
+        self.caller: Caller | None = None
 
     def header(self, name: bytes) -> str:
         """One of the headers the ingress reads, "" if absent; bytes beyond ASCII become U+FFFD."""
@@ -115,7 +123,13 @@ class RequestHead:
         head.method, head.target, head.minor = self.method, self.target, self.minor
         head.origin_form, head.path, head.block = self.origin_form, self.path, self.block
         head.read, head.routed = self.read, self.routed
-        head.length, head.keep_alive = length, self.keep_alive
+        head.length, head.keep_alive, head.caller = length, self.keep_alive, self.caller
+        return head
+
+    def of(self, caller: Caller, block: bytes) -> RequestHead:
+        """The same head with its caller, and other lines to pass on."""
+        head = self.with_length(self.length)
+        head.caller, head.block = caller, block
         return head
 
 

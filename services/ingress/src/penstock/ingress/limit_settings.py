@@ -45,6 +45,11 @@ class LimitSettings(BaseModel):
     limits_default_tpm: int = Field(
         0, ge=0, le=MAX_TOKENS, description="tokens per minute of a user without a record; 0: no limit"
     )
+    limits_user: Literal["key", "header"] = Field(
+        "key",
+        description="whose limits count with --api-keys: key: the owner's of the key; header: those of whom "
+        "the header user names, which anybody with a key can choose",
+    )
     limits_store: Literal["memory", "redis"] = Field(
         "memory", description="where users' requests are counted; memory: each worker counts for itself"
     )

@@ -34,10 +34,12 @@ def error_response(
     body = error.body()
     retry = f"retry-after: {max(1, round(error.retry_after_s))}\r\n" if error.retry_after_s else ""
     allow = f"allow: {error.allow}\r\n" if error.allow else ""
+    asks = "www-authenticate: Bearer\r\n" if error.status == 401 else ""
     close = "" if keep_alive else "connection: close\r\n"
     head = (
         f"HTTP/1.1 {error.status} {PHRASES[error.status]}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{retry}{allow}{error.lines}{close}\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
+        f"{retry}{allow}{asks}{error.lines}{close}\r\n"
     )
     return head.encode() if head_only else head.encode() + body
 

@@ -21,6 +21,7 @@ from penstock.ingress.capture import Capture
 from penstock.ingress.exchange import Exchange
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.limiter import Limiter
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,13 @@ class IngressService:
             if was_known and table.lost is not was_lost:
                 self._gateway.degraded("registry", table.lost, cause)
 
-    async def follow_config(self, live: LiveConfig, capture: Capture, limiter: Limiter | None = None) -> None:
+    async def follow_config(
+        self,
+        live: LiveConfig,
+        capture: Capture,
+        limiter: Limiter | None = None,
+        keys: KeyKeeper | None = None,
+    ) -> None:
         """Keep up with the live configuration."""
         if limiter is not None:
             self._gateway.limits = limiter.if_active
@@ -95,6 +102,8 @@ class IngressService:
             if limiter is not None:
                 limiter.follow(live, changed)
                 self._gateway.limits = limiter.if_active
+            if keys is not None:
+                keys.changed(changed)
             try:
                 capture.config = of_document(live.get(MIRROR, NAME))
             except BadMirrorConfig as exc:

@@ -8,8 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from penstock.common.followed_file import read_bytes
 from penstock.common.settings import (
     BlockHashSettings,
+    EngineKeySettings,
     EngineTlsSettings,
     InstanceLimitSettings,
     ServiceSettings,
@@ -17,6 +19,7 @@ from penstock.common.settings import (
     read_token,
     sane_token,
 )
+from penstock.ingress.api_keys import LIVE, read_keys
 from penstock.ingress.disaggregation_settings import DisaggregationSettings
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.route_settings import RouteSettings
@@ -30,6 +33,7 @@ class IngressSettings(
     LimitSettings,
     RouteSettings,
     BlockHashSettings,
+    EngineKeySettings,
     EngineTlsSettings,
     InstanceLimitSettings,
     ServiceSettings,
@@ -50,6 +54,11 @@ class IngressSettings(
     )
     admin_on_public_port: bool = Field(
         False, description="answer /admin/ on the public port too; needs a token"
+    )
+    api_keys: str = Field(
+        "",
+        description="YAML file with the hashes of API keys, read again when it changes; those of live "
+        f"configuration count as well; {LIVE}: they alone; empty: requests need no key",
     )
     workers: int = Field(1, ge=1, le=256, description="processes that share the port")
     ingress_id: str = Field("", max_length=64, description="name of this ingress on the bus; random if empty")
@@ -140,6 +149,16 @@ class IngressSettings(
         if lacking:
             raise ValueError(f"{', '.join(lacking)} is not installed: install penstock-ingress[tokenizer]")
         return text
+
+    @field_validator("api_keys")
+    @classmethod
+    def _readable_keys(cls, source: str) -> str:
+        if source and source != LIVE:
+            try:
+                read_keys(read_bytes(Path(source)))
+            except OSError as exc:
+                raise ValueError(f"cannot be read: {exc.strerror or exc}") from exc
+        return source
 
     @field_validator("admin_token")
     @classmethod

@@ -31,11 +31,13 @@ from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.listening import listening_socket
+from penstock.ingress.api_keys import LIVE, ApiKeys
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.capture import Capture
 from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.large_bodies import Setup
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.placing import Placer
@@ -137,6 +139,13 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     live = LiveConfig()
     waiting = SharedCounts(counts_fd, settings.workers, start.index, WAITING)
     gateway.waiting = WaitingRoom(gateway, waiting, host.metrics)
+    keys = None
+    if settings.api_keys:
+        gateway.api_keys = ApiKeys(time.time)
+        keys = KeyKeeper(gateway.api_keys, settings.api_keys, live, gateway.degraded)
+        host.lifecycle.require("api-keys", keys.missing)
+        if settings.api_keys != LIVE:
+            host.lifecycle.add_loop("api-keys-file", keys.follow_file())
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
@@ -174,7 +183,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         ("load-report", service.report()),
         ("sweep", service.sweep((server, upstreams, externals), time.monotonic)),
         ("large-bodies", large_bodies.run()),
-        ("live-config", service.follow_config(live, capture, limiter)),
+        ("live-config", service.follow_config(live, capture, limiter, keys)),
         ("mirror-copies", capture.run()),
         ("parent", answer_parent()),
     ):

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from penstock.common.followed_file import read_bytes
 from penstock.common.messages import MAX_BLOCKS
 from penstock.common.profiles import ModelProfiles, read_file
 from penstock.common.settings import InstanceLimitSettings, ServiceSettings
@@ -16,7 +17,6 @@ from penstock.scheduler.policies.catalog import MAX_COEFFICIENT
 from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
-from penstock.scheduler.profiles_file import read_bytes
 
 
 class SchedulerSettings(InstanceLimitSettings, ServiceSettings):

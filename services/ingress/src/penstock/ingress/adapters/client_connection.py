@@ -37,6 +37,8 @@ GENERATION = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+MODELS = b"/v1/models"
+
 
 class ClientConnection(asyncio.Protocol):
     """One client. Reads a request whole, hands it to an Exchange, writes what that sends."""
@@ -164,6 +166,10 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b""
         head = self._head = self._heads.parse(buffer[: end + 2])
         rest = buffer[end + 4 :]
+        keys = self._gateway.api_keys
+        if keys is not None and (head.path in GENERATION or head.path == MODELS):
+            # Before anything of the body is kept.
+            head = self._head = keys.admit(head)
         if head.length > settings.buffer_limit:
             raise self._too_large()
         if head.length == len(rest):

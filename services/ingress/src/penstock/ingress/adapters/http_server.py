@@ -9,7 +9,7 @@ import msgspec
 
 from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.admin_relay import AdminRelay
-from penstock.ingress.adapters.client_connection import GENERATION, ClientConnection
+from penstock.ingress.adapters.client_connection import GENERATION, MODELS, ClientConnection
 from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCounts
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
@@ -18,7 +18,7 @@ from penstock.ingress.owners import IN_QUERY
 
 BACKLOG = 1024
 FLUSH_CHECK_S = 0.05
-_INFO = frozenset({b"/v1/models", b"/health", b"/healthz", b"/readyz"})
+_INFO = frozenset({MODELS, b"/health", b"/healthz", b"/readyz"})
 
 
 class HttpServer:
@@ -94,17 +94,18 @@ class HttpServer:
             text = f"{head.method.decode('ascii')[:40]} is not allowed here, use {allowed}"
             raise GatewayError("method_not_allowed", text, allow=allowed)
         status, content = 200, dict[str, object](status="ok")
-        if path == b"/v1/models":
-            content = self._models(head.header(IN_QUERY))
+        if path == MODELS:
+            content = self._models(head)
         elif path == b"/readyz" and (not self._gateway.table.synced or self._gateway.draining):
             status, content = 503, {"status": "not ready"}
         return _json_response(status, content, request_id, head)
 
-    def _models(self, wanted: str) -> dict[str, object]:
+    def _models(self, head: RequestHead) -> dict[str, object]:
+        wanted = head.header(IN_QUERY)
         data = [
             {"id": model, "object": "model", "created": 0, "owned_by": owner or "penstock"}
             | ({"parent": parent} if parent else {})
-            for model, owner, parent in self._gateway.live_models()
+            for model, owner, parent in self._gateway.live_models(head.caller)
             if not wanted or owner.lower() == wanted.lower()
         ]
         return {"object": "list", "data": data}

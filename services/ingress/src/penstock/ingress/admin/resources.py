@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from penstock.common.live_config import MIRROR, PROFILE, ROUTE, USER
+from penstock.common.live_config import KEY, MIRROR, PROFILE, ROUTE, USER
 from penstock.common.mirroring import MirrorConfig
 from penstock.common.profiles import ModelProfiles
+from penstock.ingress.api_keys import ApiKey
 from penstock.ingress.limit_settings import UserRecord
 from penstock.ingress.route_config import RouteDocument, masked
 
@@ -39,4 +40,5 @@ RESOURCES: tuple[Resource, ...] = (
     Resource("routes", ROUTE, RouteDocument, "the routes", singleton=True, masked=masked),
     Resource("profiles", PROFILE, ModelProfiles, "profile document"),
     Resource("users", USER, UserRecord, "user record"),
+    Resource("keys", KEY, ApiKey, "API key"),
 )

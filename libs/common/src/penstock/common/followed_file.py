@@ -1,4 +1,4 @@
-"""The file of config profiles, read again when it changes."""
+"""Files that people change while everything runs, read again when they do."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from penstock.common.profiles import MAX_FILE_BYTES
-
+MAX_FILE_BYTES = 1024 * 1024
 POLL_S = 0.1
 
 
 def read_bytes(path: Path) -> bytes:
-    """As much of it as is looked at. Raises OSError."""
+    """Its content, or a byte more than MAX_FILE_BYTES of it. Raises OSError."""
     with path.open("rb") as file:
         return file.read(MAX_FILE_BYTES + 1)
 
