@@ -213,7 +213,7 @@ async def test_decode_that_failed_with_parameters_costs_a_new_prefill_once(lab_o
 
 
 async def test_a_client_that_leaves_during_prefill_takes_both_along(lab_of: LabOf) -> None:
-    pair = await pair_of(lab_of, "sglang-mooncake")
+    pair = await pair_of(lab_of, "sglang-mooncake", engine_api_key="k-1")
     client = await pair.lab.client()
     client.post()
     prefill, _, of_prefill = await asked(pair.prefill)
@@ -222,8 +222,9 @@ async def test_a_client_that_leaves_during_prefill_takes_both_along(lab_of: LabO
     client.close()
     await prefill.gone()
     await decode.gone()
-    first, _, order = await (abort := await pair.prefill.accept()).request()
+    first, headers, order = await (abort := await pair.prefill.accept()).request()
     assert first.startswith("POST /abort_request ")
+    assert headers["authorization"] == "Bearer k-1"
     assert json.loads(order) == {"rid": of_prefill["rid"]}
     abort.answer()
     await eventually(lambda: pair.lab.metric("penstock_ingress_prefill_cancels_total", "arrived"))

@@ -35,7 +35,7 @@ class Dividing:
         if settings.pd_disagg_protocol:
             find(settings.pd_disagg_protocol, staged=self._staged)
             self._method = method_of(settings.pd_disagg_protocol, staged=self._staged)
-        self.errands = Errands(gateway.upstreams)
+        self.errands = Errands(gateway.upstreams, gateway.settings.engine_api_key.get_secret_value())
         self.prefill_timeout_s, self.lease_s = settings.prefill_timeout, settings.prefill_lease
         self._told: dict[InstanceId, tuple[Instance, Question, Any]] = {}
         self._methods: dict[str, Method | None] = {}

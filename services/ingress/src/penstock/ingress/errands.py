@@ -91,8 +91,10 @@ class Errand:
 class Errands:
     """Those of one ingress process."""
 
-    def __init__(self, upstreams: Upstreams) -> None:
+    def __init__(self, upstreams: Upstreams, engine_key: str = "") -> None:
+        """Engines' APIs are told `engine_key`, if there is one."""
         self._upstreams, self._count = upstreams, 0
+        self._key = f"authorization: Bearer {engine_key}\r\n" if engine_key else ""
 
     def __len__(self) -> int:
         return self._count
@@ -113,7 +115,7 @@ class Errands:
     def post(self, instance: Instance, path: str, body: object, ended: Lost) -> Errand | None:
         """Tell an instance something; `ended` is told "" or why it did not hear of it."""
         data = msgspec.json.encode(body)
-        more = f"content-type: application/json\r\ncontent-length: {len(data)}\r\n"
+        more = f"{self._key}content-type: application/json\r\ncontent-length: {len(data)}\r\n"
         return self._send(instance, _head("POST", path, instance, more) + data, lambda _: ended(""), ended)
 
     def _send(
