@@ -94,3 +94,11 @@ def test_bad_settings_leave_with_code_2(capsys: pytest.CaptureFixture[str]) -> N
 def test_variables_nobody_reads_are_listed() -> None:
     environ = {"PENSTOCK_PORT_8080_TCP": "tcp://", "PENSTOCK_WORKERS": "1", "HOME": "/"}
     assert unknown_variables([Sample], environ) == ["PENSTOCK_PORT_8080_TCP"]
+
+
+def test_a_field_with_two_faults_counts_as_two() -> None:
+    assert SettingsError(["--a: one\n--a: two", "--b: three"]).faults == (
+        "--a: one",
+        "--a: two",
+        "--b: three",
+    )

@@ -423,3 +423,23 @@ async def test_an_external_route_needs_no_instances_and_no_secrets_are_logged(
     lab.gateway.access_log.flush()
     said = [json.dumps(await lab.events(kind)) for kind in ("route", "fallback", "outcome")]
     assert "sk-" not in "".join([*said, *(line.decode() for line in lab.access_lines)])
+
+
+class Faulty:
+    """Waits in the queue, and cannot be sent again."""
+
+    ended = False
+
+    def resend(self) -> None:
+        raise RuntimeError("a fault of ours")
+
+    def broken(self) -> None:
+        self.ended = True
+
+
+async def test_a_fault_with_one_request_of_the_queue_ends_it_and_no_other(lab_of: LabOf) -> None:
+    lab = await lab_of(route_config=config({"base_url": "local", "prefix": "*"}), **QUEUE)
+    splitting = lab.gateway.splitting
+    waiters = [Faulty(), Faulty()]
+    assert all(splitting.enter(waiter, 0.0) for waiter in waiters)
+    await eventually(lambda: all(waiter.ended for waiter in waiters))

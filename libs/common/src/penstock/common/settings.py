@@ -36,7 +36,8 @@ class SettingsError(Exception):
     """Everything that is wrong with the settings, one line a fault."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
+        # A field may have several, one a line.
+        self.faults = tuple(line.strip() for fault in faults for line in fault.splitlines())
         super().__init__("\n".join(self.faults))
 
 

@@ -144,6 +144,10 @@ class Fallbacks:
         self._say("sent", self._gateway.clock() - self._queued_at)
         self.again()
 
+    def broken(self) -> None:
+        """A fault of this program met it: it costs this request."""
+        self._exchange.broken()
+
     def leave_queue(self, result: str = "") -> None:
         """Wait no longer, or let another one go: the call is over. `result`: for the log."""
         if self._queued_at:

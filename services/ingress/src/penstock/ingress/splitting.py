@@ -48,6 +48,9 @@ class Waiter(Protocol):
     def resend(self) -> None:
         """Its time has come."""
 
+    def broken(self) -> None:
+        """A fault of this program met it."""
+
 
 class Splitting:
     """Decides with the nouns, tells the log and the metrics."""
@@ -201,6 +204,7 @@ class Splitting:
                 waiter.resend()
             except Exception:
                 log.exception("sending a request again failed")
+                waiter.broken()
         self._arm()
 
     # -- the log -----------------------------------------------------------------------------------
