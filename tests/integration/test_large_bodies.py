@@ -19,8 +19,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
 _numbers = itertools.count()
 SMALL = b'{"model":"%b","messages":[{"role":"user","content":"hi"}]}' % MODEL
-# As hostile as it gets for its size, and valid.
-LARGE = b'{"model":"%b","messages":[%b0]}' % (MODEL, b"[[[[]]]]," * (4 * 1024 * 1024 // 9 - 20))
+
+
+def hostile(size: int) -> bytes:
+    """A valid body of about `size` bytes, as hostile as it gets for that."""
+    return b'{"model":"%b","messages":[%b0]}' % (MODEL, b"[[[[]]]]," * (size // 9 - 20))
+
+
+LARGE = hostile(4 * 1024 * 1024)
+# Fifty of these are half a second of work for the helper, of the ten that a body may wait.
+MEDIUM = hostile(1024 * 1024)
 DEEP = b'{"model":"%b","messages":%b' % (MODEL, b"[" * 1_000_000)
 
 
@@ -104,7 +112,7 @@ async def test_fifty_large_bodies_at_once_are_answered_and_small_ones_between_th
     ingress = stack.ingresses[0]
     helper = await started(session, ingress)
     async with asyncio.TaskGroup() as tasks:
-        large = [tasks.create_task(ask(session, ingress, LARGE)) for _ in range(50)]
+        large = [tasks.create_task(ask(session, ingress, MEDIUM)) for _ in range(50)]
         served = [await ask(session, ingress, SMALL) for _ in range(20)]
         waited = [task.done() for task in large]
     assert served == [200] * 20
