@@ -64,11 +64,11 @@ class TimedLoad(Load):
         await super().__aenter__()
         return self
 
-    async def _plain(self, url: str, prompt: str) -> str:
-        return await self._timed(super()._plain(url, prompt))
+    async def _plain(self, url: str, prompt: str, headers: dict[str, str]) -> str:
+        return await self._timed(super()._plain(url, prompt, headers))
 
-    async def _streamed(self, url: str, prompt: str) -> str:
-        return await self._timed(super()._streamed(url, prompt))
+    async def _streamed(self, url: str, prompt: str, headers: dict[str, str]) -> str:
+        return await self._timed(super()._streamed(url, prompt, headers))
 
     async def _timed(self, answer: Awaitable[str]) -> str:
         started, failed = time.monotonic(), True
@@ -268,7 +268,7 @@ def frozen(*processes: Process | NatsServer) -> Iterator[None]:
 @asynccontextmanager
 async def following(stack: Stack) -> AsyncIterator[list[Event]]:
     """The `degraded` and `instance` events of the routing log as they come, (type, data)."""
-    bus = NatsBus(BusSettings(nats_url=stack.nats.url), "drill", Metrics())
+    bus = NatsBus(BusSettings(nats_url=stack.events_url), "drill", Metrics())
     log: list[Event] = []
     await bus.start()
     await eventually(lambda: bus.connected)

@@ -259,9 +259,9 @@ def _collect(pipe: IO[bytes] | None, lines: list[str]) -> None:
 class NatsServer:
     """A nats-server of its own on loopback, with JetStream in a temporary folder."""
 
-    def __init__(self, *args: str) -> None:
-        """`args` are added to the command line."""
-        self._args = args
+    def __init__(self, *args: str, env: Mapping[str, str] | None = None) -> None:
+        """`args` are added to the command line, `env` to the environment."""
+        self._args, self._env = args, env
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-nats-"))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._process: Process | None = None
@@ -281,7 +281,8 @@ class NatsServer:
         binary = Path(sys.executable).parent / "nats-server"
         address = ["--addr", "127.0.0.1", "--port", str(self.port)]
         store = ["--jetstream", "--store_dir", str(self._folder)]
-        self._process = Process([str(binary), *address, *store, *self._args], name="nats-server")
+        argv = [str(binary), *address, *store, *self._args]
+        self._process = Process(argv, env=self._env, name="nats-server")
         self._process.wait_until(self._greets, "greeting")
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import re
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,11 @@ class Stack:
     def url(self) -> str:
         """The first ingress."""
         return self.ingresses[0].url
+
+    @property
+    def events_url(self) -> str:
+        """Where the routing log is read."""
+        return self.nats.url
 
     def start_sims(self, count: int, *flags: str) -> None:
         """`count` engines, each a process of its own, so that each can be killed and frozen."""
@@ -207,10 +213,13 @@ class Load:
     def __init__(self, urls: list[str], clients: int = 16) -> None:
         self._urls, self._clients = urls, clients
         self._numbers = itertools.count()
+        self._name = f"load-{random.getrandbits(32):08x}"
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.answered = 0
         self.failures: list[str] = []
+        # Of the requests that were answered.
+        self.ids: list[str] = []
 
     async def __aenter__(self) -> Load:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
@@ -234,23 +243,26 @@ class Load:
     async def _client(self, number: int) -> None:
         url = self._urls[number % len(self._urls)]
         while not self._stop.is_set():
-            prompt = f"request {next(self._numbers)} of the load"
+            count = next(self._numbers)
+            prompt, request_id = f"request {count} of the load", f"{self._name}-{count}"
+            ask = self._streamed if number % 2 else self._plain
             try:
-                text = await (self._streamed(url, prompt) if number % 2 else self._plain(url, prompt))
+                text = await ask(url, prompt, {"x-request-id": request_id})
             except (aiohttp.ClientError, AssertionError, TimeoutError, ValueError, KeyError) as exc:
                 self.failures.append(f"{prompt}: {exc!r}")
                 continue
             if text != expected_text(messages(prompt), model=MODEL, max_tokens=8):
                 self.failures.append(f"{prompt}: answered {text!r}")
+            self.ids.append(request_id)
             self.answered += 1
 
-    async def _plain(self, url: str, prompt: str) -> str:
-        status, _, body = await chat(self._session, url, prompt)
+    async def _plain(self, url: str, prompt: str, headers: dict[str, str]) -> str:
+        status, _, body = await chat(self._session, url, prompt, headers=headers)
         assert status == 200, body
         return str(body["choices"][0]["message"]["content"])
 
-    async def _streamed(self, url: str, prompt: str) -> str:
-        payloads = [payload async for payload in stream_chat(self._session, url, prompt)]
+    async def _streamed(self, url: str, prompt: str, headers: dict[str, str]) -> str:
+        payloads = [payload async for payload in stream_chat(self._session, url, prompt, headers=headers)]
         assert payloads[-1] == "[DONE]", payloads[-1]
         chunks = [json.loads(payload) for payload in payloads[:-1]]
         return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

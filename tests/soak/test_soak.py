@@ -36,8 +36,8 @@ def stack() -> Iterator[Stack]:
 
 async def test_the_suite_survives_outages_in_any_order(stack: Stack) -> None:
     rng, done = random.Random(SEED), Counter[str]()
-    until = time.monotonic() + OUTAGE_S
     async with drill(stack, f"soak, seed {SEED}", may_fail=of_an_engine) as d:
+        until = time.monotonic() + OUTAGE_S
         while time.monotonic() < until:
             outage = rng.choice(OUTAGES)
             d.phase(outage.__name__)
