@@ -451,6 +451,30 @@ async def test_discovery_is_asked_until_it_is_done() -> None:
         )
 
 
+async def test_a_body_where_none_is_taken_is_refused_by_its_fields() -> None:
+    async with running() as lab:
+        await lab.bus.serve(DISCOVER, lambda _: DiscoverReply("d1", "", True, 2, (), (), 2, ()))
+        bodies: dict[bytes, str | None] = {
+            b'{"source": "x", "b": 1}': "source",
+            b"[1]": None,
+            b"nonsense": None,
+        }
+        for raw, field in bodies.items():
+            status, answer = await lab.ask("POST", "/admin/discover", raw=raw)
+            assert (status, answer["error"]["code"], answer["error"]["param"]) == (
+                400,
+                "invalid_request",
+                field,
+            )
+        assert (
+            "source"
+            in (await lab.ask("POST", "/admin/discover", raw=b'{"source": 1}'))[1]["error"]["message"]
+        )
+        for raw in (b"", b"{}"):
+            assert (await lab.ask("POST", "/admin/discover", raw=raw))[0] == 200
+        assert error(await lab.ask("POST", "/admin/api/instances/a.ns_1/undrain", raw=b'{"x": 1}'))[0] == 400
+
+
 # -- the document -----------------------------------------------------------------------------------------
 
 

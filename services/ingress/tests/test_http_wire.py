@@ -215,11 +215,20 @@ def test_fields_that_connection_names_end_at_this_hop(
     assert parse(start + fields).block == b"x-b: 3\r\n"
 
 
-def test_headers_that_the_ingress_reads_are_found_in_any_case_and_passed_on() -> None:
+def test_headers_that_the_ingress_reads_are_found_in_any_case() -> None:
     head = request(b"X-Session-ID:  s 1 \r\nRouting-Strategy: random\r\nuser: \xff\r\n")
     assert (head.header(b"x-session-id"), head.header(b"routing-strategy")) == ("s 1", "random")
     assert (head.header(b"user"), head.header(b"x-owned-by")) == ("\ufffd", "")
-    assert head.block.count(b"\r\n") == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["X-Owned-By", "x-engine", "X-INFERENCE-SERVER", "Routing-Strategy", "config-profile", "X-Priority"],
+)
+def test_what_steers_this_gateway_ends_here_and_who_asks_is_passed_on(name: str) -> None:
+    kept = b"User: u\r\nx-session-id: s\r\n"
+    head = request(b"User: u\r\n%b: 1\r\nx-session-id: s\r\n" % name.encode())
+    assert (head.block, head.header(name.lower().encode()), head.routed) == (kept, "1", True)
 
 
 # -- response heads ------------------------------------------------------------------------------------

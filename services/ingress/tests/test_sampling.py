@@ -67,6 +67,14 @@ def test_headers_choose(wanted: dict[str, str], block: bytes, taken: bool) -> No
     assert Sampler().takes(chosen, "m", block) is taken
 
 
+def test_headers_that_end_at_the_gateway_choose_as_well() -> None:
+    chosen = MirrorConfig.model_validate(
+        {"Enable": True, "Target": "http://a", "Ratio": 100, "Headers": {"x-owned-by": "vllm", "a": "1"}}
+    )
+    assert Sampler().takes(chosen, "m", b"a: 1\r\n", {b"x-owned-by": b"vllm"})
+    assert not Sampler().takes(chosen, "m", b"a: 1\r\n", {b"x-owned-by": b"other"})
+
+
 @pytest.mark.parametrize("block", [b"x-penstock-mirror: 1\r\n", b"a: b\r\nX-Penstock-Mirror:1\r\n"])
 def test_a_copy_is_not_copied_again(block: bytes) -> None:
     assert not Sampler().takes(config(), "m", block)

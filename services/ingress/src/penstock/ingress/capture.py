@@ -72,7 +72,7 @@ class Capture:
 
         `body` must not change any more."""
         try:
-            if not self._sampler.takes(self.config, model, head.block):
+            if not self._sampler.takes(self.config, model, head.block, head.read):
                 return None
             return self._keep(head, body, model, request_id)
         except Exception:

@@ -51,7 +51,9 @@ _ROUTING = frozenset(
         b"x-request-id",
     }
 )
-_REQUEST_DROPPED = _HOP_BY_HOP | _ROUTING | {b"host", b"expect", b"http2-settings"}
+# What this gateway alone is told: they steer it, and end here. Who asks (user, x-session-id) is passed on.
+_STEERING = frozenset({b"routing-strategy", b"config-profile", b"x-priority", *HEADERS})
+_REQUEST_DROPPED = _HOP_BY_HOP | _ROUTING | _STEERING | {b"host", b"expect", b"http2-settings"}
 _RESPONSE_DROPPED = _HOP_BY_HOP | _ROUTING | {b"routing-strategy", b"config-profile"}
 _REQUEST_READ = frozenset(
     {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from penstock.common.mirroring import MARK, MirrorConfig
 
@@ -23,6 +25,7 @@ CREDENTIALS = frozenset(
 _QUERY_CREDENTIALS = re.compile(rb"(?<=[?&])(?:api[-_]?key|key|access_token|token)=[^&]*(?:&|\Z)", re.I)
 # What one request more owes is a hundredth of `Ratio`; starting half way makes the count the nearest one.
 _WHOLE, _HALF = 100.0, 50.0
+_NONE: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class Sampler:
@@ -31,11 +34,14 @@ class Sampler:
     def __init__(self) -> None:
         self._owed = _HALF
 
-    def takes(self, config: MirrorConfig, model: str, block: bytes) -> bool:
-        """Whether this request is copied; `block` are its header lines."""
+    def takes(
+        self, config: MirrorConfig, model: str, block: bytes, read: Mapping[bytes, bytes] = _NONE
+    ) -> bool:
+        """Whether this request is copied; `block` are the header lines that are passed on, `read` holds those
+        that end here too."""
         if config.Models and model not in config.Models:
             return False
-        if config.Headers and not _matches(config.Headers, block):
+        if config.Headers and not _matches(config.Headers, block, read):
             return False
         if b"\n" + MARK + b":" in b"\n" + block.lower():
             # A target that leads back to this gateway would have each copy copied, without an end.
@@ -47,9 +53,9 @@ class Sampler:
         return True
 
 
-def _matches(wanted: dict[str, str], block: bytes) -> bool:
+def _matches(wanted: dict[str, str], block: bytes, read: Mapping[bytes, bytes]) -> bool:
     """Whether each header is there with its value; an empty value stands for any."""
-    held: dict[str, set[str]] = {}
+    held = {name.decode("latin-1"): {value.decode("latin-1")} for name, value in read.items()}
     for line in block.split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
         held.setdefault(name.decode("ascii").lower(), set()).add(value.strip(b" \t").decode("latin-1"))

@@ -30,6 +30,10 @@ class NoQuery(Strict):
     """An operation without query parameters."""
 
 
+class NoBody(Strict):
+    """An operation without a body: nothing, or an empty object."""
+
+
 class ErrorDetail(BaseModel):
     """What is wrong; `param` names the field."""
 
@@ -101,8 +105,8 @@ class Operation:
                 raise GatewayError("invalid_request", fault, param=name)
         query = validated(self.query, _query_of(request.target))
         body = None
-        if self.body is not None and (request.body or self.body_required):
-            body = validated(self.body, request.body)
+        if request.body or (self.body is not None and self.body_required):
+            body = validated(self.body or NoBody, request.body)
         return Call(params, query, body, by, request.body)
 
 
