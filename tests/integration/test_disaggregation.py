@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,40 @@ async def test_a_divided_answer_is_the_one_that_an_engine_alone_gives(
         assert headers["prefill-target-pod"].startswith(f"{model}-prefill-")
         assert headers["prefill-target-pod-ip"] in pd.engines[model, Role.PREFILL]
     await pd.settled(session)
+
+
+async def test_a_profile_says_how_a_model_is_divided(pd: PdStack, session: aiohttp.ClientSession) -> None:
+    url, admin = pd.urls["batched"], f"http://127.0.0.1:{pd.admin_ports['batched']}/admin/api/profiles/nixl"
+
+    async def pairs(mode: str) -> bool:
+        """Whether a request that asks for nothing is divided in this mode."""
+        before = await staged()
+        _, headers, _ = await ask(session, url, body_of("nixl", stream=False))
+        if not mode:
+            return "prefill-target-pod" not in headers
+        return "prefill-target-pod" in headers and (await staged() > before) is (mode == "staged")
+
+    async def staged() -> float:
+        page = await (await session.get(f"http://127.0.0.1:{pd.admin_ports['batched']}/metrics")).text()
+        name = 'penstock_ingress_pairs_total{mode="staged",protocol="vllm-nixl",result="answered"}'
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
+
+    assert await pairs("")
+    for said, mode in (
+        ({"disaggregation": {"protocol": "vllm-nixl"}}, "batched"),
+        ({"disaggregation": {"mode": "staged"}}, "staged"),
+        ({"routing_strategy": "pd"}, "batched"),
+        ({}, ""),
+    ):
+        async with session.put(admin, json={"profiles": {"default": said}}) as response:
+            assert response.status in (200, 201), await response.text()
+        await eventually(partial(pairs, mode))
+    impossible = {"profiles": {"x": {"disaggregation": {"protocol": "sglang-mooncake", "mode": "staged"}}}}
+    async with session.put(admin, json=impossible) as response:
+        assert response.status == 400
+        assert "staged is done by vllm-kvt" in await response.text()
+    async with session.delete(admin) as response:
+        assert response.status == 200
 
 
 async def strike(session: aiohttp.ClientSession, engines: list[str], kind: str) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.model import Endpoint, Instance, Role
+from penstock.common.profiles import STAGED
 from penstock.ingress.disaggregation.bodies import FORBIDDEN, divisible, edited, members
 from penstock.ingress.disaggregation.protocol import Answer, Order, Pair, ProtocolError, Question
-from penstock.ingress.disaggregation.protocols import PROTOCOLS, STAGED, find
+from penstock.ingress.disaggregation.protocols import PROTOCOLS, find
 from penstock.ingress.disaggregation.sglang_mooncake import room
 from penstock.ingress.disaggregation.vllm_kvt import kv_endpoint
 

@@ -8,12 +8,12 @@ import pytest
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
+from penstock.common.profile_sources import ProfileSources
 from penstock.common.profiles import read_document
 from penstock.scheduler.bench import table_of
 from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.profile_sources import ProfileSources
 from penstock.scheduler.scheduler import schedule
 from penstock.scheduler.view import ClusterView
 
@@ -183,9 +183,29 @@ def test_a_policy_that_there_is_not_is_a_fault_of_its_document() -> None:
     assert catalog.fault(bad).startswith(
         "profiles.a.routing_strategy: unknown routing strategy 'fastest'; one"
     )
-    assert catalog.fault(read_document({"locked_routing_strategy": "pd"})).startswith("locked_routing_strat")
+    assert catalog.fault(read_document({"locked_routing_strategy": "xx"})).startswith("locked_routing_strat")
 
 
 def test_asking_for_disaggregation_leaves_the_policy_to_the_profile() -> None:
     assert Desk(m=TWO).by(strategy="pd") == ("throughput", "calm")
     assert Desk().by(strategy="pd") == ("least-request", "")
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy", "decided"),
+    [
+        ({"profiles": {"default": {"routing_strategy": "pd"}}}, "", "least-request"),
+        ({"profiles": {"default": {"routing_strategy": "pd"}}}, "random", "random"),
+        ({"locked_routing_strategy": "pd"}, "random", "least-request"),
+        (
+            {"locked_routing_strategy": "pd", "profiles": {"default": {"routing_strategy": "throughput"}}},
+            "random",
+            "throughput",
+        ),
+    ],
+)
+def test_a_profile_that_asks_for_disaggregation_names_no_policy(
+    config: Any, strategy: str, decided: str
+) -> None:
+    assert ConfiguredCatalog(Thresholds()).fault(read_document(config)) == ""
+    assert Desk(m=config).by(strategy=strategy)[0] == decided

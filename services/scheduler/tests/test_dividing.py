@@ -23,9 +23,12 @@ from penstock.common.messages import (
     Stage,
 )
 from penstock.common.model import Endpoint, Instance, InstanceState, Role
-from penstock.scheduler.dividing import Division
+from penstock.common.profile_sources import ProfileSources
+from penstock.common.profiles import read_document
 from penstock.scheduler.policies.catalog import Catalog
+from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.table import Thresholds
+from penstock.scheduler.profile import Division
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
 
@@ -37,8 +40,10 @@ def instance(name: str, **more: Any) -> Instance:
     return Instance(id=name, endpoint=Endpoint("h", 1), models=("m",), role=role, engine="vllm", **more)
 
 
-def replica(*instances: Instance, max_requests: int = 0, skip_below: int = 0) -> Replica:
-    catalog = Catalog(Thresholds(max_requests=max_requests))
+def replica(
+    *instances: Instance, max_requests: int = 0, skip_below: int = 0, catalog: Catalog | None = None
+) -> Replica:
+    catalog = catalog or Catalog(Thresholds(max_requests=max_requests))
     one = Replica(Identity("scheduler", "s", "1"), catalog, "cache-aware", 10_000, "", Division(skip_below))
     entries = {instance_key(i.id): Entry(encode_instance(i), n) for n, i in enumerate(instances, 1)}
     one.registry(Listing(Position("b", len(entries)), entries))
@@ -154,6 +159,42 @@ def test_little_to_compute_is_not_divided() -> None:
     assert (again.instance, again.prefill_instance) == ("d1", "")
     other = struct.pack("<8Q", *(n << 16 for n in range(1, 9)))
     assert place(one, request("x3", block_hashes=other))[0].prefill_instance == "p1"
+
+
+def by_profile(*instances: Instance, skip_below: int = 0, **said: Any) -> Replica:
+    """A replica under a config profile that says so of disaggregation."""
+    catalog = ConfiguredCatalog(Thresholds())
+    document = read_document({"profiles": {"default": {"disaggregation": said}}})
+    catalog.configure({"m": document}, ProfileSources(catalog.fault))
+    return replica(*instances, skip_below=skip_below, catalog=catalog)
+
+
+@pytest.mark.parametrize(("flag", "said", "divided"), [(0, 900, False), (900, 0, True), (900, None, False)])
+def test_the_profiles_threshold_counts_before_the_flag(flag: int, said: int | None, divided: bool) -> None:
+    told = {} if said is None else {"skip_below_tokens": said}
+    one = by_profile(instance("p1"), instance("d1"), skip_below=flag, **told)
+    assert bool(place(one, request())[0].prefill_instance) is divided
+
+
+@pytest.mark.parametrize("mode", [Mode.PD_BATCH, Mode.PD_STAGED])
+def test_neutral_instances_take_what_they_answer_sooner_where_the_profile_says(mode: Mode) -> None:
+    stage = Stage.PREFILL if mode is Mode.PD_STAGED else Stage.ONLY
+    fleet = [instance(name) for name in ("p1", "d1", "n1")]
+    for one, wanted in ((replica(*fleet), "p1p1"), (by_profile(*fleet, neutral=True), "p1n1")):
+        # Nobody has anything to do: the pair takes it. The next prompt would wait for that one at prefill.
+        placed = [place(one, request(f"x{n}", mode, stage=stage))[0] for n in range(2)]
+        assert "".join(p.prefill_instance or p.instance for p in placed) == wanted
+
+
+@pytest.mark.parametrize(("decoding", "by"), [(1, "n1"), (2, "p1")])
+def test_a_neutral_instance_that_holds_more_than_those_that_decode_takes_none(decoding: int, by: str) -> None:
+    one = by_profile(*(instance(name) for name in ("p1", "d1", "n1")), neutral=True)
+    for number in range(decoding):
+        place(one, request(f"w{number}", Mode.NEUTRAL, prompt_tokens=0))
+    # Prefill has a prompt to compute, d1 one to decode.
+    assert place(one, request("x1"))[0].prefill_instance == "p1"
+    placed, _ = place(one, request("x2"))
+    assert (placed.prefill_instance or placed.instance) == by
 
 
 def test_stages_are_placed_one_after_the_other_by_replicas_that_never_met() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from penstock.common.live_config import Document
 from penstock.common.model import Endpoint, Instance
+from penstock.common.profile_sources import ProfileSources
 from penstock.common.profiles import MAX_TOKENS
 from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.profile_sources import ProfileSources
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -26,6 +26,9 @@ from penstock.common.followed_file import MAX_FILE_BYTES
 ANY_MODEL = "*"
 # What `config-profile` may always name: the model's default, and the choice by the request's size.
 DEFAULT, AUTO = "default", "auto"
+# The strategy by which requests ask for disaggregation; which instances are taken is left to the next policy.
+DISAGGREGATED = "pd"
+BATCHED, STAGED, OFF = "batched", "staged", "off"
 MAX_PROFILES, MAX_BUCKETS, MAX_MODELS = 64, 32, 4096
 MAX_TOKENS = 2**40
 _SHOWN_FAULTS, _QUOTED = 8, 80
@@ -97,6 +100,33 @@ class AutoHints(_Written):
         )
 
 
+class Disaggregation(_Written):
+    """How requests are divided between prefill and decode instances. Any of the first two has them divided,
+    unless it is OFF."""
+
+    protocol: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")] | None = Field(
+        None, description="see --pd-disagg-protocol; left out: what that says, else the instances' records"
+    )
+    mode: Literal["batched", "staged", "off"] | None = Field(
+        None,
+        description="both placed together, or decode when prefill is done; off: only requests whose "
+        "routing-strategy is pd are divided",
+    )
+    skip_below_tokens: int | None = Field(
+        None, ge=0, le=1_000_000_000, description="see --pd-skip-below-tokens"
+    )
+    neutral: bool = Field(
+        False,
+        description="a neutral instance takes all of a request that it would answer sooner than a pair, with "
+        "no more in flight than on the instances that decode",
+    )
+
+    @property
+    def divides(self) -> bool:
+        """Whether requests are divided for this alone."""
+        return self.mode != OFF and (self.protocol is not None or self.mode is not None)
+
+
 class ConfigProfile(_Written):
     """One profile. What it leaves out is as the flags of the same name say."""
 
@@ -122,6 +152,9 @@ class ConfigProfile(_Written):
         None,
         description="prompt lengths by instance: the first whose labels an instance has counts, one without "
         "any takes all; left out: what the instances say themselves",
+    )
+    disaggregation: Disaggregation | None = Field(
+        None, description="how requests are divided between prefill and decode instances"
     )
     auto: AutoHints | None = Field(None, description="when config-profile: auto takes this profile")
 
@@ -152,6 +185,26 @@ class ModelProfiles(_Written):
         if not name or (name == DEFAULT and name not in self.profiles):
             return self.default or DEFAULT
         return name
+
+    def chosen(self, asked: str, prompt_tokens: int, max_tokens: int) -> str:
+        """The name of the profile for a request with this `config-profile`."""
+        return self.named(self.auto(prompt_tokens, max_tokens) if asked.lower() == AUTO else asked)
+
+    def strategy(self, name: str, asked: str) -> str:
+        """What counts for a request with this `routing-strategy` in the profile of this name; empty: it is
+        left to the default."""
+        one = self.profiles.get(name)
+        own = (one.routing_strategy if one is not None else None) or ""
+        asked = "" if one is not None and one.locked else asked
+        return self.locked_routing_strategy or asked or own
+
+    def policy(self, name: str, asked: str) -> str:
+        """The same as a policy: DISAGGREGATED is none, and leaves it to what would count after it."""
+        one = self.profiles.get(name)
+        locked = bool(self.locked_routing_strategy) or (one is not None and one.locked)
+        own = one.routing_strategy if one is not None else None
+        texts = self.locked_routing_strategy, "" if locked else asked, own
+        return next((text for text in texts if text and text != DISAGGREGATED), "")
 
     def auto(self, prompt_tokens: int, max_tokens: int) -> str:
         """The profile that fits a request's size best; empty if none says that it does."""

@@ -6,11 +6,12 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from penstock.common.settings import Settings
+from penstock.common.profile_settings import ProfilesFileSettings
 from penstock.ingress.disaggregation.protocols import PROTOCOLS, find
+from penstock.ingress.methods import fault_of
 
 
-class DisaggregationSettings(Settings):
+class DisaggregationSettings(ProfilesFileSettings):
     """How requests are divided between prefill and decode instances."""
 
     pd_disagg_protocol: str = Field(
@@ -33,9 +34,19 @@ class DisaggregationSettings(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.pd_disagg_protocol:
-            try:
-                find(self.pd_disagg_protocol, staged=self.separate_pd_scheduling)
-            except ValueError as exc:
-                raise ValueError(f"--pd-disagg-protocol: {exc}") from None
+        protocol, staged, faults = self.pd_disagg_protocol, self.separate_pd_scheduling, []
+        try:
+            if protocol:
+                find(protocol, staged=staged)
+        except ValueError as exc:
+            faults.append(f"--pd-disagg-protocol: {exc}")
+        try:
+            for model, one in self.profiles().items():
+                if fault := fault_of(one, protocol, staged=staged):
+                    faults.append(f"--profiles-file {self.profiles_file}: {model}: {fault}")
+        except (OSError, ValueError) as exc:
+            cause = exc.strerror if isinstance(exc, OSError) else exc
+            faults.append(f"--profiles-file {self.profiles_file}: {cause}")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self

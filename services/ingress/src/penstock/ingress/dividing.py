@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from penstock.common.model import Instance, InstanceId, Role
+from penstock.common.model import Instance, InstanceId
+from penstock.common.profiles import BATCHED, STAGED, ModelProfiles
 from penstock.common.telemetry import Metrics
 from penstock.ingress.disaggregation.bodies import DIVIDED_PATHS, Members, divisible, members, members_at
 from penstock.ingress.disaggregation.protocol import Pair, Question
-from penstock.ingress.disaggregation.protocols import BATCHED, PD, STAGED, Method, find, method_of, spoken_by
+from penstock.ingress.disaggregation.protocols import PD, Method
 from penstock.ingress.divided import Divided
 from penstock.ingress.errands import Errands
-from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
+from penstock.ingress.methods import Methods
 from penstock.ingress.openai import InferenceRequest
 
 if TYPE_CHECKING:
@@ -26,20 +28,17 @@ MAX_KNOWN = 8192
 
 
 class Dividing:
-    """The method of one ingress process, what prefill instances told, figures, cancellations."""
+    """The methods of one ingress process, what prefill instances told, figures, cancellations."""
 
     def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         settings = gateway.settings
-        self._gateway, self._staged = gateway, settings.separate_pd_scheduling
-        self._method: Method | None = None
-        if settings.pd_disagg_protocol:
-            find(settings.pd_disagg_protocol, staged=self._staged)
-            self._method = method_of(settings.pd_disagg_protocol, staged=self._staged)
+        self._gateway = gateway
+        self.methods = Methods(
+            settings.pd_disagg_protocol, staged=settings.separate_pd_scheduling, table=gateway.table
+        )
         self.errands = Errands(gateway.upstreams, gateway.settings.engine_api_key.get_secret_value())
         self.prefill_timeout_s, self.lease_s = settings.prefill_timeout, settings.prefill_lease
         self._told: dict[InstanceId, tuple[Instance, Question, Any]] = {}
-        self._methods: dict[str, Method | None] = {}
-        self._version = -1
         self._pairs = metrics.counter(
             "penstock_ingress_pairs_total",
             "Pairs of a prefill and a decode instance by what became of them",
@@ -62,17 +61,21 @@ class Dividing:
             "penstock_ingress_decode_ttft_seconds", "Decode request sent to the first piece of its answer"
         ).labels()
 
+    def configure(self, profiles: Mapping[str, ModelProfiles]) -> None:
+        """From here on the config profiles are these, by model or ANY_MODEL."""
+        self.methods.configure(profiles)
+        self._gateway.divides = self.methods.divides
+
     def wants(self, strategy: bytes | None) -> bool:
         """Whether a request with such a `routing-strategy` is to be divided, if it can be."""
-        return self._method is not None or strategy == PD.encode()
+        return self.methods.divides or strategy == PD.encode()
 
     def begin(self, exchange: Exchange, inference: InferenceRequest | Facts) -> None:
         """Have the request divided, if it can be. Raises GatewayError where nobody says how."""
-        request, method = exchange.request, self._method
+        request, path = exchange.request, exchange.head.path
+        method = self.methods.of(request)
         if request.strategy == PD:
             request = exchange.request = msgspec.structs.replace(request, strategy="")
-            method = method or self._spoken(request.model)
-        path = exchange.head.path
         if method is None or path not in DIVIDED_PATHS:
             return
         parts = _parts(exchange, inference)
@@ -118,25 +121,6 @@ class Dividing:
 
     def _cancelled(self, cause: str) -> None:
         self._cancels.inc("lost" if cause else "arrived")
-
-    def _spoken(self, model: str) -> Method:
-        """The method by what the prefill instances of a model speak."""
-        table = self._gateway.table
-        if self._version != table.version or len(self._methods) >= MAX_KNOWN:
-            self._methods.clear()
-            self._version = table.version
-        if model not in self._methods:
-            spoken = {spoken_by(one) for one in table.serving(model) if one.role is Role.PREFILL}
-            known = next(iter(spoken)) if len(spoken) == 1 else ""
-            self._methods[model] = method_of(known, staged=self._staged) if known else None
-        method = self._methods[model]
-        if method is None:
-            text = (
-                f"routing-strategy {PD}: no --pd-disagg-protocol is set, and the prefill instances of "
-                f"'{model}' do not name one protocol (label kv_connector, or engine sglang)"
-            )
-            raise GatewayError("invalid_strategy", text, param="routing-strategy")
-        return method
 
 
 def _parts(exchange: Exchange, inference: InferenceRequest | Facts) -> Members:

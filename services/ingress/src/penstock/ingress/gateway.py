@@ -97,7 +97,7 @@ class Gateway:
         self.owners = Owners(table)
         self.speeds = Speeds()
         self.draining = False
-        # Whether every request that can be is divided: all that the others look at.
+        # Whether requests are divided that do not ask for it: all that the others look at.
         self.divides = bool(settings.pd_disagg_protocol)
         self._decision_numbers = itertools.count(1)
         self._request_numbers = itertools.count(1)

@@ -23,6 +23,7 @@ from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.limiter import Limiter
+from penstock.ingress.profile_keeping import ProfileKeeper
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ class IngressService:
         # Schedulers that came back with the bus know nothing of what runs here.
         self._gateway.account.snapshot_due = True
 
-    async def watch(self) -> None:
-        """Keep the instance table, and hear which schedulers are there."""
+    async def watch(self, profiles: ProfileKeeper | None = None) -> None:
+        """Keep the instance table, and hear which schedulers are there; `profiles` reads what the instances
+        bring along."""
         replicas = self._gateway.placer.replicas
         await self._bus.subscribe(
             HEARTBEAT, lambda beat: replicas.heard(beat, self._gateway.clock()), SCHEDULER
@@ -80,6 +82,8 @@ class IngressService:
             cause = event.cause if isinstance(event, Lost) else ""
             if changed:
                 self._gateway.forget_gone()
+                if profiles is not None:
+                    profiles.registry(table.instances())
             if changed or isinstance(event, Lost | Listing):
                 self._log_table(table, cause)
             if was_known and table.lost is not was_lost:
@@ -91,6 +95,7 @@ class IngressService:
         capture: Capture,
         limiter: Limiter | None = None,
         keys: KeyKeeper | None = None,
+        profiles: ProfileKeeper | None = None,
     ) -> None:
         """Keep up with the live configuration."""
         if limiter is not None:
@@ -104,6 +109,8 @@ class IngressService:
                 self._gateway.limits = limiter.if_active
             if keys is not None:
                 keys.changed(changed)
+            if profiles is not None:
+                profiles.changed(changed)
             try:
                 capture.config = of_document(live.get(MIRROR, NAME))
             except BadMirrorConfig as exc:

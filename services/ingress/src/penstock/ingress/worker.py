@@ -41,6 +41,7 @@ from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.large_bodies import Setup
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.placing import Placer
+from penstock.ingress.profile_keeping import ProfileKeeper
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.waiting_room import WaitingRoom
@@ -146,6 +147,13 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         host.lifecycle.require("api-keys", keys.missing)
         if settings.api_keys != LIVE:
             host.lifecycle.add_loop("api-keys-file", keys.follow_file())
+    profiles = ProfileKeeper(
+        live,
+        settings.profiles_file,
+        gateway.dividing.methods.fault,
+        gateway.dividing.configure,
+        gateway.degraded,
+    )
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
@@ -176,14 +184,16 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     await server.listen(listening_socket(settings.host, start.port))
+    if settings.profiles_file is not None:
+        host.lifecycle.add_loop("profiles-file", profiles.follow_file())
     if store is not None:
         host.lifecycle.add_loop("limits", limiter.run())
     for name, loop in (
-        ("registry-watch", service.watch()),
+        ("registry-watch", service.watch(profiles)),
         ("load-report", service.report()),
         ("sweep", service.sweep((server, upstreams, externals), time.monotonic)),
         ("large-bodies", large_bodies.run()),
-        ("live-config", service.follow_config(live, capture, limiter, keys)),
+        ("live-config", service.follow_config(live, capture, limiter, keys, profiles)),
         ("mirror-copies", capture.run()),
         ("parent", answer_parent()),
     ):

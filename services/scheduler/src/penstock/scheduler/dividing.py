@@ -6,7 +6,7 @@ goes where the request's policy sends it, among groups that have room to decode;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -21,7 +21,7 @@ from penstock.scheduler.policies.custom import PolicyFault
 from penstock.scheduler.policies.table import DECODE_BALANCE
 from penstock.scheduler.pool import Pool
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.profile import Profile
+from penstock.scheduler.profile import Division, Profile
 from penstock.scheduler.scheduler import (
     HASH_BYTES,
     UNKNOWN,
@@ -41,14 +41,6 @@ NO_PARTNER, OTHER_GROUP = "no-partner", "other-group"
 Group = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Division:
-    """When to divide: not if the instance that would decode lacks fewer prompt tokens than
-    `skip_below_tokens`; computing them costs less than a transfer."""
-
-    skip_below_tokens: int = 0
-
-
 def schedule_divided(
     request: ScheduleRequest,
     view: ClusterView,
@@ -59,8 +51,9 @@ def schedule_divided(
     default: str,
     replicas: int,
 ) -> Decision:
-    """Place one stage of `request`, or both. A placement without `prefill_instance` is not divided: one
-    instance does all of it. Nothing is changed by it."""
+    """Place one stage of `request`, or both; what its config profile says counts before `division`. A
+    placement without `prefill_instance` is not divided: one instance does all of it. Nothing is changed by
+    it."""
     try:
         asked, by_decode = catalog.choose(request, default), catalog.find(DECODE_BALANCE)
     except BadStrategy as exc:
@@ -74,7 +67,10 @@ def schedule_divided(
     divider = _Divider(Case(request, hashes, seed, pool.turn, replicas), pool, view, index, catalog)
     if request.stage is Stage.DECODE:
         return divider.second(by_decode)
-    decision = divider.first(replace(asked, role=Role.PREFILL), by_decode, division)
+    own = asked.division or division
+    skip_below = division.skip_below_tokens if own.skip_below_tokens is None else own.skip_below_tokens
+    own = Division(skip_below or 0, own.neutral)
+    decision = divider.first(replace(asked, role=Role.PREFILL), by_decode, own)
     if decision is not None:
         return decision
     return schedule(request, view, index, catalog, default=default, replicas=replicas)
@@ -100,12 +96,15 @@ class _Divider:
         prefill = self._choose(prefills, by_prefill)
         placed = prefill.outcome
         assert isinstance(placed, Placement)
+        partner = self.pool.instances[self.pool.ids.index(placed.instance)]
+        partners = _in_groups(decodes, {_group(partner)}, OTHER_GROUP)
+        if division.neutral and (alone := self._neutral(by_prefill, prefill, partners)) is not None:
+            return alone
         if case.request.mode is Mode.PD_STAGED:
             return msgspec.structs.replace(
                 prefill, outcome=msgspec.structs.replace(placed, prefill_instance=placed.instance)
             )
-        partner = self.pool.instances[self.pool.ids.index(placed.instance)]
-        decode = self._choose(_in_groups(decodes, {_group(partner)}, OTHER_GROUP), by_decode)
+        decode = self._choose(partners, by_decode)
         assert isinstance(decode.outcome, Placement)
         both = Placement(
             placed.decision_id,
@@ -117,6 +116,25 @@ class _Divider:
             placed.profile,
         )
         return msgspec.structs.replace(decode, outcome=both, policy=prefill.policy, prefill=prefill)
+
+    def _neutral(self, asked: Profile, prefill: Decision, partners: Candidates) -> Decision | None:
+        """All of it on a neutral instance, if that one would answer sooner than prefill's is expected to,
+        and holds no more requests than the emptiest that would decode."""
+        everybody = replace(asked, role=Role.NEUTRAL).candidates(self.case, self.pool, self.view.loads)
+        neutral = _kept(everybody, lambda one: one.role is Role.NEUTRAL, NO_PARTNER)
+        if not len(neutral):
+            return None
+        alone = self._choose(neutral, asked)
+        if self._ttft_ms(alone) >= self._ttft_ms(prefill):
+            return None
+        return alone if self.view.loads.queued[alone.slot] <= partners.least else None
+
+    def _ttft_ms(self, decision: Decision) -> float:
+        """As `cache-aware` expects it."""
+        placed, loads = decision.outcome, self.view.loads
+        assert isinstance(placed, Placement)
+        uncached = self.case.request.prompt_tokens - placed.matched_tokens
+        return float(loads.wait_ms[decision.slot] + uncached * loads.ms_per_token[decision.slot])
 
     def second(self, by_decode: Profile) -> Decision:
         """The instance that decodes what another one has computed, known by the request alone."""
@@ -161,8 +179,12 @@ def _groups(candidates: Candidates) -> set[Group]:
 
 
 def _in_groups(candidates: Candidates, groups: Iterable[Group], reason: str) -> Candidates:
+    return _kept(candidates, lambda one: _group(one) in groups, reason)
+
+
+def _kept(candidates: Candidates, wanted: Callable[[Instance], bool], reason: str) -> Candidates:
     kept = candidates.kept
     if not len(candidates):
         return candidates
-    flags = np.fromiter((_group(kept.pool.instances[row]) in groups for row in kept.rows), dtype=np.bool_)
+    flags = np.fromiter((wanted(kept.pool.instances[row]) for row in kept.rows), dtype=np.bool_)
     return Candidates(kept.keep(flags, reason), candidates.loads)

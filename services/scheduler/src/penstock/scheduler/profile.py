@@ -31,6 +31,16 @@ MAX_STANDING = 256
 
 
 @dataclass(frozen=True)
+class Division:
+    """When to divide: not if the instance that would decode lacks fewer prompt tokens than
+    `skip_below_tokens` (None: as elsewhere), whose computing costs less than a transfer. `neutral`: an
+    instance that does all of a request takes it where it answers sooner than a pair."""
+
+    skip_below_tokens: int | None = None
+    neutral: bool = False
+
+
+@dataclass(frozen=True)
 class Profile:
     """`scorers` come with weights that sum to 1, so that totals stay in 0..1; none scores everybody 0.
     `by_prefix`: whether the prefix index is asked."""
@@ -49,6 +59,8 @@ class Profile:
     thresholds: Thresholds = Thresholds()  # noqa: RUF009  # frozen
     # The config profile that it was made for, if any.
     config: str = ""
+    # What the config profile says of disaggregation, if anything.
+    division: Division | None = None
 
     @cached_property
     def weights(self) -> dict[str, float]:

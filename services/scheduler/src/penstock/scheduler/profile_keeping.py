@@ -12,9 +12,9 @@ from penstock.common.config_keeping import follow_config
 from penstock.common.followed_file import follow_file
 from penstock.common.live_config import PROFILE, Changed, LiveConfig, expose_config
 from penstock.common.model import Instance
+from penstock.common.profile_sources import FILE, ProfileSources
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.policies.configured import ConfiguredCatalog
-from penstock.scheduler.profile_sources import FILE, ProfileSources
 from penstock.scheduler.telling import Teller
 
 

@@ -44,13 +44,13 @@ from penstock.common.subjects import (
 )
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.absences import LOGGED_IDS, Absences
-from penstock.scheduler.dividing import Division
 from penstock.scheduler.explaining import Explaining
 from penstock.scheduler.faults import PolicyFaults
 from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.peers import SILENCE_S
 from penstock.scheduler.policies.configured import ConfiguredCatalog
+from penstock.scheduler.profile import Division
 from penstock.scheduler.profile_keeping import ProfileKeeper
 from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica

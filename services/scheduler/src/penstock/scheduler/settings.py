@@ -8,9 +8,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from penstock.common.followed_file import read_bytes
 from penstock.common.messages import MAX_BLOCKS
-from penstock.common.profiles import ModelProfiles, read_file
+from penstock.common.profile_settings import ProfilesFileSettings
 from penstock.common.settings import InstanceLimitSettings, ServiceSettings
 from penstock.scheduler import plugins
 from penstock.scheduler.policies.catalog import MAX_COEFFICIENT
@@ -19,7 +18,7 @@ from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
 
 
-class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
+class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, ServiceSettings):
     """Decides which instance serves each request."""
 
     admin_port: int = Field(
@@ -38,11 +37,6 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         "",
         description="Python files with policies of your own, comma-separated: each has POLICIES, a dict of "
         f"name -> function; packages bring theirs by the entry point group {plugins.GROUP}",
-    )
-    profiles_file: Path | None = Field(
-        None,
-        description="YAML file with config profiles by model, read again when it changes; see the guide on "
-        "profiles",
     )
     pd_skip_below_tokens: int = Field(
         0,
@@ -111,7 +105,7 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         except ValueError as exc:
             faults.append(f"--default-routing-strategy: {exc}")
         try:
-            for model, one in self._profiles().items():
+            for model, one in self.profiles().items():
                 if fault := catalog.fault(one):
                     faults.append(f"--profiles-file {self.profiles_file}: {model}: {fault}")
         except (OSError, ValueError) as exc:
@@ -120,9 +114,6 @@ class SchedulerSettings(InstanceLimitSettings, ServiceSettings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-    def _profiles(self) -> Mapping[str, ModelProfiles]:
-        return read_file(read_bytes(self.profiles_file)) if self.profiles_file else {}
 
     @property
     def thresholds(self) -> Thresholds:

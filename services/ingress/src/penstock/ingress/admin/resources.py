@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from penstock.common.live_config import KEY, MIRROR, PROFILE, ROUTE, USER
 from penstock.common.mirroring import MirrorConfig
 from penstock.common.profiles import ModelProfiles
 from penstock.ingress.api_keys import ApiKey
 from penstock.ingress.limit_settings import UserRecord
+from penstock.ingress.methods import fault_of
 from penstock.ingress.route_config import RouteDocument, masked
 
 
@@ -35,10 +36,20 @@ class Resource:
     masked: Callable[[Any], Any] = lambda value: value
 
 
+class ProfileDocument(ModelProfiles):
+    """The profiles of one model."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if fault := fault_of(self, "", staged=False):
+            raise ValueError(fault)
+        return self
+
+
 RESOURCES: tuple[Resource, ...] = (
     Resource("mirror", MIRROR, MirrorConfig, "mirror configuration", singleton=True),
     Resource("routes", ROUTE, RouteDocument, "the routes", singleton=True, masked=masked),
-    Resource("profiles", PROFILE, ModelProfiles, "profile document"),
+    Resource("profiles", PROFILE, ProfileDocument, "profile document"),
     Resource("users", USER, UserRecord, "user record"),
     Resource("keys", KEY, ApiKey, "API key"),
 )

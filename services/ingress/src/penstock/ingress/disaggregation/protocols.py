@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from penstock.common.messages import Mode, Stage
 from penstock.common.model import Instance
+from penstock.common.profiles import BATCHED, DISAGGREGATED, STAGED
 from penstock.ingress.disaggregation.protocol import DisaggregationProtocol
 from penstock.ingress.disaggregation.sglang_mooncake import SglangMooncake
 from penstock.ingress.disaggregation.vllm_kvt import VllmKvt
 from penstock.ingress.disaggregation.vllm_mooncake import VllmMooncake
 from penstock.ingress.disaggregation.vllm_nixl import VllmNixl
 
-BATCHED, STAGED = "batched", "staged"
-# The routing strategy that asks for disaggregation where no setting does.
-PD = "pd"
-# What an instance's record says of its engine's connector.
-CONNECTOR_LABEL = "kv_connector"
+# The routing strategy that asks for disaggregation where nothing else does.
+PD = DISAGGREGATED
+# What an instance's record says of its engine's connector; the second is AIBrix's.
+CONNECTOR_LABELS = "kv_connector", "model.aibrix.ai/kv-connector-type"
 
 # Name -> mode -> protocol. A mode that is not here cannot be done.
 PROTOCOLS: Mapping[str, Mapping[str, DisaggregationProtocol]] = {
@@ -27,7 +27,8 @@ PROTOCOLS: Mapping[str, Mapping[str, DisaggregationProtocol]] = {
     "sglang-mooncake": {BATCHED: SglangMooncake()},
 }
 
-_BY_CONNECTOR = {"nixl": "vllm-nixl", "mooncake": "vllm-mooncake", "kvt": "vllm-kvt"}
+# AIBrix calls what speaks NIXL's wire format by the file system that it was written for first.
+_BY_CONNECTOR = {"shfs": "vllm-nixl", "nixl": "vllm-nixl", "mooncake": "vllm-mooncake", "kvt": "vllm-kvt"}
 
 
 class Method(NamedTuple):
@@ -46,7 +47,7 @@ class Method(NamedTuple):
 def spoken_by(instance: Instance) -> str:
     """The protocol that an instance's record names, "" if none: by label (a protocol's name, or that of a
     vLLM connector such as NixlConnector), else by an engine that has one only."""
-    label = instance.labels.get(CONNECTOR_LABEL, "").lower()
+    label = next((instance.labels[name] for name in CONNECTOR_LABELS if name in instance.labels), "").lower()
     if label:
         connector = label.removesuffix("connector")
         return label if label in PROTOCOLS else _BY_CONNECTOR.get(connector, "")

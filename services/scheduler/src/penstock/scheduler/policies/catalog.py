@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from penstock.common.messages import Reason, ScheduleRequest
-from penstock.common.profiles import AUTO, DEFAULT
+from penstock.common.profiles import AUTO, DEFAULT, DISAGGREGATED
 from penstock.scheduler.policies.custom import Custom, Policy
 from penstock.scheduler.policies.filters import NotExcluded, NotSaturated
 from penstock.scheduler.policies.pickers import Best
@@ -28,11 +28,6 @@ MAX_PROFILES = 256
 _QUOTED = 120
 # The label of weighted lists in metrics.
 WEIGHTED = "weighted-list"
-
-
-# The strategy by which a request asks for disaggregation (its ingress sets the mode); where its instances are
-# is left to the default.
-DISAGGREGATED = "pd"
 
 
 class BadStrategy(ValueError):
@@ -173,5 +168,6 @@ def _distinct(names: Iterable[str]) -> Iterator[str]:
 
 
 def strategy_of(request: ScheduleRequest) -> str:
-    """The text of the policy that a request names; empty if it leaves that to others."""
+    """The text of the policy that a request names; empty if it leaves that to others, as one does that asks
+    for disaggregation (its ingress sets the mode)."""
     return "" if request.strategy == DISAGGREGATED else request.strategy

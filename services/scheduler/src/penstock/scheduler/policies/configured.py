@@ -8,12 +8,20 @@ from typing import Protocol, TypeVar
 
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance
-from penstock.common.profiles import ANY_MODEL, AUTO, DEFAULT, ConfigProfile, ModelProfiles, PromptBucket
+from penstock.common.profiles import (
+    ANY_MODEL,
+    AUTO,
+    DEFAULT,
+    DISAGGREGATED,
+    ConfigProfile,
+    ModelProfiles,
+    PromptBucket,
+)
 from penstock.scheduler.policies.catalog import MAX_PROFILES, BadProfile, BadStrategy, Catalog, strategy_of
 from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.filters import FittingPrompt
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.profile import Profile
+from penstock.scheduler.profile import Division, Profile
 
 T = TypeVar("T")
 
@@ -55,7 +63,7 @@ class ConfiguredCatalog(Catalog):
             named[f"profiles.{name}.routing_strategy"] = one.routing_strategy
         for field, text in named.items():
             try:
-                if text:
+                if text and text != DISAGGREGATED:
                     self.find(text)
             except BadStrategy as exc:
                 return f"{field}: {exc}"
@@ -83,16 +91,15 @@ class ConfiguredCatalog(Catalog):
 
     def _make_chosen(self, config: ModelProfiles, asked: str, strategy: str, default: str) -> Profile:
         name = config.named(asked)
-        one, lock = config.profiles.get(name), config.locked_routing_strategy
+        one, policy = config.profiles.get(name), config.policy(name, strategy) or default
         if one is None:
             if asked not in ("", DEFAULT):
                 raise BadProfile(asked, config.profiles)
-            return self.find(lock or strategy or default)
-        if one.locked:
-            strategy = ""
-        profile = self._variant(one).find(lock or strategy or one.routing_strategy or default)
+            return self.find(policy)
         fitting = FittingPrompt(_Lengths(name, one.prompt_buckets, self._own))
-        return replace(profile, filters=(fitting, *profile.filters), config=name)
+        profile, said = self._variant(one).find(policy), one.disaggregation
+        division = Division(said.skip_below_tokens, said.neutral) if said is not None else None
+        return replace(profile, filters=(fitting, *profile.filters), config=name, division=division)
 
     def _variant(self, one: ConfigProfile) -> Catalog:
         """The policies with a profile's own parameters."""
