@@ -17,7 +17,7 @@ from penstock.common.settings import BusSettings
 from penstock.common.subjects import EVENTS, event_filter
 from penstock.common.telemetry import Metrics
 
-STORED_WITHIN_S = 20.0
+STORED_WITHIN_S = 60.0
 
 
 @dataclass

@@ -68,7 +68,7 @@ class PdStack:
                 assert transfers["blocks_kept"] == 0, (engine, transfers)
             return True
 
-        await eventually(quiet, 20.0)
+        await eventually(quiet)
         for port in self.admin_ports.values():
             async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
                 page = await response.text()

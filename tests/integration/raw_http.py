@@ -12,7 +12,7 @@ from integration.servers import eventually
 
 HOST = "127.0.0.1"
 MODEL = b"sim-model"
-WAIT_S = 15.0
+WAIT_S = 60.0
 BODY = b'{"model":"%b","messages":[{"role":"user","content":"hi"}]}' % MODEL
 CHAT = b"POST /v1/chat/completions HTTP/1.1"
 

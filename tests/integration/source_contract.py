@@ -20,7 +20,7 @@ from integration.servers import eventually
 from penstock.common.model import Endpoint, Instance, Role
 from penstock.discovery.ports import Source, SourceState
 
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 
 class StoreLab(Protocol):

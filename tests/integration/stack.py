@@ -20,7 +20,7 @@ from integration.servers import NatsServer, Process, eventually, free_port
 from penstock.sim.text import expected_text
 
 MODEL = "sim-model"
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 
 
 @dataclass

@@ -249,7 +249,7 @@ async def test_a_hostile_name_ends_no_line_of_a_log_or_a_metric(stack: StackOfUs
         await hostile.settle()
         scheduler = stack.schedulers[0]
         # It is silent from here on, and that is said with its name.
-        await eventually(lambda: scheduler.find("ingresses are silent.*x-evil"), 20.0)
+        await eventually(lambda: scheduler.find("ingresses are silent.*x-evil"))
         assert not [line for line in scheduler.lines if line.startswith("x-evil")]
         for port in admin_ports(stack):
             async with session.get(f"http://127.0.0.1:{port}/metrics") as response:

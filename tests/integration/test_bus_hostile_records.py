@@ -205,7 +205,7 @@ async def test_a_lease_that_nobody_can_read_is_taken_over(stack: StackOfUsers) -
         await eventually(lambda: discovery.find("is written by unreadable"))
         taken = [line for line in discovery.lines if "is written by this replica" in line]
         again = "is written by this replica"
-        await eventually(lambda: len([li for li in discovery.lines if again in li]) > len(taken), 20.0)
+        await eventually(lambda: len([li for li in discovery.lines if again in li]) > len(taken))
 
 
 async def test_hostile_events_do_not_stop_whoever_follows_the_log(stack: StackOfUsers) -> None:

@@ -30,7 +30,7 @@ from penstock.common.subjects import (
 
 pytestmark = pytest.mark.integration
 
-READY_S = 20.0
+READY_S = 60.0
 HEADERS = {"authorization": f"Bearer {secrets()['admin-token']}"}
 
 

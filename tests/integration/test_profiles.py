@@ -170,7 +170,7 @@ async def test_the_annotation_of_aibrix_pods_decides(tmp_path: Path, session: ai
                 short, long = await targets("hi"), await targets("word " * 100)
                 return (short, long) == ({("short.default", "random")}, {("long.default", "random")})
 
-            await eventually(by_length, 20.0)
+            await eventually(by_length)
             by_header = await targets("hi", **{"config-profile": "throughput"})
             assert {strategy for _, strategy in by_header} == {"throughput"}
             await api.put("pods", annotated("short", ports[0], "{broken"))

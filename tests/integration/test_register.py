@@ -21,7 +21,7 @@ from penstock.common.model import Role
 pytestmark = pytest.mark.integration
 
 HEARTBEAT_S = "0.4"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 MODEL, ADAPTER = "sim-model", "sim-adapter"
 SERVER_INFO = {
     "disaggregation_mode": "prefill",

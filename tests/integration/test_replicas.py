@@ -79,7 +79,7 @@ async def test_no_request_fails_and_no_session_moves_while_every_replica_is_repl
                 ends = await labelled(d.session, port, "penstock_scheduler_warm_ups", "end")
                 assert ends["snapshot"] == 2
 
-            await until_true(warmed_again, 20.0)
+            await until_true(warmed_again, 60.0)
             await d.shows("penstock_ingress_schedulers", lambda v: v == 2)
             # From here on the one that was frozen answers alone.
             await asyncio.to_thread(stack.schedulers.pop(1).kill)

@@ -19,7 +19,7 @@ from penstock.common.subjects import EVENTS, INSTANCES
 
 pytestmark = pytest.mark.integration
 
-LEAVES_WITHIN_S = 20.0
+LEAVES_WITHIN_S = 60.0
 HEALS_WITHIN_S = 60.0
 
 

@@ -59,7 +59,7 @@ async def test_instances_stay_for_one_time_after_the_store_lost_them_and_no_long
         await store.put(instance("b", 8001))
         await reader.until_like(instance("b", 8001), "endpoint")
         assert reader.lists("a", "b")
-        await eventually(lambda: reader.lists("b") or reader.lists(), 15.0)
+        await eventually(lambda: reader.lists("b") or reader.lists())
         assert not [state for state in reader.states if state.stale and len(state.instances) < 2]
 
 

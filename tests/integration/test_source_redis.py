@@ -217,7 +217,7 @@ async def test_sentinels_name_the_master_also_after_a_failover() -> None:
             with replica.client() as follower:
                 await eventually(lambda: follower.exists(PREFIX + "a"))
                 await store.away("stopped")
-                await eventually(lambda: follower.info("replication")["role"] == "master", 20)
+                await eventually(lambda: follower.info("replication")["role"] == "master")
             promoted = RedisStore(replica)
             await promoted.put(instance("b"))
             await reader.until("a", "b")

@@ -59,12 +59,12 @@ async def test_the_stack_starts_answers_and_leaves_nothing_behind(tmp_path: Path
             "--count",
             "1",
         ) as tap:
-            await asyncio.to_thread(tap.assert_exit, 0, 20.0)
+            await asyncio.to_thread(tap.assert_exit, 0, 60.0)
         events = [json.loads(line) for line in tap.out if line.startswith("{")]
         assert [event["type"] for event in events] == ["penstock.outcome.v1"]
 
         up.interrupt()
-        await asyncio.to_thread(up.assert_exit, 0, 20.0)
+        await asyncio.to_thread(up.assert_exit, 0, 60.0)
         assert [child for child in children if child.is_running() and child.status() != "zombie"] == []
         assert os.listdir(tmp_path) == []
 
@@ -90,7 +90,7 @@ async def test_a_service_that_dies_is_started_again() -> None:
 
             await eventually(placed_by_a_scheduler, START_TIMEOUT_S)
         up.terminate()
-        await asyncio.to_thread(up.assert_exit, 0, 20.0)
+        await asyncio.to_thread(up.assert_exit, 0, 60.0)
 
 
 async def test_an_engine_that_registers_joins_a_running_stack_and_leaves_it_when_it_dies() -> None:
@@ -124,20 +124,20 @@ async def test_an_engine_that_registers_joins_a_running_stack_and_leaves_it_when
             sidecar.terminate()
             await asyncio.to_thread(sidecar.assert_exit, 0)
         up.terminate()
-        await asyncio.to_thread(up.assert_exit, 0, 20.0)
+        await asyncio.to_thread(up.assert_exit, 0, 60.0)
 
 
 def test_a_taken_port_is_explained_before_anything_starts() -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)), penstock("up", "--port", str(port)) as up:
-        up.assert_exit(2, 20.0)
+        up.assert_exit(2, 60.0)
     assert f"--port {port}" in up.stderr
     assert "in use" in up.stderr
 
 
 def test_every_fault_of_the_flags_is_told_at_once() -> None:
     with penstock("up", "--workers", "0", "--no-such-flag", "--llm-backend-endpoints", "x@h:1") as up:
-        up.assert_exit(2, 20.0)
+        up.assert_exit(2, 60.0)
     for part in ("--workers", "--no-such-flag", "--llm-backend-endpoints", "prefill"):
         assert part in up.stderr
 
@@ -145,5 +145,5 @@ def test_every_fault_of_the_flags_is_told_at_once() -> None:
 @pytest.mark.parametrize("service", ["ingress", "scheduler", "discovery", "mirror", "sim", "register"])
 def test_every_service_refuses_bad_settings_with_code_2(service: str) -> None:
     with penstock(service, "--no-such-flag") as process:
-        process.assert_exit(2, 20.0)
+        process.assert_exit(2, 60.0)
     assert "--no-such-flag: unknown flag" in process.stderr

@@ -64,7 +64,7 @@ async def nothing_in_flight(session: aiohttp.ClientSession, stack: StackOfUsers)
             counts.append(await metric(session, port, "penstock_scheduler_in_flight_requests"))
         return not any(counts)
 
-    await eventually(empty, 20.0)
+    await eventually(empty)
 
 
 def processes(stack: StackOfUsers) -> list[Process]:

@@ -24,7 +24,7 @@ from penstock.cli.processes import (
     next_delay,
 )
 
-PATIENCE_S = 20.0
+PATIENCE_S = 30.0
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

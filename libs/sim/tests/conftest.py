@@ -59,7 +59,7 @@ class Client:
         reader, writer = await asyncio.open_connection(self.instance.host, self.instance.port)
         try:
             writer.write(data)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 return await reader.read()
         finally:
             writer.close()
@@ -68,8 +68,8 @@ class Client:
         return await self.get("/sim/state")
 
     async def eventually(self, **expected: object) -> Any:
-        """The state once it has these values; fails after 10 s."""
-        async with asyncio.timeout(10):
+        """The state once it has these values; fails after 30 s."""
+        async with asyncio.timeout(30):
             while True:
                 state = await self.state()
                 if all(state[name] == value for name, value in expected.items()):

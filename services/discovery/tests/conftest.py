@@ -12,7 +12,7 @@ from aiohttp import web
 
 from penstock.common.model import Endpoint
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 POLL_S = 0.005
 
 LOAD = 'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_waiting{engine="0"} 1\n'

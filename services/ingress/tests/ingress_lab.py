@@ -50,7 +50,7 @@ from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.waiting_room import WaitingRoom
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 HOST = "127.0.0.1"
 MODEL = "m"
 CHAT = "/v1/chat/completions"

@@ -105,7 +105,7 @@ async def running(token: str = "") -> AsyncIterator[Lab]:
 
 
 async def eventually(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110  # a condition of several objects, with a deadline
             await asyncio.sleep(0.005)
 

@@ -15,7 +15,7 @@ from penstock.mirror.adapters.shadow_client import ShadowClient
 from penstock.mirror.ports import ShadowFailed
 from penstock.mirror.shadow_request import ShadowRequest
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Server:

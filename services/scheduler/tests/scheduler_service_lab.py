@@ -121,7 +121,7 @@ async def replica(
         assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
 
 
-async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  # what is waited for is state without an event
             await asyncio.sleep(0.005)
@@ -146,7 +146,7 @@ async def register(client: MemoryBus, *names: str, complete: bool = True) -> Non
 async def events_of(client: MemoryBus, event_type: str, count: int) -> list[dict[str, Any]]:
     """The first events of a type in the log; TimeoutError if there are fewer."""
     events: list[dict[str, Any]] = []
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         async for stored in client.follow(EVENTS, event_filter(event_type), since_s=60):
             events += json.loads(stored.payload)
             if len(events) >= count:

@@ -42,7 +42,7 @@ async def policy_of(client: Any, **more: Any) -> str:
 
 async def decides(client: Any, policy: str, **more: Any) -> None:
     """Wait until requests are decided by it."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while await policy_of(client, **more) != policy:  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.005)
 
