@@ -35,6 +35,7 @@ from penstock.common.subjects import (
     EVENTS,
     HEARTBEAT,
     INSTANCES,
+    LIMITS,
     LOAD,
     MIRROR,
     MIRROR_PRIMARY,
@@ -86,6 +87,10 @@ PUBLISHING: dict[str, frozenset[str]] = {
             f"STREAM.UPDATE.{COPIES.name}",
         )
     },
+    LIMITS.subject("key.60.1"): who("ingress"),
+    **{f"$JS.API.STREAM.{call}.{LIMITS.name}": who("ingress") for call in ("INFO", "CREATE", "UPDATE")},
+    f"$JS.API.STREAM.MSG.GET.{LIMITS.name}": NOBODY,
+    f"$JS.API.DIRECT.GET.{LIMITS.name}": NOBODY,
     f"$JS.API.CONSUMER.MSG.NEXT.{COPIES.name}.another": NOBODY,
     f"$JS.API.CONSUMER.CREATE.{COPIES.name}": NOBODY,
     f"$JS.API.DIRECT.GET.{COPIES.name}": NOBODY,
@@ -133,7 +138,7 @@ PUBLISHING: dict[str, frozenset[str]] = {
     f"$JS.API.CONSUMER.CREATE.{LOG}": NOBODY,
     **{
         f"$JS.API.STREAM.{call}.{stream}": NOBODY
-        for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED, COPIES.name)
+        for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED, COPIES.name, LIMITS.name)
         for call in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE")
     },
     "$JS.API.STREAM.CREATE.ANOTHER": NOBODY,
@@ -156,6 +161,7 @@ SUBSCRIBING: dict[str, frozenset[str]] = {
     MIRROR.pattern: NOBODY,
     f"{MIRROR.pattern} {MIRROR.queue_group}": NOBODY,
     MIRROR_PRIMARY.pattern: who("mirror"),
+    LIMITS.subject(">"): NOBODY,
     HEARTBEAT.pattern: who("scheduler"),
     HEARTBEAT.name("scheduler"): who("scheduler", "ingress"),
     EVENTS.subjects[0]: frozenset({JOIN, AUDITOR}),

@@ -13,6 +13,7 @@ from penstock.common.codec import encode
 from penstock.common.messages import MAX_BATCH, MAX_BLOCKS, ScheduleBatch, ScheduleRequest
 from penstock.common.subjects import (
     BUCKETS,
+    COUNTERS,
     EVENTS,
     MIRROR,
     SCHEDULE,
@@ -105,12 +106,13 @@ def covers(pattern: str, other: str) -> bool:
 def test_no_subject_but_that_of_copies_is_covered_by_another_or_by_a_stream() -> None:
     patterns = [subject.pattern for subject in SUBJECTS if subject is not MIRROR]
     patterns += [pattern for stream in STREAMS for pattern in stream.subjects]
+    patterns += [counters.subject(">") for counters in COUNTERS]
     assert len(set(patterns)) == len(patterns)
     assert not [(a, b) for a in patterns for b in patterns if a != b and covers(a, b)]
 
 
 def test_names_of_buckets_and_streams_are_legal() -> None:
-    names = [bucket.stream for bucket in BUCKETS] + [stream.name for stream in STREAMS]
+    names = [bucket.stream for bucket in BUCKETS] + [stream.name for stream in (*STREAMS, *COUNTERS)]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
 

@@ -243,6 +243,13 @@ def _stores(structs: dict[str, type[msgspec.Struct]]) -> Iterator[str]:
         ("stream", "subjects", "bytes of a message at most", "bytes at most", "age at most", "kept in"),
         streams,
     )
+    yield "## Counters\n"
+    yield "Numbers that are added to (NATS's message counters), in memory; at either bound the oldest go.\n"
+    counters = (
+        (_code(c.name), _code(c.subject(">")), f"{c.max_bytes:,}", f"{c.max_age_s:g} s")
+        for c in subjects.COUNTERS
+    )
+    yield from _table(("stream", "subjects", "bytes at most", "age at most"), counters)
 
 
 def _users() -> Iterator[str]:

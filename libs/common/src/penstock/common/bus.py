@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from penstock.common.errors import BusError
-from penstock.common.subjects import Bucket, Service, Stream, Subject
+from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
 
 M = TypeVar("M", bound=msgspec.Struct)
 R = TypeVar("R", bound=msgspec.Struct)
@@ -157,6 +157,17 @@ class Bus(Protocol):
         """Messages of `subject` out of the stream that holds them, each to one process of the subject's queue
         group, at most once, oldest first. The next one is asked for when this is advanced: what nobody has
         hands for stays in the stream, within its bounds. The stream is made, and made anew, as needed."""
+
+    async def ensure_counters(self, counters: Counters) -> float:
+        """Create them unless they exist; the server's clock, Unix seconds.
+
+        Raises:
+            BusError: the bus cannot be asked, or refused.
+        """
+
+    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
+        """Add to one number, 0 until it is added to first, which is created with it. The future gives the
+        sum, or BusError when it is not known to be added; nothing is added twice."""
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         """Create the bucket unless it exists; True if it was created. Raises BusError."""

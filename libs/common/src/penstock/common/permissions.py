@@ -38,6 +38,7 @@ from penstock.common.subjects import (
     HEARTBEAT,
     INSTANCES,
     KV,
+    LIMITS,
     LOAD,
     MIRROR,
     MIRROR_PRIMARY,
@@ -48,6 +49,7 @@ from penstock.common.subjects import (
     SNAPSHOT,
     STATUS,
     Bucket,
+    Counters,
     Stream,
     event_filter,
 )
@@ -109,6 +111,12 @@ def _sharing(stream: Stream, group: str) -> Grant:
     return Grant(tuple(f"$JS.API.{call}" for call in (*calls, *takes)))
 
 
+def _adding(counters: Counters) -> Grant:
+    """Making the counters and adding to them; reading none but in the answer to that."""
+    calls = (f"$JS.API.STREAM.{call}.{counters.name}" for call in ("INFO", "CREATE", "UPDATE"))
+    return Grant((counters.subject(">"), *calls))
+
+
 _READING = Grant((_READ_LOG,), EVENTS.subjects)
 
 SERVICES: Mapping[str, Grant] = {
@@ -124,6 +132,7 @@ SERVICES: Mapping[str, Grant] = {
         (SCHEDULE.request.pattern, SCHEDULE_BY.request.pattern, LOAD.pattern, DISCOVER.request.pattern),
         (HEARTBEAT.name("scheduler"),),
     )
+    + _adding(LIMITS)
     + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern, EXPLAIN.request.pattern, EXPLAIN_NOW.request.pattern)),
     "scheduler": _process("scheduler", PLACEMENT, REJECTION, CONFIG_CHANGE)
     + _watching(INSTANCES)

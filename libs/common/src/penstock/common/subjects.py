@@ -102,6 +102,21 @@ class Stream:
     storage: Literal["file", "memory"] = "file"
 
 
+@dataclass(frozen=True)
+class Counters:
+    """Numbers that are added to, one per key: a stream of message counters (NATS's ADR-49), the last value of
+    each kept in memory for `max_age_s` after it was last added to; at `max_bytes` the oldest go."""
+
+    name: str
+    prefix: str
+    max_bytes: int
+    max_age_s: float
+
+    def subject(self, key: str) -> str:
+        """The subject of one number; `key` is one token or several."""
+        return f"{self.prefix}.{key}"
+
+
 SCHEDULE = Service(
     Subject(f"{_ROOT}.schedule.*", messages.ScheduleBatch, queue_group="scheduler", pending_messages=1024),
     messages.ScheduleReply,
@@ -174,6 +189,8 @@ COPIES = Stream(
     max_message_bytes=512 * KIB,
     storage="memory",
 )
+# What users asked for in a window of time (penstock.ingress.bus_limit_store). Keys are hashes.
+LIMITS = Counters("PENSTOCK_LIMITS", f"{_ROOT}.limits", max_bytes=128 * MIB, max_age_s=150)
 
 _EXPLAINED = EXPLAIN.request, EXPLAIN_NOW.request
 _ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.request, *_EXPLAINED
@@ -181,6 +198,7 @@ _MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, KV, HEARTBEAT, MIRROR, MIRROR_PRIM
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
 STREAMS = (EVENTS, COPIES)
+COUNTERS = (LIMITS,)
 
 # The one shard there is by default; models travel inside the message (DESIGN D3).
 DEFAULT_SHARD = "0"

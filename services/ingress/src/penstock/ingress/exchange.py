@@ -16,8 +16,8 @@ from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
 from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
-from penstock.ingress.limiter import metered, settle
 from penstock.ingress.limits import Reservation
+from penstock.ingress.metering import metered, settle
 from penstock.ingress.openai import InferenceRequest, parse
 from penstock.ingress.outcomes import Outcome, report
 from penstock.ingress.ports import Downstream, ResponseListener

@@ -50,8 +50,13 @@ class LimitSettings(BaseModel):
         description="whose limits count with --api-keys: key: the owner's of the key; header: those of whom "
         "the header user names, which anybody with a key can choose",
     )
-    limits_store: Literal["memory", "redis"] = Field(
-        "memory", description="where users' requests are counted; memory: each worker counts for itself"
+    limits_store: Literal["memory", "redis", "nats"] = Field(
+        "nats",
+        description="where requests are counted: nats, redis: all ingresses together, on the bus or in "
+        "Redis; memory: each ingress for itself, all of its workers together",
+    )
+    limits_nats_timeout: float = Field(
+        0.25, gt=0, le=10, description="seconds that the bus may take to count, then it counts as away"
     )
     limits_redis_url: str = Field(
         "", max_length=512, description="Redis for --limits-store redis, such as redis://host:6379/0"
@@ -63,8 +68,8 @@ class LimitSettings(BaseModel):
     )
     limits_on_store_loss: Literal["local", "open", "closed"] = Field(
         "local",
-        description="while Redis is away: local: each worker counts for itself; open: nothing is limited; "
-        "closed: requests of limited users get a 503",
+        description="while that store is away: local: each worker counts for itself; open: nothing is "
+        "limited; closed: requests of limited users get a 503",
     )
 
     @model_validator(mode="after")

@@ -1,12 +1,11 @@
-"""Limits at work: requests are claimed against a store, and settled by what they used when they end."""
+"""Limits at work: requests are claimed, here or at a store that processes share, before they are placed."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -26,34 +25,22 @@ from penstock.ingress.limits import (
     estimate,
     refusal,
 )
-from penstock.ingress.openai import InferenceRequest, asking_usage
+from penstock.ingress.metering import ask_for_usage
+from penstock.ingress.openai import InferenceRequest
 from penstock.ingress.outcomes import Outcome
-from penstock.ingress.ports import LimitStore, StoreLost
+from penstock.ingress.ports import LimitStore
+from penstock.ingress.store_line import StoreLine
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange
-    from penstock.ingress.relay import Relay
 
 log = logging.getLogger(__name__)
 
 GENERATES = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
-# Where `stream_options` exists.
-ASKS_USAGE = frozenset({b"/v1/chat/completions", b"/v1/completions"})
-# Ends at which an instance may be at work on a request.
-LEAVING = frozenset({Outcome.CLIENT_GONE, Outcome.TIMED_OUT, Outcome.SHUTDOWN})
-MAX_BATCH = 512
-MAX_CORRECTIONS = 10_000
-RETRY_S = 0.25
 # What a client is told while nobody can be counted.
 CLOSED_RETRY_S = 1.0
 
 Inference = InferenceRequest | Facts
-
-
-class _Claim(NamedTuple):
-    exchange: Exchange
-    inference: Inference
-    parts: list[Part]
 
 
 class _Local:
@@ -71,34 +58,8 @@ class _Local:
         self._counts.correct(corrections, self._wall())
 
 
-class _Shared:
-    """What is on its way to the shared store: corrections, summed by count and window."""
-
-    def __init__(self, dropped: Callable[[int], None], wake: Callable[[], None]) -> None:
-        self._dropped, self._wake = dropped, wake
-        self._waiting: dict[tuple[str, int, int], int] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def correct(self, corrections: Iterable[Correction]) -> None:
-        """Keep them until the next turn; beyond MAX_CORRECTIONS they are dropped, and counted."""
-        for key, window_s, number, delta in corrections:
-            place = key, window_s, number
-            if place not in self._waiting and len(self._waiting) >= MAX_CORRECTIONS:
-                self._dropped(1)
-                continue
-            self._waiting[place] = self._waiting.get(place, 0) + delta
-        self._wake()
-
-    def take(self, most: int) -> list[Correction]:
-        """Up to `most` of them."""
-        places = list(itertools.islice(self._waiting, most))
-        return [Correction(*place, self._waiting.pop(place)) for place in places]
-
-
 class Limiter:
-    """Allowances, counts, and the line of claims to a shared store."""
+    """Allowances, counts of this process, and the line of claims to a shared store."""
 
     def __init__(
         self,
@@ -111,26 +72,19 @@ class Limiter:
         """Without `store` this process counts for itself. `wall`: seconds since 1970."""
         self.allowances = Allowances(Limits(rpm=settings.limits_default_rpm, tpm=settings.limits_default_tpm))
         self._on_loss = settings.limits_on_store_loss
-        self._degraded, self._wall, self._store = degraded, wall, store
+        self._degraded = degraded
         self.local = _Local(wall)
-        self._woken = asyncio.Event()
-        self._shared = _Shared(self._drop, self._woken.set)
-        self._claims: list[_Claim] = []
-        self.lost = False
+        self._line = StoreLine(store, metrics, self._say_lost, wall) if store is not None else None
         self._claimed = metrics.counter(
             "penstock_ingress_limits_total",
             "Requests of limited users: granted; over a limit of requests or tokens; let through (open) or "
             "refused (closed) while the store was away",
             "outcome",
         )
-        self._dropped = metrics.counter(
-            "penstock_ingress_limit_corrections_dropped_total",
-            "Corrections of estimated tokens that the store did not get",
-        )
         metrics.gauge(
             "penstock_ingress_limits_store_lost",
             "1 while --limits-on-store-loss applies",
-            lambda: float(self.lost),
+            lambda: float(self._line is not None and self._line.lost),
         )
 
     @property
@@ -159,77 +113,49 @@ class Limiter:
         parts = self.allowances.parts(user, inference.model, tokens)
         if not parts:
             return True
-        if self._store is None:
+        line = self._line
+        if line is None:
             self._take(exchange, inference, parts, self.local.claim(parts), self.local)
-        elif self.lost:
+        elif line.lost:
             self._without_store(exchange, inference, parts)
+        elif (verdict := line.grant(parts)) is not None:
+            self._take(exchange, inference, parts, verdict, line)
         else:
-            self._claims.append(_Claim(exchange, inference, parts))
-            self._woken.set()
+            line.ask(parts, partial(self._resolve, line, exchange, inference, parts))
             return False
         return True
 
     async def run(self) -> None:
-        """Ask the shared store, once per turn of the loop for all that came meanwhile: an eternal loop."""
-        store = self._store
-        if store is None:
-            return
-        try:
-            while True:
-                if not self.lost:
-                    await self._woken.wait()
-                    self._woken.clear()
-                await self._turn(store)
-                if self.lost:
-                    await asyncio.sleep(RETRY_S)
-        finally:
-            await store.close()
-
-    async def _turn(self, store: LimitStore) -> None:
-        claims, self._claims = self._claims[:MAX_BATCH], self._claims[MAX_BATCH:]
-        corrections = self._shared.take(MAX_BATCH)
-        if self._claims or len(self._shared):
-            self._woken.set()
-        try:
-            verdicts = await store.settle([claim.parts for claim in claims], corrections)
-        except StoreLost as exc:
-            # Nobody knows whether they were counted, so they are not sent again.
-            self._drop(len(corrections))
-            self._say_lost(True, str(exc))
-            claims, self._claims = [*claims, *self._claims], []
-            for claim in claims:
-                self._resolve(claim, None)
-            return
-        self._say_lost(False, "")
-        for claim, verdict in zip(claims, verdicts, strict=True):
-            self._resolve(claim, verdict)
-
-    def _drop(self, count: int) -> None:
-        self._dropped.inc(by=count)
+        """Ask the shared store, if there is one: an eternal loop."""
+        if self._line is not None:
+            await self._line.run()
 
     def _say_lost(self, lost: bool, cause: str) -> None:
-        if lost is self.lost:
-            return
-        self.lost = lost
         if lost:
             log.warning("the store of rate limits is away (%s); goes on: %s", cause, self._on_loss)
         else:
             log.info("the store of rate limits is back")
         self._degraded("limits-store", lost, cause)
 
-    def _resolve(self, claim: _Claim, verdict: Verdict | None) -> None:
+    def _resolve(
+        self,
+        line: StoreLine,
+        exchange: Exchange,
+        inference: Inference,
+        parts: list[Part],
+        verdict: Verdict | None,
+    ) -> None:
         """Tell an exchange; a fault of ours costs the request that met it, not the others."""
-        exchange, inference, parts = claim
         try:
             if not exchange.waiting:
                 # Its client left meanwhile: what was held for it goes back.
                 if verdict is not None and verdict.over < 0:
-                    Reservation(parts, verdict, self._shared).settle(0)
+                    Reservation(parts, verdict, line).settle(0)
                 return
             if verdict is None:
                 self._without_store(exchange, inference, parts)
             else:
-                self._take(exchange, inference, parts, verdict, self._shared)
+                self._take(exchange, inference, parts, verdict, line)
             exchange.go(inference)
         except GatewayError as exc:
             exchange.fail(exc, Outcome.REJECTED)
@@ -259,51 +185,7 @@ class Limiter:
             raise refusal(parts, verdict)
         self._claimed.inc("granted")
         exchange.reservation = held = Reservation(parts, verdict, counts)
-        _ask_for_usage(exchange, held, inference)
-
-
-def _ask_for_usage(exchange: Exchange, held: Reservation, inference: Inference) -> None:
-    """Have the engine tell a stream's usage if tokens are limited, and remember to hide it from a client
-    that did not ask. A large body whose members' places are known stays as it is, or they would move."""
-    if isinstance(inference, Facts) and inference.members:
-        return
-    if exchange.stream and held.counts_tokens and exchange.head.path in ASKS_USAGE:
-        body = asking_usage(exchange.body)
-        if body is not None:
-            exchange.body, held.hide_usage = body, True
-
-
-def metered(exchange: Exchange, held: Reservation, relay: Relay) -> bytes:
-    """Have the events of a response counted that is about to begin; the header lines that it gets."""
-    relay.meter(hide=held.hide_usage, chunked=exchange.head.minor > 0)
-    return held.headers
-
-
-def settle(exchange: Exchange, outcome: Outcome, attempting: bool) -> None:
-    """Settle what is held for a request that ends; `attempting`: before it was answered."""
-    attempt, held = exchange.attempt, exchange.reservation
-    if held is not None:
-        sent = attempting and attempt is not None and attempt.sent_at > 0
-        held.settle(spent(exchange, left_at_work=sent and outcome in LEAVING))
-
-
-def spent(exchange: Exchange, *, left_at_work: bool) -> int | None:
-    """Tokens that a request used as far as anybody can tell when it ends; None: as estimated.
-
-    The engine's own usage if it came. A stream that ended before: the prompt, and an output token for each
-    event. Any other answer that broke off: nobody knows. Nothing for an error, nor without an answer, unless
-    an instance was `left_at_work`."""
-    relay = exchange.relay
-    if relay is None:
-        if not left_at_work:
-            return 0
-        return exchange.request.prompt_tokens if exchange.stream else None
-    if not 200 <= exchange.status < 300:
-        return 0
-    prompt, completion, _ = relay.usage()
-    if prompt or completion:
-        return (prompt or exchange.request.prompt_tokens) + completion
-    return exchange.request.prompt_tokens + relay.events if exchange.stream else None
+        ask_for_usage(exchange, held, inference)
 
 
 def _faults(exc: ValidationError) -> str:

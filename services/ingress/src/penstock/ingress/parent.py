@@ -15,6 +15,7 @@ from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot,
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminReply
 from penstock.ingress.adapters.channel import Channel
 from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, counts_file
+from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentCounts
 from penstock.ingress.admin_messages import AdminRequest, AdminResponse
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.worker import FromWorker, Report, Start
@@ -66,6 +67,7 @@ class Parent:
             SharedCounts(self._counts_file.fileno(), settings.workers, row=row) for row in range(ROWS)
         ]
         self._past: Snapshot = []
+        self._limits = ParentCounts(time.time)
         self.metrics = Metrics()
         self._restarts = self.metrics.counter(
             "penstock_ingress_worker_restarts_total", "Workers that ended early"
@@ -162,6 +164,9 @@ class Parent:
                 if isinstance(message, AdminCall):
                     calls.create_task(self._relay(message, channel), name="admin-call")
                     continue
+                if isinstance(message, CountCall):
+                    await _tell(channel, self._limits.answer(message))
+                    continue
                 worker.report = message
                 worker.asked = False
                 worker.heard.set()
@@ -169,10 +174,7 @@ class Parent:
     async def _relay(self, call: AdminCall, channel: Channel) -> None:
         """The worker bounds how many of these there are at a time."""
         response = await self._answer(call.request)
-        try:
-            await channel.send(AdminReply(call.number, response))
-        except OSError as exc:
-            log.debug("the worker that asked is gone: %s", exc)
+        await _tell(channel, AdminReply(call.number, response))
 
     async def _keep_asking(self, worker: Worker) -> None:
         while True:
@@ -203,6 +205,13 @@ class Parent:
         for counts in self._counts:
             counts.clear(worker.index)
         worker.channel = worker.report = worker.process = None
+
+
+async def _tell(channel: Channel, reply: AdminReply | CountReply) -> None:
+    try:
+        await channel.send(reply)
+    except OSError as exc:
+        log.debug("the worker that asked is gone: %s", exc)
 
 
 def _counted(family: FamilySnapshot) -> FamilySnapshot:

@@ -16,6 +16,7 @@ import time
 import msgspec
 
 from penstock.common.adapters.host import Host
+from penstock.common.bus import Bus
 from penstock.common.identity import new_identity
 from penstock.common.instances import InstanceTable
 from penstock.common.lifecycle import run_service
@@ -31,8 +32,10 @@ from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.listening import listening_socket
+from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentLimitStore
 from penstock.ingress.api_keys import LIVE, ApiKeys
 from penstock.ingress.body_reader import tokenizer_of
+from penstock.ingress.bus_limit_store import BusLimitStore
 from penstock.ingress.capture import Capture
 from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
@@ -41,6 +44,7 @@ from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.large_bodies import Setup
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.placing import Placer
+from penstock.ingress.ports import LimitStore
 from penstock.ingress.profile_keeping import ProfileKeeper
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
@@ -71,8 +75,8 @@ class Report(msgspec.Struct, tag="report"):
 
 
 # What comes over the channel, to the parent and from it: "?" asks for a report.
-FromWorker = Report | AdminCall
-FromParent = str | AdminReply
+FromWorker = Report | AdminCall | CountCall
+FromParent = str | AdminReply | CountReply
 
 
 def main() -> int:
@@ -135,7 +139,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         host.metrics,
         forward_credentials=settings.mirror_forward_credentials,
     )
-    store = RedisLimitStore(settings) if settings.limits_store == "redis" else None
+    store, of_parent = limit_store(settings, host.bus, channel)
     limiter = Limiter(settings, host.metrics, gateway.degraded, time.time, store)
     live = LiveConfig()
     waiting = SharedCounts(counts_fd, settings.workers, start.index, WAITING)
@@ -166,6 +170,10 @@ async def serve(channel: Channel, counts_fd: int) -> None:
             if isinstance(message, AdminReply):
                 if server.admin is not None:
                     server.admin.answered(message)
+                continue
+            if isinstance(message, CountReply):
+                if of_parent is not None:
+                    of_parent.answered(message)
                 continue
             await channel.send(Report(host.lifecycle.missing(), host.metrics.snapshot()))
         host.lifecycle.stopping.set()
@@ -199,6 +207,20 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     ):
         host.lifecycle.add_loop(name, loop)
     await host.run(drain, None)
+
+
+def limit_store(
+    settings: IngressSettings, bus: Bus, channel: Channel
+) -> tuple[LimitStore | None, ParentLimitStore | None]:
+    """Where limits are counted, None for this process itself; and the same again if it is the parent."""
+    if settings.limits_store == "redis":
+        return RedisLimitStore(settings), None
+    if settings.limits_store == "nats":
+        return BusLimitStore(bus, settings.limits_nats_timeout), None
+    if settings.workers == 1:
+        return None, None
+    of_parent = ParentLimitStore(channel.send)
+    return of_parent, of_parent
 
 
 def allow_files(wanted: int) -> None:

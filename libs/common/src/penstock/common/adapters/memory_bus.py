@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from penstock.common.adapters.memory_streams import MemoryStream, MemoryStreams
 from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, Taken, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
-from penstock.common.subjects import Bucket, Service, Stream, Subject
+from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
 from penstock.common.telemetry import Metrics
 
 MAX_WATCH_EVENTS = 65_536
@@ -31,6 +32,8 @@ class MemoryBroker:
         self.subscriptions: list[_Subscription] = []
         self.buckets: dict[str, _Bucket] = {}
         self.stored = MemoryStreams()
+        # Sums by the name of the counters and the key.
+        self.counters: dict[str, dict[str, int]] = {}
         self.services: dict[tuple[str, str], Mapping[str, str]] = {}
         self.buses: list[MemoryBus] = []
         self._turns = itertools.count()
@@ -56,6 +59,7 @@ class MemoryBroker:
             bucket.lost("the bucket is gone")
             bucket.exists = False
         self.streams.clear()
+        self.counters.clear()
 
     def deliver(self, subject: str, payload: bytes, reply: Callable[[bytes], None] | None) -> int:
         """Hand a message to every plain subscription and to one member of each queue group."""
@@ -299,6 +303,21 @@ class MemoryBus:
             self._guarded(subject, stored.payload, messages.append)
             for message in messages:
                 yield Taken(message, left)
+
+    async def ensure_counters(self, counters: Counters) -> float:
+        self._require_up(counters.name)
+        self._broker.counters.setdefault(counters.name, {})
+        return time.time()
+
+    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
+        added: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        held = self._broker.counters.get(counters.name)
+        if not self._broker.up or held is None:
+            added.set_exception(BusUnavailable(counters.subject(key), "there are no such counters"))
+        else:
+            held[key] = total = held.get(key, 0) + delta
+            added.set_result(total)
+        return added
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         self._require_up(bucket.name)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,10 +26,12 @@ from penstock.common.bus import M, R, Stored, Taken, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.settings import BusSettings
-from penstock.common.subjects import Bucket, Service, Stream, Subject
+from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
 from penstock.common.telemetry import Metrics
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WRITE_DEADLINE_S = 5.0
 WRONG_LAST_SEQUENCE = 10071
@@ -161,6 +165,31 @@ class NatsBus:
         }
         await self._ensure(stream.name, config)
 
+    async def ensure_counters(self, counters: Counters) -> float:
+        config = {
+            "name": counters.name,
+            "subjects": [counters.subject(">")],
+            "retention": "limits",
+            "storage": "memory",
+            "discard": "old",
+            "max_bytes": counters.max_bytes,
+            "max_age": int(counters.max_age_s * 1e9),
+            "max_msgs_per_subject": 1,
+            "num_replicas": self._replicas,
+            "allow_msg_counter": True,
+        }
+        await self._ensure(counters.name, config)
+        asked_at = time.monotonic()
+        info = await api(self._connection, f"STREAM.INFO.{counters.name}", None)
+        try:
+            now = datetime.fromisoformat(str((info or {})["ts"])).timestamp()
+        except (KeyError, ValueError) as exc:
+            raise BusUnavailable(counters.name, f"an answer without the server's time: {exc!r}") from exc
+        return now + (time.monotonic() - asked_at) / 2
+
+    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
+        return self._write_one(counters.subject(key), b"", {"Nats-Incr": f"{delta:+d}"}, _sum_of)
+
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         config = {
             "name": bucket.stream,
@@ -193,8 +222,14 @@ class NatsBus:
         return False
 
     def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
+        return self._write_one(subject, payload, headers, _sequence_of)
+
+    def _write_one(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], read: Callable[[str, bytes], T]
+    ) -> asyncio.Future[T]:
+        """Store one message; `read` makes the result of its subject and acknowledgement."""
         loop = asyncio.get_running_loop()
-        stored: asyncio.Future[int] = loop.create_future()
+        stored: asyncio.Future[T] = loop.create_future()
         answer = self._connection.ask(subject, payload, headers)
         timer = loop.call_later(WRITE_DEADLINE_S, answer.cancel)
 
@@ -203,7 +238,7 @@ class NatsBus:
             if stored.done():
                 return
             try:
-                stored.set_result(_sequence_of(subject, done.result().data))
+                stored.set_result(read(subject, done.result().data))
             except asyncio.CancelledError:
                 stored.set_exception(BusTimeout(subject, WRITE_DEADLINE_S))
             except BusError as exc:
@@ -282,6 +317,8 @@ class _AckError(msgspec.Struct):
 
 class _Ack(msgspec.Struct):
     seq: int = 0
+    # The sum of a counter, in digits.
+    val: str = ""
     error: _AckError | None = None
 
 
@@ -289,12 +326,24 @@ _ack_decoder = msgspec.json.Decoder(_Ack)
 
 
 def _sequence_of(subject: str, data: bytes) -> int:
+    return _acknowledged(subject, data).seq
+
+
+def _sum_of(subject: str, data: bytes) -> int:
+    digits = _acknowledged(subject, data).val
+    try:
+        return int(digits)
+    except ValueError:
+        raise BusUnavailable(subject, "no counter: it needs NATS 2.12 or newer") from None
+
+
+def _acknowledged(subject: str, data: bytes) -> _Ack:
     try:
         ack = _ack_decoder.decode(data)
     except msgspec.MsgspecError as exc:
         raise BusUnavailable(subject, f"unreadable acknowledgement: {exc}") from exc
     if ack.error is None:
-        return ack.seq
+        return ack
     if ack.error.err_code == WRONG_LAST_SEQUENCE:
         raise _WrongRevision(subject)
     raise BusUnavailable(subject, f"not stored: {ack.error.description}")

@@ -1,0 +1,244 @@
+"""Every store of rate limits, held to the same: counts as one process does, exact under a burst of clients of
+many workers, told when it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import aiohttp
+import pytest
+
+from integration.redis_lab import RedisServer
+from integration.servers import NatsServer, eventually
+from integration.stack import Ingress, Stack, chat, running_stack
+from penstock.common.adapters.nats_bus import NatsBus
+from penstock.common.settings import BusSettings
+from penstock.common.telemetry import Metrics
+from penstock.ingress.adapters.limit_store import RedisLimitStore
+from penstock.ingress.adapters.parent_limits import CountCall, ParentCounts, ParentLimitStore
+from penstock.ingress.bus_limit_store import BusLimitStore
+from penstock.ingress.limit_settings import LimitSettings
+from penstock.ingress.limits import REQUESTS, TOKENS, Correction, LocalCounts, Part, Verdict, window
+from penstock.ingress.ports import LimitStore, StoreLost
+
+pytestmark = pytest.mark.integration
+
+SOAK = "PENSTOCK_SOAK_SECONDS" in os.environ
+STORES = ("memory", "redis", "nats")
+# Each takes two seconds to start on a slow core.
+WORKERS = 8 if SOAK else 2
+
+
+class StoreLab:
+    """Stores that count together, of one kind."""
+
+    def __init__(self, kind: str, redis: RedisServer, nats: NatsServer) -> None:
+        self.kind = kind
+        self._redis, self._nats = redis, nats
+        self._parent = ParentCounts(time.time)
+        self._stores: list[LimitStore] = []
+        self._buses: list[NatsBus] = []
+
+    async def store(self) -> LimitStore:
+        """One more process."""
+        store: LimitStore
+        if self.kind == "redis":
+            url = f"redis://{self._redis.address}/1"
+            store = RedisLimitStore(LimitSettings(limits_store="redis", limits_redis_url=url))
+        elif self.kind == "nats":
+            bus = NatsBus(BusSettings(nats_url=self._nats.url), f"ingress/{len(self._buses)}", Metrics())
+            self._buses.append(bus)
+            await bus.start()
+            await eventually(lambda: bus.connected)
+            store = BusLimitStore(bus, 2.0)
+        else:
+            store = self._of_parent()
+        self._stores.append(store)
+        return store
+
+    def _of_parent(self) -> LimitStore:
+        async def send(call: CountCall) -> None:
+            store.answered(self._parent.answer(call))
+
+        store = ParentLimitStore(send)
+        return store
+
+    async def close(self) -> None:
+        for store in self._stores:
+            await store.close()
+        for bus in self._buses:
+            await bus.close()
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as stack:
+        stack.start_sims(1)
+        stack.start_discovery()
+        yield stack
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield session
+
+
+@pytest.fixture(params=STORES)
+async def lab(request: pytest.FixtureRequest, redis: RedisServer, stack: Stack) -> AsyncIterator[StoreLab]:
+    lab = StoreLab(request.param, redis, stack.nats)
+    try:
+        yield lab
+    finally:
+        await lab.close()
+
+
+def part(key: str, amount: int = 1, limit: int = 10, window_s: int = 60) -> Part:
+    return Part(key, window_s, amount, limit, REQUESTS, "user")
+
+
+async def settled(store: LimitStore, *claims: list[Part]) -> list[Verdict]:
+    return await store.settle(claims, [])
+
+
+async def test_it_counts_as_one_process_does(lab: StoreLab) -> None:
+    rng, names = random.Random(7), [f"{lab.kind} {name}" for name in "abc"]
+    store, local, number = await lab.store(), LocalCounts(), 0
+    for _ in range(200):
+        claims = [
+            [Part(rng.choice(names), s, rng.randint(1, 9), rng.choice((20, 60)), TOKENS, "") for s in (1, 60)]
+            for _ in range(rng.randint(1, 6))
+        ]
+        corrections = [
+            Correction(rng.choice(names), 60, number - rng.randint(0, 1), rng.randint(-20, 9))
+            for _ in range(rng.randint(0, 1))
+        ]
+        verdicts = await store.settle(claims, corrections)
+        now = verdicts[0].now
+        local.correct(corrections, now)
+        assert verdicts == [local.claim(parts, now) for parts in claims]
+        number = window(now, 60)
+    assert abs(now - time.time()) < 5
+
+
+async def test_fifty_at_once_of_eight_processes_against_ten(lab: StoreLab) -> None:
+    stores = [await lab.store() for _ in range(8)]
+    await asyncio.gather(*(store.settle([], []) for store in stores))
+
+    async def burst(name: str) -> None:
+        # In batches of all sizes, as turns of event loops make them.
+        batches = [[[part(name)] for _ in range(size)] for size in (1, 2, 3, 4, 5, 8, 12, 15)]
+        asked = (store.settle(claims, []) for store, claims in zip(stores, batches, strict=True))
+        verdicts = [verdict for answer in await asyncio.gather(*asked) for verdict in answer]
+        assert Counter(verdict.over for verdict in verdicts) == {-1: 10, 0: 40}
+        (after,) = await settled(stores[0], [part(name, 1, 1)])
+        assert (after.over, after.used) == (0, (10,))
+
+    await within_a_minute(burst)
+
+
+async def test_what_is_refused_is_taken_back_from_every_count(lab: StoreLab) -> None:
+    one, other = await lab.store(), await lab.store()
+
+    async def refuse(name: str) -> None:
+        claim = [part(f"{name} r", 1, 5), part(f"{name} t", 60, 100)]
+        assert [verdict.over for verdict in await settled(one, claim, claim)] == [-1, 1]
+        (verdict,) = await settled(other, claim)
+        assert (verdict.over, verdict.used) == (1, (1, 60))
+        (verdict,) = await settled(one, [part(f"{name} r", 4, 5), part(f"{name} t", 40, 100)])
+        assert (verdict.over, verdict.used) == (-1, (5, 100))
+
+    await within_a_minute(refuse)
+
+
+async def test_names_of_any_kind_have_counts_of_their_own(lab: StoreLab) -> None:
+    names = ["", "*", ">", "a.b", "a b", "a\r\nb", "\x00", "\ud800", "ä", "x" * 1024, "penstock:limits:"]
+    if lab.kind != "nats":
+        # Others take UTF-8 only; headers are read with replacements.
+        names.remove("\ud800")
+    store = await lab.store()
+
+    async def count(run: str) -> None:
+        for name in names:
+            verdicts = [(await settled(store, [part(f"{run}{name}", limit=1)]))[0] for _ in range(2)]
+            assert [verdict.over for verdict in verdicts] == [-1, 0]
+
+    await within_a_minute(count)
+
+
+async def within_a_minute(attempt: Callable[[str], Awaitable[None]]) -> None:
+    """Run `attempt` under one name after the other until one ran within a window of the clock, which is that
+    of the servers here too."""
+    for number in range(3):
+        begun = window(time.time(), 60)
+        try:
+            await attempt(f"{time.time_ns()} {number}")
+        except AssertionError:
+            if window(time.time(), 60) == begun:
+                raise
+        else:
+            return
+    raise AssertionError("no attempt ended within a minute")
+
+
+async def ingress_of(stack: Stack, redis: RedisServer, kind: str, workers: int, *flags: str) -> Ingress:
+    """An ingress that counts in a store of that kind."""
+    of_redis = ("--limits-redis-url", f"redis://{redis.address}/0") if kind == "redis" else ()
+    stack.ingresses.clear()
+    ingress = stack.start_ingress("--workers", str(workers), "--limits-store", kind, *of_redis, *flags)
+    await stack.ready()
+    return ingress
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_fifty_clients_of_all_workers_against_ten(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, kind: str
+) -> None:
+    ingress = await ingress_of(stack, redis, kind, WORKERS, "--limits-default-rpm", "10")
+
+    async def burst(user: str) -> None:
+        asked = [chat(session, ingress.url, f"{user} {n}", headers={"user": user}) for n in range(50)]
+        answers = await asyncio.gather(*asked)
+        assert Counter(status for status, _, _ in answers) == {200: 10, 429: 40}
+        refused = next(headers for status, headers, _ in answers if status == 429)
+        assert 1 <= int(refused["retry-after"]) <= 60
+        assert refused["x-error-rpm-exceeded"] == "true"
+        left = sorted(int(h["x-ratelimit-remaining-requests"]) for status, h, _ in answers if status == 200)
+        assert left == list(range(10))
+
+    await within_a_minute(burst)
+    ingress.process.terminate()
+
+
+async def test_without_its_server_a_store_is_lost_and_comes_back(redis: RedisServer) -> None:
+    with NatsServer() as nats:
+        lab = StoreLab("nats", redis, nats)
+        store = await lab.store()
+        try:
+            assert [verdict.over for verdict in await settled(store, [part("a")])] == [-1]
+            nats.kill()
+            with pytest.raises(StoreLost):
+                await settled(store, [part("a")])
+            nats.start()
+
+            async def back() -> bool:
+                try:
+                    return await settled(store, [part("a")]) != []
+                except StoreLost:
+                    return False
+
+            await eventually(back)
+        finally:
+            await lab.close()
