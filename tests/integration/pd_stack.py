@@ -72,7 +72,12 @@ class PdStack:
         for port in self.admin_ports.values():
             async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
                 page = await response.text()
-            for name in ("penstock_ingress_in_flight", "penstock_ingress_exchanges"):
+            for name in (
+                "penstock_ingress_in_flight",
+                "penstock_ingress_exchanges",
+                "penstock_ingress_prompt_holds",
+                "penstock_ingress_prompt_leaks_total",
+            ):
                 values = [float(line.split()[-1]) for line in page.splitlines() if line.startswith(name)]
                 assert sum(values) == 0, name
 

@@ -402,6 +402,7 @@ class Lab:
         await eventually(lambda: not self.gateway.exchanges)
         assert (len(self.account), dict(self.account.by_instance())) == (0, {})
         assert (self.gateway.waiting.busy, self.account.on_free) == (False, None)
+        assert len(self.gateway.dividing.holds) == 0
         outcomes = await self.events("outcome")
         requests = [outcome["request_id"] for outcome in outcomes]
         assert len(set(requests)) == len(requests)

@@ -15,7 +15,7 @@ from penstock.ingress.disaggregation.bodies import FORBIDDEN
 from penstock.ingress.settings import IngressSettings
 
 from .conftest import LabOf
-from .ingress_lab import BODY, Engine, Lab, Peer
+from .ingress_lab import BODY, STREAM_BODY, Engine, Lab, Peer
 
 KEPT = b'{"choices":[],"kv_transfer_params":{"remote_block_ids":[[1,  2]],"remote_host":"h"}}'
 PARAMETERS = {"remote_block_ids": [[1, 2]], "remote_host": "h"}
@@ -255,6 +255,46 @@ async def test_decodes_answer_waits_for_prefill_to_agree(lab_of: LabOf) -> None:
     assert await client.until(b"0\r\n\r\n") == b"0\r\n\r\n"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_decode_neither_fetches_nor_refuses_is_told_a_second_past_its_lease(
+    lab_of: LabOf, stream: bool
+) -> None:
+    pair = await pair_of(lab_of, prefill_lease=0.2)
+    lab = pair.lab
+    client = await lab.client()
+    client.post(STREAM_BODY if stream else BODY)
+    peer, _, _ = await asked(pair.prefill)
+    peer.answer(KEPT)
+    # Takes the request, and never frees what it is for.
+    decode, _, _ = await asked(pair.decode)
+    assert lab.metric("penstock_ingress_prompt_holds") == 1
+    await eventually(lambda: lab.metric("penstock_ingress_prompt_holds") == 0)
+    # Of an answer in one piece nobody knows when it was fetched.
+    assert lab.metric("penstock_ingress_prompt_leaks_total") == stream
+    client.close()
+    await decode.gone()
+    await lab.settled()
+
+
+@pytest.mark.parametrize("protocol", ["vllm-nixl", "sglang-mooncake"])
+async def test_a_prompt_that_is_fetched_is_kept_no_longer(lab_of: LabOf, protocol: str) -> None:
+    pair = await pair_of(lab_of, protocol)
+    client = await pair.lab.client()
+    client.post(STREAM_BODY)
+    peer, _, _ = await asked(pair.prefill)
+    peer.answer(KEPT)
+    decode, _, _ = await asked(pair.decode)
+    decode.begin_stream()
+    await eventually(lambda: pair.lab.metric("penstock_ingress_prompt_holds") == 1)
+    wire = decode.event('{"x":1}')
+    await client.head()
+    assert await client.exactly(len(wire)) == wire
+    assert pair.lab.metric("penstock_ingress_prompt_holds") == 0
+    decode.send(b"0\r\n\r\n")
+    await client.until(b"0\r\n\r\n")
+    await pair.lab.settled()
+
+
 @pytest.mark.parametrize("size", [0, 300 * 1024])
 @pytest.mark.parametrize("divided", [False, True])
 async def test_no_client_says_where_kv_is_fetched(lab_of: LabOf, size: int, divided: bool) -> None:
@@ -267,6 +307,36 @@ async def test_no_client_says_where_kv_is_fetched(lab_of: LabOf, size: int, divi
     client.post(wire)
     peer, _, got = await asked(engine)
     assert got == {**json.loads(BODY), "padding": "x" * size, "seed": 7}
+    peer.answer()
+    assert (await client.response()).status == 200
+
+
+@pytest.mark.parametrize("divided", [False, True])
+async def test_nor_does_he_by_the_arguments_that_vllm_merges(lab_of: LabOf, divided: bool) -> None:
+    lab = await lab_of(**({"pd_disagg_protocol": "vllm-nixl"} if divided else {}))
+    engine = await lab.engine("n")
+    client = await lab.client()
+    peer: Peer | None = None
+    for given, left in (
+        ({"kv_transfer_params": "x", "bootstrap_room": 1, "top_a": 0.5}, {"top_a": 0.5}),
+        ({"top_a": [1, 2]}, {"top_a": [1, 2]}),
+        ("kv_transfer_params", "kv_transfer_params"),
+        (None, None),
+    ):
+        client.post(json.dumps({**json.loads(BODY), "vllm_xargs": given}).encode())
+        peer, _, got = await (asked(engine) if peer is None else again(peer))
+        assert got == {**json.loads(BODY), "vllm_xargs": left}
+        peer.answer()
+        assert (await client.response()).status == 200
+
+
+async def test_a_body_with_allowed_arguments_passes_byte_for_byte(lab: Lab) -> None:
+    engine = await lab.engine("n")
+    wire = BODY[:-1] + b' ,  "vllm_xargs": {"a" : 1} }'
+    client = await lab.client()
+    client.post(wire)
+    peer = await engine.accept()
+    assert (await peer.request())[2] == wire
     peer.answer()
     assert (await client.response()).status == 200
 

@@ -174,8 +174,12 @@ class Divided:
             self._send_decode(pair.decode)
 
     def _note_prefill(self) -> None:
-        prefilling = self._prefilling
+        prefilling, pair = self._prefilling, self._pair
         assert prefilling is not None
+        assert pair is not None
+        self._dividing.holds.begin(pair.transfer_id, pair.prefill.id, prefilling.answered_at)
+        if self._decode is not None:
+            self._note_passed(pair)
         self._exchange.deadline = self._deadline
         self.prefill_ms = (prefilling.answered_at - prefilling.attempt.sent_at) * 1000
 
@@ -218,6 +222,10 @@ class Divided:
             assert self._prefilling is not None
             self.prefill_failed(self._prefilling.attempt, Failure.LOST, str(exc))
             return
+        if edit.sets:
+            self._note_passed(pair)
+        else:
+            self._dividing.holds.end(pair.transfer_id)
         body = edited(self._parts, edit)
         wire = gateway.upstream_head(exchange.head, instance, pair.request_id, len(body))
         work = next(work for work in self._unsent if work.instance == instance.id)
@@ -227,6 +235,11 @@ class Divided:
         if gateway.tripped:
             gateway.breakers.sent(instance.id, gateway.clock())
         gateway.upstreams.acquire(instance, attempt)
+
+    def _note_passed(self, pair: Pair) -> None:
+        # Of an answer in one piece nobody can tell when its prompt was fetched.
+        if self._exchange.stream:
+            self._dividing.holds.passed(pair.transfer_id)
 
     def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
         """Pass it on once prefill has said yes too."""
@@ -311,6 +324,8 @@ class Divided:
         if self._result != "answered" or self._decode is None:
             return
         self._fetched = True
+        if self._pair is not None:
+            self._dividing.holds.end(self._pair.transfer_id)
         ttft_s = now - self._decode.sent_at
         self.decode_ttft_ms = ttft_s * 1000
         self._dividing.decode_ttft.observe(ttft_s)
@@ -323,6 +338,7 @@ class Divided:
         if pair is None:
             return
         self._dividing.count(self._method, self._result)
+        self._dividing.holds.end(pair.transfer_id)
         if prefilling is not None:
             prefilling.close()
             if prefilling.may_hold and not self._fetched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,13 @@ from penstock.ingress.errands import Errands
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
 from penstock.ingress.methods import Methods
 from penstock.ingress.openai import InferenceRequest
+from penstock.ingress.prompt_holds import PromptHolds
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange
     from penstock.ingress.gateway import Gateway
+
+log = logging.getLogger(__name__)
 
 MAX_KNOWN = 8192
 
@@ -51,6 +55,16 @@ class Dividing:
             "Orders to prefill instances to end what nobody will fetch, by whether they arrived",
             "result",
         )
+        self.holds = PromptHolds(self.lease_s)
+        metrics.gauge(
+            "penstock_ingress_prompt_holds",
+            "Prompts that prefill instances keep for requests in hand",
+            lambda: len(self.holds),
+        )
+        self._leaks = metrics.counter(
+            "penstock_ingress_prompt_leaks_total",
+            "Prompts kept by prefill that were neither fetched nor given up 1 s after their lease",
+        ).labels()
         self.prefill_time = metrics.histogram(
             "penstock_ingress_prefill_seconds", "Prefill request sent to its answer"
         ).labels()
@@ -118,6 +132,13 @@ class Dividing:
     def count(self, method: Method, result: str) -> None:
         """A pair ended."""
         self._pairs.inc(method.name, STAGED if method.staged else BATCHED, result)
+
+    def sweep(self, now: float) -> None:
+        """Tell what outlived its lease."""
+        for transfer_id, prefill in self.holds.leaked(now) if len(self.holds) else ():
+            self._leaks.value += 1
+            fields = {"instance": prefill, "transfer": transfer_id}
+            log.warning("a kept prompt has outlived its lease", extra={"fields": fields})
 
     def _cancelled(self, cause: str) -> None:
         self._cancels.inc("lost" if cause else "arrived")

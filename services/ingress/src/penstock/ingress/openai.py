@@ -79,7 +79,7 @@ class _Body(msgspec.Struct, gc=False):
     owned_by: msgspec.Raw = EMPTY
     engine: msgspec.Raw = EMPTY
     inference_server: msgspec.Raw = EMPTY
-    # Those of FORBIDDEN, which are looked for and not read.
+    # Those of FORBIDDEN, which are looked for and not read, and the object that may hold some.
     kv_transfer_params: msgspec.Raw = EMPTY
     bootstrap_host: msgspec.Raw = EMPTY
     bootstrap_port: msgspec.Raw = EMPTY
@@ -87,9 +87,11 @@ class _Body(msgspec.Struct, gc=False):
     disagg_prefill_dp_rank: msgspec.Raw = EMPTY
     disagg_prefill_resp: msgspec.Raw = EMPTY
     disaggregated_params: msgspec.Raw = EMPTY
+    bootstrap_pair_key: msgspec.Raw = EMPTY
+    vllm_xargs: msgspec.Raw = EMPTY
 
     def plain(self) -> bool:
-        """Whether none of FORBIDDEN is there: all are EMPTY itself then, and their lengths cost more."""
+        """Whether none of them is there: all are EMPTY itself then, and their lengths cost more."""
         return (
             self.kv_transfer_params
             is self.bootstrap_host
@@ -98,6 +100,8 @@ class _Body(msgspec.Struct, gc=False):
             is self.disagg_prefill_dp_rank
             is self.disagg_prefill_resp
             is self.disaggregated_params
+            is self.bootstrap_pair_key
+            is self.vllm_xargs
         )
 
 

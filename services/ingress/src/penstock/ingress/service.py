@@ -153,6 +153,7 @@ class IngressService:
             await asyncio.sleep(SWEEP_EVERY_S)
             now = clock()
             self._gateway.waiting.sweep(now)
+            self._gateway.dividing.sweep(now)
             for exchange in [e for e in self._gateway.exchanges if e.deadline < now]:
                 _expire(exchange)
             for owner in held:

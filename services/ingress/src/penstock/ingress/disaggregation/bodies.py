@@ -22,11 +22,14 @@ FORBIDDEN = frozenset(
         "bootstrap_host",
         "bootstrap_port",
         "bootstrap_room",
+        "bootstrap_pair_key",
         "disagg_prefill_dp_rank",
         "disagg_prefill_resp",
         "disaggregated_params",
     }
 )
+# vLLM merges this object of a request into what its connector reads `kv_transfer_params` from.
+ARGUMENTS = "vllm_xargs"
 # Requests with one of these members, other than as given here, are not divided: decode would need what
 # prefill computed beyond the KV cache, or would read the same blocks more than once.
 WHOLE: Mapping[str, tuple[bytes, ...]] = {
@@ -62,7 +65,21 @@ class Edit(msgspec.Struct, frozen=True):
 def members(body: bytes | bytearray) -> Members:
     """The members of a body that was read as a JSON object before, less those of FORBIDDEN. Raises
     msgspec.DecodeError."""
-    return {name: value for name, value in _decode(body).items() if name not in FORBIDDEN}
+    parts = {name: value for name, value in _decode(body).items() if name not in FORBIDDEN}
+    if ARGUMENTS in parts:
+        parts[ARGUMENTS] = _allowed(parts[ARGUMENTS])
+    return parts
+
+
+def _allowed(arguments: msgspec.Raw) -> msgspec.Raw:
+    """An object without the members of FORBIDDEN; anything else as it is."""
+    try:
+        inner = _decode(arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return arguments
+    if FORBIDDEN.isdisjoint(inner):
+        return arguments
+    return msgspec.Raw(msgspec.json.encode({k: v for k, v in inner.items() if k not in FORBIDDEN}))
 
 
 def places(body: bytes | bytearray) -> tuple[tuple[str, int, int], ...]:
@@ -90,8 +107,12 @@ def members_at(body: bytes | bytearray, found: tuple[tuple[str, int, int], ...])
 
 
 def without_forbidden(body: bytes | bytearray) -> bytes:
-    """The body less the members of FORBIDDEN. Raises msgspec.DecodeError."""
-    return msgspec.json.encode(members(body))
+    """The body less the members of FORBIDDEN, the very same if there are none. Raises msgspec.DecodeError."""
+    parts = members(body)
+    fields = _decode(body)
+    if len(parts) == len(fields) and parts.get(ARGUMENTS) == fields.get(ARGUMENTS):
+        return bytes(body)
+    return msgspec.json.encode(parts)
 
 
 def parameters_in(body: bytes) -> msgspec.Raw | None:
