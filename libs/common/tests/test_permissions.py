@@ -25,8 +25,10 @@ from penstock.common.subjects import (
     CONFIG,
     COPIES,
     EVENTS,
+    HEARTBEAT,
     MIRROR,
     REGISTRATIONS,
+    STATUS,
     SUBJECTS,
     Subject,
     event_subject,
@@ -134,7 +136,7 @@ def test_grants_add_up_without_repeating_themselves() -> None:
     assert one + other == Grant(("a", "b"), ("c", "d"))
 
 
-def test_auditors_have_an_account_apart_into_which_the_log_alone_crosses() -> None:
+def test_auditors_have_an_account_apart_into_which_the_log_status_and_heartbeats_alone_cross() -> None:
     made = json.loads(json.dumps(accounts(PASSWORDS)))
     users = {
         account: {user["user"]: user["password"] for user in content["users"]}
@@ -143,13 +145,12 @@ def test_auditors_have_an_account_apart_into_which_the_log_alone_crosses() -> No
     assert users[AUDITORS_ACCOUNT] == {AUDITOR: PASSWORDS[AUDITOR]}
     assert users[SERVICES_ACCOUNT] == {user: PASSWORDS[user] for user in (*SERVICES, REGISTER, JOIN)}
     assert "jetstream" not in made[AUDITORS_ACCOUNT]
-    crossing = {"stream": EVENTS.subjects[0], "service": GRANTS[AUDITOR].publish[0]}
-    exported = {
-        kind: one[kind] for one in made[SERVICES_ACCOUNT]["exports"] for kind in crossing if kind in one
-    }
-    assert exported == crossing
+    subjects = EVENTS.subjects[0], STATUS.pattern, HEARTBEAT.pattern
+    crossing = [*(("stream", subject) for subject in subjects), ("service", GRANTS[AUDITOR].publish[0])]
+    exported = [(k, v) for one in made[SERVICES_ACCOUNT]["exports"] for k, v in one.items() if type(v) is str]
+    assert [pair for pair in exported if pair[0] != "response_type"] == crossing
     assert made[AUDITORS_ACCOUNT]["imports"] == [
-        {kind: {"account": SERVICES_ACCOUNT, "subject": subject}} for kind, subject in crossing.items()
+        {kind: {"account": SERVICES_ACCOUNT, "subject": subject}} for kind, subject in crossing
     ]
     assert all(one["accounts"] == [AUDITORS_ACCOUNT] for one in made[SERVICES_ACCOUNT]["exports"])
 

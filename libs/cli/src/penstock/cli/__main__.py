@@ -16,6 +16,7 @@ COMMANDS = {
     "register": ("penstock.discovery.register.__main__", "beside engines: keeps them registered"),
     "sim": ("penstock.sim.__main__", "simulated engines with an OpenAI-compatible API"),
     "tap": ("penstock.cli.tap", "follow the routing events"),
+    "top": ("penstock.cli.top.__main__", "live view of instances, load, prefix matches, decisions"),
     "explain": ("penstock.cli.explain", "why a request went where it went"),
     "replay": ("penstock.cli.replay.__main__", "a trace under several policies, on simulated engines"),
 }

@@ -18,6 +18,7 @@ from penstock.cli.explain import ExplainSettings
 from penstock.cli.nats_accounts import accounts_config
 from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.tap import TapSettings
+from penstock.cli.top.__main__ import TopSettings
 from penstock.cli.up_settings import SERVICES, UpSettings
 from penstock.common import (
     event_log,
@@ -157,6 +158,7 @@ def _flags() -> Iterator[str]:
     yield from _flag_section("penstock sim", SimSettings, _own(SimSettings))
     yield from _flag_section("penstock replay", ReplaySettings, _own(ReplaySettings))
     yield from _flag_section("penstock tap", TapSettings, _own(TapSettings))
+    yield from _flag_section("penstock top", TopSettings, _own(TopSettings))
     yield from _flag_section("penstock explain REQUEST_ID", ExplainSettings, _own(ExplainSettings))
     yield "Also the `--nats-` flags of every service."
 

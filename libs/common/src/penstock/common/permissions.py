@@ -117,7 +117,10 @@ def _adding(counters: Counters) -> Grant:
     return Grant((counters.subject(">"), *calls))
 
 
-_READING = Grant((_READ_LOG,), EVENTS.subjects)
+# Besides the log, which processes live and how loaded engines are: `penstock top` needs no more. Neither says
+# anything of a request.
+_WATCHED = STATUS.pattern, HEARTBEAT.pattern
+_READING = Grant((_READ_LOG,), (*EVENTS.subjects, *_WATCHED))
 
 SERVICES: Mapping[str, Grant] = {
     "ingress": _process(
@@ -189,21 +192,21 @@ GRANTS: Mapping[str, Grant] = {
 
 def accounts(passwords: Mapping[str, str]) -> dict[str, Any]:
     """The `accounts` of a NATS server's configuration in plain JSON types; `passwords` by names of GRANTS."""
-    crossing = {"stream": EVENTS.subjects[0]}, {"service": _READ_LOG}
+    crossing = [{"stream": subject} for subject in (EVENTS.subjects[0], *_WATCHED)]
     return {
         SERVICES_ACCOUNT: {
             "jetstream": True,
             "users": [_user(name, passwords[name]) for name in (*SERVICES, REGISTER, JOIN)],
             "exports": [
-                {**crossing[0], "accounts": [AUDITORS_ACCOUNT]},
-                {**crossing[1], "accounts": [AUDITORS_ACCOUNT], "response_type": "stream"},
+                *({**one, "accounts": [AUDITORS_ACCOUNT]} for one in crossing),
+                {"service": _READ_LOG, "accounts": [AUDITORS_ACCOUNT], "response_type": "stream"},
             ],
         },
         AUDITORS_ACCOUNT: {
             "users": [_user(AUDITOR, passwords[AUDITOR])],
             "imports": [
                 {kind: {"account": SERVICES_ACCOUNT, "subject": subject}}
-                for one in crossing
+                for one in (*crossing, {"service": _READ_LOG})
                 for kind, subject in one.items()
             ],
         },

@@ -221,6 +221,7 @@ class InstanceEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] = ()
     state: str = ""
     reason: str = ""
+    role: str = "neutral"
 
 
 class DegradedEvent(msgspec.Struct, frozen=True, omit_defaults=True):

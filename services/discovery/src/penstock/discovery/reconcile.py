@@ -292,6 +292,7 @@ def event_of(record: Instance, change: str, reason: str) -> InstanceEvent:
         models=record.models,
         state=str(record.state),
         reason=reason,
+        role=str(record.role),
     )
 
 
