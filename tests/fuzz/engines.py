@@ -76,7 +76,7 @@ _CLIENT = EngineClient(IngressSettings(), Metrics())
 
 def by_us(pieces: list[bytes]) -> Response | None:
     """None if the response is broken or cut off."""
-    pool, listener, wire = Pool(_CLIENT, 65536), Listener(), Wire()
+    pool, listener, wire = Pool(_CLIENT, ("127.0.0.1", 1, "http"), 65536), Listener(), Wire()
     connection = EngineConnection(pool)
     connection.connection_made(wire)
     connection.attach(listener, reused=False)

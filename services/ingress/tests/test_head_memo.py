@@ -104,3 +104,70 @@ def test_a_long_head_is_not_kept() -> None:
     memo, head = HeadMemo(parse), REQUEST_LINES[0] + FIELDS[16]
     assert memo.parse(head).block == memo.parse(head).block
     assert len(parsed) == 2
+
+
+def whole_of(
+    parse: Callable[[bytes], RequestHead | ResponseHead], data: bytes
+) -> tuple[dict[str, object], bytes] | None:
+    """Head and body of a message that has all its announced body and nothing else, parsed anew."""
+    head, end, body = data.partition(b"\r\n\r\n")
+    found = seen(parse, head + b"\r\n") if end else None
+    if found is None or found.pop("length") != len(body) or not body:
+        return None
+    return found, body
+
+
+MESSAGE = REQUEST_LINES[0] + b"content-length: 5\r\nx-a: 1\r\n\r\nabcde"
+TWISTS: list[Callable[[bytes], bytes]] = [
+    lambda data: data,
+    lambda data: data[:-1],
+    lambda data: data + b"f",
+    lambda data: b"\r\n" + data,
+    lambda data: data.replace(b": 5", b": 0005"),
+    lambda data: data.replace(b": 5", b": 5 "),
+    lambda data: data.replace(b": 5", b": +5"),
+    lambda data: data.replace(b": 5\r\n", b": 5\n"),
+    lambda data: data.replace(b": 5\r\n", b": 5\r\r\n"),
+    lambda data: data.replace(b": 5", b": \xb2"),
+    lambda data: data.replace(b": 5", b": 0000000000000000005"),
+    lambda data: data.replace(b"\r\n\r\n", b"\r\nx: 1\r\n\r\n"),
+    lambda data: data.replace(b"x-a: 1", b"x-a: 2"),
+    lambda data: data.replace(b"5", b"12").replace(b"abcde", b"x" * 12),
+    lambda data: data.replace(b"5", b"1").replace(b"abcde", b"\r"),
+    lambda data: data + data,
+]
+
+
+@given(st.lists(st.sampled_from(TWISTS), max_size=8), st.lists(st.sampled_from(TWISTS), max_size=2))
+def test_a_message_taken_in_one_piece_is_what_its_head_says(
+    sent: list[Callable[[bytes], bytes]], twice: list[Callable[[bytes], bytes]]
+) -> None:
+    memo = HeadMemo(parse_request)
+    memo.parse(MESSAGE.partition(b"\r\n\r\n")[0] + b"\r\n")
+    for twist in sent:
+        data = twist(MESSAGE)
+        for further in twice:
+            data = further(data)
+        taken = memo.whole(data)
+        if taken is None:
+            continue
+        head, body = taken
+        shown = {name: getattr(head, name) for name in RequestHead.__slots__ if name != "length"}
+        assert (shown, body) == whole_of(parse_request, data)
+
+
+def test_a_message_like_the_last_one_is_taken_in_one_piece() -> None:
+    memo = HeadMemo(parse_request)
+    assert memo.whole(MESSAGE) is None
+    memo.parse(MESSAGE.partition(b"\r\n\r\n")[0] + b"\r\n")
+    for body in (b"abcde", b"x", b"y" * 1234):
+        taken = memo.whole(MESSAGE.replace(b"5", b"%d" % len(body)).replace(b"abcde", body))
+        assert taken is not None
+        assert taken[1] == body
+
+
+def test_a_head_that_could_become_too_long_is_not_remembered() -> None:
+    head = MESSAGE.partition(b"\r\n\r\n")[0] + b"\r\n"
+    memo = HeadMemo(parse_request, most_bytes=len(head) + 4)
+    memo.parse(head)
+    assert memo.whole(MESSAGE) is None

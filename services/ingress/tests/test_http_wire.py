@@ -228,7 +228,7 @@ def test_headers_that_the_ingress_reads_are_found_in_any_case() -> None:
 def test_what_steers_this_gateway_ends_here_and_who_asks_is_passed_on(name: str) -> None:
     kept = b"User: u\r\nx-session-id: s\r\n"
     head = request(b"User: u\r\n%b: 1\r\nx-session-id: s\r\n" % name.encode())
-    assert (head.block, head.header(name.lower().encode()), head.routed) == (kept, "1", True)
+    assert (head.block, head.header(name.lower().encode()), head.wishes) == (kept, "1", None)
 
 
 # -- response heads ------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def engine_wire() -> Wire:
 @pytest.fixture
 def connection(lab: Lab, engine_wire: Wire) -> EngineConnection:
     """A connection that serves somebody."""
-    connection = EngineConnection(Pool(lab.upstreams, 65536))
+    connection = EngineConnection(Pool(lab.upstreams, ("127.0.0.1", 1, "http"), 65536))
     connection.connection_made(engine_wire)
     return connection
 

@@ -44,9 +44,10 @@ class Attempt:
 
     It hears of its target until the head has come (`penstock.ingress.ports.UpstreamListener`)."""
 
-    sent_at = 0.0
-    _upstream: Upstream | None = None
-    _open = True
+    __slots__ = (
+        *("_body", "_gateway", "_head", "_open", "_owner", "_upstream"),
+        *("instance", "sent_at", "target", "work"),
+    )
 
     def __init__(
         self,
@@ -62,6 +63,9 @@ class Attempt:
         is its name among the circuit breakers. `work` with a decision id is in the account until `close`."""
         self._gateway, self._owner, self.instance, self.target = gateway, owner, instance, target
         self.work, self._head, self._body = work, head, body
+        self.sent_at = 0.0
+        self._upstream: Upstream | None = None
+        self._open = True
 
     def upstream_connected(self, upstream: Upstream) -> None:
         """Send the request."""

@@ -26,41 +26,49 @@ from penstock.ingress.responses import client_head, error_response
 from penstock.ingress.states import State
 from penstock.ingress.waiting import Ticket
 
+# An enum's member costs 0.1 us where it is read from its class.
+_PLACING, _ATTEMPTING, _RELAYING, _DONE = State.PLACING, State.ATTEMPTING, State.RELAYING, State.DONE
+_SATURATED = Reason.SATURATED
+
 
 class Exchange:
     """From a whole request to the last byte of its response; knows ports only."""
 
-    # What most requests never change stands here once, and costs none of them an assignment.
-    request: ScheduleRequest
-    state = State.PLACING
-    attempt: Attempt | None = None
-    relay: Relay | None = None
-    detours: Detours | None = None
-    divided: Divided | None = None
-    policy = profile = error = ""
-    placed_at = 0.0
-    stream = False
-    copied: Copied | None = None
-    reservation: Reservation | None = None
-    status = 0
-    # What instances get instead of `body`, if their route says so.
-    local_body: bytes | bytearray = b""
-    _paused = False
-    # Its place in a line, while it waits for capacity, and how long it did.
-    ticket: Ticket[Exchange] | None = None
-    waited_ms = 0.0
+    # Each has all of them from the beginning: to read one that stands in the class costs 30 ns, to set one 4.
+    __slots__ = (
+        *("_downstream", "_gateway", "_keep_alive", "_paused", "attempt", "body", "copied", "deadline"),
+        *("decisions", "detours", "divided", "error", "head", "local_body", "placed_at", "policy", "profile"),
+        *("received_at", "relay", "request", "request_id", "reservation", "state", "status", "stream"),
+        *("ticket", "waited_ms"),
+    )
 
-    body: bytes | bytearray
+    request: ScheduleRequest
 
     def __init__(
         self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes | bytearray
     ) -> None:
         self._gateway, self._downstream, self.head, self.body = gateway, downstream, head, body
-        self.request_id = gateway.request_id(head.read.get(b"x-request-id"))
-        self.received_at = gateway.clock()
-        self.deadline = self.received_at + gateway.settings.request_timeout
+        self.request_id = gateway.request_id(head.given_id)
+        self.received_at = now = gateway.clock()
+        self.deadline = now + gateway.request_timeout
+        self.state = _PLACING
         self.decisions: list[str] = []
-        self._keep_alive = head.keep_alive
+        self.attempt: Attempt | None = None
+        self.relay: Relay | None = None
+        self.detours: Detours | None = None
+        self.divided: Divided | None = None
+        self.policy = self.profile = self.error = ""
+        self.placed_at = 0.0
+        self.stream = False
+        self.copied: Copied | None = None
+        self.reservation: Reservation | None = None
+        self.status = 0
+        # What instances get instead of `body`, if their route says so.
+        self.local_body: bytes | bytearray = b""
+        # Its place in a line, while it waits for capacity, and how long it did.
+        self.ticket: Ticket[Exchange] | None = None
+        self.waited_ms = 0.0
+        self._keep_alive, self._paused = head.keep_alive, False
 
     def start(self, facts: Facts | None = None, *, by_bytes: bool = False) -> None:
         """Parse the body and ask for a placement; a large body comes back from its reading as `facts`.
@@ -68,13 +76,11 @@ class Exchange:
         gateway = self._gateway
         gateway.exchanges.add(self)
         try:
-            if gateway.splitting.routes is None:
-                gateway.admit()
             if facts is None and not by_bytes and len(self.body) > gateway.most_body_bytes:
                 self._read_elsewhere()
                 return
             read = parse if by_bytes else gateway.parse
-            inference = facts or read(self.head.path, self.head.header(b"content-type"), self.body)
+            inference = facts or read(self.head.path, self.head.content_type, self.body)
             self.stream = inference.stream
             if inference.body:
                 self.body = inference.body
@@ -96,9 +102,13 @@ class Exchange:
 
     def _read_elsewhere(self) -> None:
         gateway, head = self._gateway, self.head
-        kind = head.header(b"content-type")
+        if gateway.splitting.routes is None:
+            # Before the work, that is.
+            gateway.admit()
         divide = gateway.dividing.wants(head.read.get(b"routing-strategy"))
-        gateway.large_bodies.read(self, self._downstream.peer, head.path, kind, self.body, divide=divide)
+        gateway.large_bodies.read(
+            self, self._downstream.peer, head.path, head.content_type, self.body, divide=divide
+        )
 
     def body_refused(self, error: GatewayError) -> None:
         """The body, a large one, is not valid or could not be read. One that was to be read for its tokens
@@ -119,15 +129,15 @@ class Exchange:
     @property
     def waiting(self) -> bool:
         """Whether a placement is still wanted."""
-        return self.state is State.PLACING
+        return self.state is _PLACING
 
     def place(self, inference: InferenceRequest | Facts) -> None:
         """Ask for an instance. Raises GatewayError if there cannot be one."""
         gateway = self._gateway
         gateway.admit()
         gateway.require_model(inference.model)
-        self.request = gateway.schedule_request(self.head, inference, self.request_id)
-        if gateway.divides or self.request.strategy == PD:
+        self.request = request = gateway.schedule_request(self.head, inference, self.request_id)
+        if gateway.divides or request.strategy == PD:
             gateway.dividing.begin(self, inference)
         if gateway.tripped:
             self._leave_out(gateway.ejected(inference.model))
@@ -162,14 +172,14 @@ class Exchange:
         body = self.local_body or self.body
         head = gateway.upstream_head(self.head, instance, self.request_id, len(body))
         self.attempt = Attempt(gateway, self, instance, instance.id, work, head, body)
-        self.state = State.ATTEMPTING
+        self.state = _ATTEMPTING
         if gateway.tripped:
             gateway.breakers.sent(instance.id, gateway.clock())
         gateway.upstreams.acquire(instance, self.attempt)
 
     def rejected(self, rejection: Rejection) -> None:
         """No instance. Where none has room, it waits."""
-        if rejection.reason is Reason.SATURATED:
+        if rejection.reason is _SATURATED:
             self._gateway.waiting.hold(self)
         else:
             self.detour().rejected(rejection)
@@ -184,7 +194,7 @@ class Exchange:
 
     def ask(self, request: ScheduleRequest) -> None:
         """Ask for another placement."""
-        self.state, self.request = State.PLACING, request
+        self.state, self.request = _PLACING, request
         self.decisions.append(request.decision_id)
         self._submit()
 
@@ -197,11 +207,11 @@ class Exchange:
     def broken(self) -> None:
         """A fault of this program met it. Once the head is out, an error would be taken for the body."""
         text = "the gateway could not handle the request"
-        if self.state is State.RELAYING:
+        if self.state is _RELAYING:
             self.error = text
             self._downstream.abort()
             self.finish(Outcome.FAILED)
-        elif self.state is not State.DONE:
+        elif self.state is not _DONE:
             error = GatewayError("internal_error", text)
             self.fail(error, Outcome.FAILED)
 
@@ -210,7 +220,7 @@ class Exchange:
     def attempting(self, attempt: Attempt) -> None:
         """It is the attempt in hand."""
         self.attempt = attempt
-        self.state = State.ATTEMPTING
+        self.state = _ATTEMPTING
 
     def wait_to_retry(self) -> None:
         """Between two attempts."""
@@ -251,7 +261,7 @@ class Exchange:
             self._judge(head.status < 500)
         if self.detours is not None:
             self.detours.done(answered=head.status < 400)
-        self.state = State.RELAYING
+        self.state = _RELAYING
         # Nobody else can be asked any more: a stream must not hold its prompt for minutes.
         self.body = self.local_body = b""
         if self.divided is not None:
@@ -264,7 +274,7 @@ class Exchange:
         elif head.length == UNTIL_CLOSE or gateway.draining:
             self._keep_alive = False
         routing = b""
-        if gateway.settings.expose_routing_headers:
+        if gateway.expose_routing_headers:
             if self.detours is None and self.divided is None and attempt.instance is not None:
                 routing = gateway.routing_headers(self.policy, self.profile, attempt.instance)
             else:
@@ -347,7 +357,7 @@ class Exchange:
     def expire(self) -> None:
         """The deadline passed."""
         settings = self._gateway.settings
-        if self.state is State.RELAYING:
+        if self.state is _RELAYING:
             who = "the client read" if self._paused else f"{self._sender} sent"
             if not self._paused:
                 self._judge(False)
@@ -356,7 +366,7 @@ class Exchange:
         elif self.divided is not None and self.divided.expired():
             return
         elif self.detours is None or not self.detours.expired(self.attempt):
-            if self.state is State.ATTEMPTING:
+            if self.state is _ATTEMPTING:
                 self._judge(False)
             text = f"no response within {settings.request_timeout:g} s"
             self.fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)
@@ -364,7 +374,7 @@ class Exchange:
     def shut_down(self) -> None:
         """The drain timeout is over."""
         text = "the gateway is shutting down"
-        if self.state is State.RELAYING:
+        if self.state is _RELAYING:
             self._break_off("shutting_down", text, Outcome.SHUTDOWN)
         else:
             self.fail(GatewayError("shutting_down", text, retry_after_s=1.0), Outcome.SHUTDOWN)
@@ -372,10 +382,10 @@ class Exchange:
     def finish(self, outcome: Outcome, *, terminated: bool = False) -> None:
         """The one way out: releases what is held, tells the log, hands the connection back. `terminated`: a
         response that was broken off has its last chunk all the same."""
-        if self.state is State.DONE:
+        if self.state is _DONE:
             return
-        relaying, attempting = self.state is State.RELAYING, self.state is State.ATTEMPTING
-        self.state = State.DONE
+        relaying, attempting = self.state is _RELAYING, self.state is _ATTEMPTING
+        self.state = _DONE
         gateway = self._gateway
         if self.ticket is not None:
             gateway.waiting.leave(self)
@@ -402,7 +412,7 @@ class Exchange:
         self.status = kept.head.status
         if self._gateway.draining:
             self._keep_alive = False
-        routing = kept.routing if self._gateway.settings.expose_routing_headers else b""
+        routing = kept.routing if self._gateway.expose_routing_headers else b""
         head = client_head(kept.head, self.request_id, routing, dechunked=False, keep_alive=self._keep_alive)
         self._downstream.write(head + kept.body)
         self.finish(Outcome.COMPLETED)

@@ -34,12 +34,13 @@ from penstock.ingress.large_bodies import (
     read,
 )
 from penstock.ingress.openai import InferenceRequest, parse
-from penstock.ingress.owners import Owners, said_in_head
+from penstock.ingress.owners import Owners
 from penstock.ingress.ports import Externals, LargeBodies, Upstreams
 from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
 from penstock.ingress.splitting import Splitting, is_external
+from penstock.ingress.wishes import read_wishes
 
 if TYPE_CHECKING:
     from penstock.ingress.capture import Capture
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
     from penstock.ingress.waiting_room import WaitingRoom
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-MAX_HEADER_TEXT = 512
-MAX_PRIORITY = 100
-_PRIORITY = re.compile(rb"[+-]?[0-9]{1,3}")
 MAX_EXCLUDED = 64
 _SEED_CACHE = 1024
 _HEADER_CACHE = 8192
@@ -104,11 +102,16 @@ class Gateway:
         # What reads a body on the event loop, and up to what size; with a tokenizer another one, and less.
         self.parse: Callable[[bytes, str, bytes | bytearray], InferenceRequest | Facts] = parse
         self.most_body_bytes = LARGE_BODY_BYTES
+        # Of settings each read costs 30 ns: what every request needs stands here once more.
+        self.request_timeout = settings.request_timeout
+        self.stream_idle_timeout = settings.stream_idle_timeout
+        self.expose_routing_headers = settings.expose_routing_headers
+        self._block_bytes, self._tenant = settings.block_bytes, settings.block_hash_tenant
         self._secret = settings.block_hash_secret.get_secret_value()
         key = settings.engine_api_key.get_secret_value()
         self._engine_key = f"authorization: Bearer {key}\r\n".encode() if key else b""
         self._seeds: dict[str, int] = {}
-        self._routing_headers: dict[tuple[str, str, str, int, str], bytes] = {}
+        self._routing_headers: dict[tuple[str, str, InstanceId], tuple[Instance, bytes]] = {}
         self._hosts: dict[InstanceId, tuple[Instance, bytes]] = {}
         self._request_prefix = f"{identity.id}-{identity.incarnation}-"
         self._decision_prefix = f"{identity.incarnation}."
@@ -161,17 +164,20 @@ class Gateway:
         self, head: RequestHead, inference: InferenceRequest | Facts, request_id: str
     ) -> ScheduleRequest:
         """What a scheduler has to know. Raises GatewayError for headers that are too long or no priority."""
-        owner = inference.owner
-        strategy = profile = session = user = ""
-        priority = 0
-        if head.routed:
-            read = head.read
-            owner, strategy = owner or said_in_head(read), _text(read, b"routing-strategy")
-            profile, session = _text(read, b"config-profile"), _text(read, b"x-session-id")
-            user = _text(read, b"user")
-            priority = _priority(read.get(b"x-priority"))
+        wishes = head.wishes
+        if wishes is None:
+            wishes = head.wishes = read_wishes(head.read)
+        owner, strategy, profile, session, user, priority = wishes
+        owner = inference.owner or owner
         if owner:
             owner = self.owners.resolve(inference.model, owner)
+        if isinstance(inference, Facts):
+            hashes = inference.block_hashes
+        else:
+            hashes = chain(condense(inference.prompt), self._seed(inference), self._block_bytes)
+        if self._tenant != "none":
+            # Hashes that match no other tenant's.
+            hashes = of_tenant(hashes, self._secret, self._tenant, user, owner)
         # In the order of its fields: by name they cost 0.5 us more.
         return ScheduleRequest(
             self._decision_id(),
@@ -182,7 +188,7 @@ class Gateway:
             profile,
             inference.prompt_tokens,
             min(inference.max_tokens, 2**40),
-            self._of_tenant(self._hashes(inference), user, owner),
+            hashes,
             session,
             user,
             priority,
@@ -215,7 +221,7 @@ class Gateway:
         if caller is not None and self.settings.limits_user == "key":
             user = caller.owner
         else:
-            user = _text(exchange.head.read, b"user")
+            user = (exchange.head.wishes or read_wishes(exchange.head.read)).user
         return not user or self.limits is None or self.limits.admit(exchange, user, inference)
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
@@ -226,22 +232,23 @@ class Gateway:
 
     def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
         """The request's head as the instance gets it: the client's, less what ends at this hop."""
-        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            head.method,
-            head.origin_form,
-            self._host(instance),
-            head.block,
+        host = self._hosts.get(instance.id)
+        if host is None or host[0] is not instance:
+            host = self._host(instance)
+        return b"%b%b\r\n%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+            head.first_line,
+            host[1],
             # In the place of the client's key; without API keys what the client sent passes as it came.
-            self._engine_key if head.caller is not None else b"",
+            head.block if head.caller is None else head.block + self._engine_key,
             request_id.encode(),
             length,
         )
 
     def routing_headers(self, policy: str, profile: str, instance: Instance) -> bytes:
         """The lines that tell a client who chose what."""
-        key = policy, profile, instance.id, instance.endpoint.port, instance.endpoint.host
-        lines = self._routing_headers.get(key)
-        if lines is None:
+        key = policy, profile, instance.id
+        of, lines = self._routing_headers.get(key, (None, b""))
+        if of is not instance:
             if len(self._routing_headers) >= _HEADER_CACHE:
                 self._routing_headers.clear()
             # All come from the bus: nothing of them may end a header line.
@@ -254,7 +261,8 @@ class Gateway:
                 headers["config-profile"] = profile
             shown = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
             text = "".join(f"{name}: {value}\r\n" for name, value in shown.items())
-            lines = self._routing_headers[key] = text.encode()
+            lines = text.encode()
+            self._routing_headers[key] = instance, lines
         return lines
 
     def prefill_headers(self, instance_id: InstanceId) -> bytes:
@@ -300,28 +308,14 @@ class Gateway:
             }
         )
 
-    def _host(self, instance: Instance) -> bytes:
-        known = self._hosts.get(instance.id)
-        if known is None or known[0] is not instance:
-            if len(self._hosts) >= _HEADER_CACHE:
-                self._hosts.clear()
-            known = self._hosts[instance.id] = instance, str(instance.endpoint).encode()
-        return known[1]
+    def _host(self, instance: Instance) -> tuple[Instance, bytes]:
+        if len(self._hosts) >= _HEADER_CACHE:
+            self._hosts.clear()
+        known = self._hosts[instance.id] = instance, str(instance.endpoint).encode()
+        return known
 
     def _decision_id(self) -> str:
         return f"{self._decision_prefix}{next(self._decision_numbers):x}"
-
-    def _hashes(self, inference: InferenceRequest | Facts) -> bytes:
-        if isinstance(inference, Facts):
-            return inference.block_hashes
-        return chain(condense(inference.prompt), self._seed(inference), self.settings.block_bytes)
-
-    def _of_tenant(self, hashes: bytes, user: str, owner: str) -> bytes:
-        """Hashes that match no other tenant's, if that is asked for."""
-        by = self.settings.block_hash_tenant
-        if by == "none":
-            return hashes
-        return of_tenant(hashes, self._secret, by, user, owner)
 
     def _seed(self, inference: InferenceRequest) -> int:
         model, salt = inference.model, inference.cache_salt
@@ -334,22 +328,3 @@ class Gateway:
                 self._seeds.clear()
             seed = self._seeds[model] = root_seed(self._secret, model)
         return seed
-
-
-def _text(read: dict[bytes, bytes], name: bytes) -> str:
-    value = read.get(name)
-    if not value:
-        return ""
-    if len(value) > MAX_HEADER_TEXT:
-        text = f"header {name.decode()} has {len(value)} bytes, at most {MAX_HEADER_TEXT} are taken"
-        raise GatewayError("invalid_request", text, param=name.decode())
-    return value.decode("utf-8", "replace")
-
-
-def _priority(value: bytes | None) -> int:
-    if value is None:
-        return 0
-    if not _PRIORITY.fullmatch(value) or abs(priority := int(value)) > MAX_PRIORITY:
-        text = f"header x-priority takes an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}, higher goes first"
-        raise GatewayError("invalid_request", text, param="x-priority")
-    return priority

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 
-from penstock.ingress.disaggregation.bodies import without_forbidden
+from penstock.ingress.disaggregation.bodies import ARGUMENTS, FORBIDDEN, without_forbidden
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.owners import said_in_body, without_owner
 
@@ -30,6 +30,7 @@ GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
 MULTIPART_PATHS = frozenset(
     {b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/images/edits", b"/v1/images/variations"}
 )
+GENERATION = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
 # Parts of a form that are looked at, bytes of a part's headers, bytes of its value that are read.
 MAX_FORM_PARTS = 64
 MAX_PART_HEAD_BYTES = 1024
@@ -90,20 +91,6 @@ class _Body(msgspec.Struct, gc=False):
     bootstrap_pair_key: msgspec.Raw = EMPTY
     vllm_xargs: msgspec.Raw = EMPTY
 
-    def plain(self) -> bool:
-        """Whether none of them is there: all are EMPTY itself then, and their lengths cost more."""
-        return (
-            self.kv_transfer_params
-            is self.bootstrap_host
-            is self.bootstrap_port
-            is self.bootstrap_room
-            is self.disagg_prefill_dp_rank
-            is self.disagg_prefill_resp
-            is self.disaggregated_params
-            is self.bootstrap_pair_key
-            is self.vllm_xargs
-        )
-
 
 class _Named(msgspec.Struct):
     model: msgspec.Raw
@@ -138,12 +125,32 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
         max(0, parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens or 0),
         parsed.cache_salt or "",
     )
-    # All three are EMPTY itself in nearly every body; to ask for their lengths costs 0.4 us.
+    if (
+        parsed.owned_by
+        is parsed.engine
+        is parsed.inference_server
+        is parsed.kv_transfer_params
+        is parsed.bootstrap_host
+        is parsed.bootstrap_port
+        is parsed.bootstrap_room
+        is parsed.disagg_prefill_dp_rank
+        is parsed.disagg_prefill_resp
+        is parsed.disaggregated_params
+        is parsed.bootstrap_pair_key
+        is parsed.vllm_xargs
+    ):
+        # All of them are EMPTY itself in nearly every body; to ask for their lengths costs 0.4 us.
+        return inference
+    return _rewritten(inference, parsed, body)
+
+
+def _rewritten(inference: InferenceRequest, parsed: _Body, body: bytes | bytearray) -> InferenceRequest:
+    """With an owner, and a body without what only the gateway reads or no client may say."""
     if not (parsed.owned_by is parsed.engine is parsed.inference_server):
         owner = said_in_body(parsed.owned_by, parsed.engine, parsed.inference_server)
         inference = msgspec.structs.replace(inference, owner=owner, body=without_owner(body))
-    if not parsed.plain():
-        return msgspec.structs.replace(inference, body=without_forbidden(inference.body or body))
+    if any(len(getattr(parsed, name)) for name in (ARGUMENTS, *FORBIDDEN)):
+        inference = msgspec.structs.replace(inference, body=without_forbidden(inference.body or body))
     return inference
 
 
@@ -189,15 +196,15 @@ def _prompt(path: bytes, parsed: _Body) -> bytes:
     field, required = GENERATION_PATHS[path]
     if field is None:
         return b""
-    prompt = bytes(getattr(parsed, field))
+    prompt = bytes(parsed.messages if field == "messages" else getattr(parsed, field))
     if required and len(prompt) <= 4 and prompt in (b"", b"null", b"[]", b'""'):
         raise GatewayError("invalid_request", f"'{field}' is required and must not be empty", param=field)
-    if field == "messages" and not prompt.startswith(b"["):
+    if field == "messages" and prompt[:1] != b"[":
         raise GatewayError("invalid_request", "'messages' must be an array", param="messages")
+    if parsed.tools is parsed.system:
+        return prompt
     # Tools and system text come first in the engines' chat templates, so they come first here.
-    return (
-        b"".join((parsed.tools, parsed.system, prompt)) if len(parsed.tools) or len(parsed.system) else prompt
-    )
+    return b"".join((parsed.tools, parsed.system, prompt))
 
 
 def _parse_form(content_type: str, body: bytes | bytearray) -> InferenceRequest:

@@ -26,50 +26,55 @@ class Outcome(StrEnum):
     SHUTDOWN = "shutdown"
 
 
+# A member's `value` costs 0.16 us, a member read from its class 0.1.
+_TEXTS = {outcome: outcome.value for outcome in Outcome}
+_COMPLETED, _NEUTRAL = Outcome.COMPLETED, Mode.NEUTRAL
+
+
 def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
     """Count one exchange that ends; log it if it ever asked for a placement."""
     now, relay, attempt = gateway.clock(), exchange.relay, exchange.attempt
+    status, received_at, detours = exchange.status, exchange.received_at, exchange.detours
     first_byte_at = relay.first_byte_at if relay is not None else 0.0
-    gateway.count(outcome, exchange.status, exchange.received_at, first_byte_at, now)
-    detours = exchange.detours
+    gateway.count(outcome, status, received_at, first_byte_at, now)
     route = detours.route if detours is not None else ""
     if not (exchange.decisions or route):
         return
-    request = exchange.request
-    status, received_at, stream = exchange.status, exchange.received_at, exchange.stream
+    request, stream, placed_at = exchange.request, exchange.stream, exchange.placed_at
+    instance = attempt.instance if attempt is not None else None
     prompt = completion = cached = bytes_out = chunks = 0
     if relay is not None:
         bytes_out, chunks = relay.bytes_out, relay.chunks
         if status == 200:
             prompt, completion, cached = relay.usage()
-            if outcome is Outcome.COMPLETED and attempt is not None and attempt.instance is not None:
+            if outcome is _COMPLETED and attempt is not None and instance is not None:
                 gateway.speeds.answered(
-                    attempt.instance.id,
+                    instance.id,
                     prompt or request.prompt_tokens,
                     completion or (chunks if stream else 0),
                     first_byte_at if stream else attempt.sent_at,
                     now,
                 )
-                if prompt and attempt.work.cached_tokens and request.mode is Mode.NEUTRAL:
+                if attempt.work.cached_tokens and prompt and request.mode is _NEUTRAL:
                     # The placement counts in the ingress's estimate of the prompt.
                     expected = attempt.work.cached_tokens * prompt // max(1, request.prompt_tokens)
                     reported = cached > 0 or relay.reports_cache()
-                    gateway.speeds.judged(attempt.instance.id, expected, cached, reported=reported)
-    # In the order of its fields: by name, the 20 of them cost 0.8 us more.
+                    gateway.speeds.judged(instance.id, expected, cached, reported=reported)
+    # In the order of its fields: by name, the 20 of them cost 0.8 us more. Times in ms, to the us.
     event = OutcomeEvent(
         exchange.request_id,
         request.model,
-        outcome.value,
+        _TEXTS[outcome],
         status,
-        exchange.head.path.decode("ascii", "replace"),
+        exchange.head.path_text,
         gateway.identity.id,
         exchange.decisions,
-        attempt.instance.id if attempt is not None and attempt.instance is not None else "",
+        instance.id if instance is not None else "",
         1 + (detours.attempts if detours is not None else 0),
         stream,
-        _ms(received_at, exchange.placed_at),
-        _ms(received_at, first_byte_at),
-        _ms(received_at, now),
+        int((placed_at - received_at) * 1e6) / 1000 if placed_at else 0.0,
+        int((first_byte_at - received_at) * 1e6) / 1000 if first_byte_at else 0.0,
+        int((now - received_at) * 1e6) / 1000,
         bytes_out,
         chunks,
         prompt or request.prompt_tokens,
@@ -92,7 +97,3 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
     gateway.access_log.add(event)
     if exchange.copied is not None:
         exchange.copied.ended(event, relay.tail() if relay is not None else b"")
-
-
-def _ms(start: float, end: float) -> float:
-    return int((end - start) * 1e6) / 1000 if end else 0.0

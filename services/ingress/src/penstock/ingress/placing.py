@@ -222,10 +222,13 @@ class Placer:
             self._locally(batch.askers, str(result), certain=True)
 
     def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
-        outcomes = {outcome.decision_id: outcome for outcome in reply.outcomes}
+        outcomes: Sequence[Placement | Rejection | None] = reply.outcomes
+        asked = [asker.request.decision_id for asker in askers]
+        if [outcome.decision_id for outcome in reply.outcomes] != asked:
+            by_id = {outcome.decision_id: outcome for outcome in reply.outcomes}
+            outcomes = [by_id.get(decision_id) for decision_id in asked]
         unserved: list[Asker] = []
-        for asker in askers:
-            outcome = outcomes.get(asker.request.decision_id)
+        for asker, outcome in zip(askers, outcomes, strict=True):
             try:
                 if not asker.waiting:
                     # Its client left in the meantime: what the scheduler reserved is given back.

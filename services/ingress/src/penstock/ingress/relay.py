@@ -35,20 +35,23 @@ class RelayOwner(Protocol):
 class Relay:
     """Hears of one response's body (`penstock.ingress.ports.ResponseListener`), passes it on as it comes."""
 
-    # What most responses never change stands here once, and costs none of them an assignment.
-    first_byte_at = 0.0
-    bytes_out = chunks = 0
-    _held = _last = _previous = b""
-    _clean = True
-    _dechunker: ChunkedBody | None = None
-    _filter: UsageFilter | None = None
+    __slots__ = (
+        *("_clean", "_clock", "_dechunker", "_downstream", "_filter", "_head", "_held", "_idle_s", "_last"),
+        *("_owner", "_previous", "_work", "bytes_out", "chunks", "first_byte_at"),
+    )
 
     def __init__(
         self, owner: RelayOwner, downstream: Downstream, head: ResponseHead, gateway: Gateway, work: Work
     ) -> None:
         """`work` is told how many pieces there were."""
         self._owner, self._downstream, self._head, self._work = owner, downstream, head, work
-        self._clock, self._idle_s = gateway.clock, gateway.settings.stream_idle_timeout
+        self._clock, self._idle_s = gateway.clock, gateway.stream_idle_timeout
+        self.first_byte_at = 0.0
+        self.bytes_out = self.chunks = 0
+        self._held = self._last = self._previous = b""
+        self._clean = True
+        self._dechunker: ChunkedBody | None = None
+        self._filter: UsageFilter | None = None
 
     def dechunk(self) -> None:
         """Take the chunks apart, for a client that speaks HTTP/1.0; the connection's end is the body's."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from penstock.common.model import Instance
+from penstock.common.model import Instance, InstanceId
 from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.ports import UpstreamListener
@@ -25,8 +25,8 @@ Address = tuple[Any, ...]
 class Pool:
     """Connections to one address."""
 
-    def __init__(self, client: ConnectionPools, max_header_bytes: int) -> None:
-        self._client = client
+    def __init__(self, client: ConnectionPools, address: Address, max_header_bytes: int) -> None:
+        self.address = address
         self.idle: list[EngineConnection] = []
         self.open: set[EngineConnection] = set()
         self.connecting = 0
@@ -90,11 +90,14 @@ class ConnectionPools:
             "state",
         )
 
-    def _acquire(self, address: Address, listener: UpstreamListener) -> None:
-        """A connection of the pool, or one that `_open` makes."""
+    def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
         if pool is None:
-            pool = self._pools[address] = Pool(self, self._settings.max_header_bytes)
+            pool = self._pools[address] = Pool(self, address, self._settings.max_header_bytes)
+        return pool
+
+    def _acquire(self, pool: Pool, listener: UpstreamListener) -> None:
+        """A connection of the pool, or one that `_open` makes."""
         connection = pool.take()
         if connection is not None:
             connection.attach(listener, reused=True)
@@ -104,16 +107,15 @@ class ConnectionPools:
             listener.upstream_refused(f"all {limit} connections are in use", overflow=True)
             return
         pool.connecting += 1
-        task = asyncio.create_task(
-            self._make(pool, address, listener), name=f"connect {address[0]}:{address[1]}"
-        )
+        name = f"connect {pool.address[0]}:{pool.address[1]}"
+        task = asyncio.create_task(self._make(pool, listener), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _make(self, pool: Pool, address: Address, listener: UpstreamListener) -> None:
+    async def _make(self, pool: Pool, listener: UpstreamListener) -> None:
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
-                connection = await self._open(pool, address)
+                connection = await self._open(pool, pool.address)
         except TimeoutError:
             cause = f"no connection within {self._settings.connect_timeout:g} s"
         except (OSError, ValueError) as exc:
@@ -150,6 +152,10 @@ class ConnectionPools:
                 connection.close_idle()
             if not pool.open and not pool.connecting:
                 del self._pools[address]
+                self._dropped()
+
+    def _dropped(self) -> None:
+        """A pool is no longer one of the pools."""
 
     async def close(self) -> None:
         """End every connection."""
@@ -166,8 +172,18 @@ class EngineClient(ConnectionPools):
 
     def __init__(self, settings: IngressSettings, metrics: Metrics) -> None:
         super().__init__(settings, metrics, "upstream", "instances", settings.engine_tls)
+        # By instance: to put an address together and look it up costs 0.3 us.
+        self._by_instance: dict[InstanceId, tuple[Instance, Pool]] = {}
 
     def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
         """See `penstock.ingress.ports.Upstreams`."""
-        endpoint = instance.endpoint
-        self._acquire((endpoint.host, endpoint.port, endpoint.scheme), listener)
+        known = self._by_instance.get(instance.id)
+        if known is None or known[0] is not instance:
+            endpoint = instance.endpoint
+            pool = self._pool((endpoint.host, endpoint.port, endpoint.scheme))
+            known = self._by_instance[instance.id] = instance, pool
+        self._acquire(known[1], listener)
+
+    def _dropped(self) -> None:
+        # Instances that have left go with their pools.
+        self._by_instance.clear()

@@ -6,7 +6,15 @@ import asyncio
 from typing import TYPE_CHECKING, cast
 
 from penstock.ingress.chunked_body import PIECE_BYTES, ChunkedBody
-from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, BadFraming, HeadMemo, parse_response
+from penstock.ingress.http_wire import (
+    CHUNKED,
+    LAST_CHUNK,
+    UNTIL_CLOSE,
+    BadFraming,
+    HeadMemo,
+    ResponseHead,
+    parse_response,
+)
 from penstock.ingress.ports import ResponseListener, UpstreamListener
 
 if TYPE_CHECKING:
@@ -118,8 +126,9 @@ class EngineConnection(asyncio.Protocol):
         if not self._keep_alive or transport.is_closing() or unsent:
             self.abort()
             return
-        self._paused = False
-        transport.resume_reading()
+        if self._paused:
+            self._paused = False
+            transport.resume_reading()
         self._pool.give_back(self)
 
     def abort(self) -> None:
@@ -166,6 +175,8 @@ class EngineConnection(asyncio.Protocol):
         try:
             if response is not None:
                 self._body(response, data)
+            elif not self._buffer and (whole := self._heads_seen.whole(data)) and whole[0].status >= 200:
+                self._whole(listener, *whole)
             else:
                 self._heads(listener, data)
         except BadFraming as exc:
@@ -224,6 +235,17 @@ class EngineConnection(asyncio.Protocol):
             self._body(response, buffer)
         if self._response is response:
             response.upstream_flush()
+
+    def _whole(self, listener: UpstreamListener, known: ResponseHead, body: bytes) -> None:
+        """Most responses that are no streams: all of it is here, behind a head that is known."""
+        head = known if known.length == len(body) else known.with_length(len(body))
+        self._head_done, self._keep_alive = True, head.keep_alive
+        self._remaining, self._chunked = 0, None
+        response = self._response = listener.upstream_head(head)
+        if response is not None:
+            response.upstream_data(body, True)
+            if self._response is response:
+                response.upstream_done()
 
     def _body(self, response: ResponseListener, data: bytes) -> None:
         chunked = self._chunked

@@ -24,7 +24,8 @@ class ExternalClient(ConnectionPools):
     def acquire(self, external: External, listener: UpstreamListener) -> None:
         """See `penstock.ingress.ports.Externals`."""
         endpoint = external.endpoint
-        self._acquire((endpoint.host, endpoint.port, endpoint.scheme, external.proxy), listener)
+        pool = self._pool((endpoint.host, endpoint.port, endpoint.scheme, external.proxy))
+        self._acquire(pool, listener)
 
     async def _open(self, pool: Pool, address: Address) -> EngineConnection:
         host, port, scheme, proxy = address

@@ -9,11 +9,12 @@ import msgspec
 
 from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.admin_relay import AdminRelay
-from penstock.ingress.adapters.client_connection import GENERATION, MODELS, ClientConnection
+from penstock.ingress.adapters.client_connection import MODELS, ClientConnection
 from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCounts
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import RequestHead
+from penstock.ingress.openai import GENERATION
 from penstock.ingress.owners import IN_QUERY
 
 BACKLOG = 1024

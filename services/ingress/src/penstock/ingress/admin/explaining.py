@@ -19,9 +19,9 @@ from penstock.ingress.admin.documents import ROOT
 from penstock.ingress.admin.operations import Answer, Call, Operation, Strict
 from penstock.ingress.block_hash import RUN_BLOCKS, of_tenant
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.gateway import MAX_PRIORITY
 from penstock.ingress.large_bodies import Facts, Refusal, Setup, Task, Tokenizer, read
 from penstock.ingress.owners import Owners
+from penstock.ingress.wishes import MAX_PRIORITY
 
 ANSWER_WITHIN_S = 2.0
 # The field that a body has, by which its path is known.
