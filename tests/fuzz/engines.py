@@ -9,8 +9,9 @@ import h11
 
 from fuzz.clients import Wire
 from penstock.common.telemetry import Metrics
-from penstock.ingress.adapters.engine_client import EngineClient, Pool
+from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.engine_connection import EngineConnection
+from penstock.ingress.adapters.pool import Bounds, Pool
 from penstock.ingress.http_wire import CHUNKED, ResponseHead
 from penstock.ingress.ports import ResponseListener, Upstream
 from penstock.ingress.settings import IngressSettings
@@ -30,6 +31,8 @@ class Response(NamedTuple):
 class Listener:
     """Stands where an exchange stands."""
 
+    retry = False
+
     def __init__(self) -> None:
         self.head: ResponseHead | None = None
         self.wire = b""
@@ -39,6 +42,8 @@ class Listener:
     def upstream_connected(self, upstream: Upstream) -> None:
         self.upstream = upstream
         upstream.send(REQUEST, b"")
+
+    def upstream_waits(self, place: Upstream) -> None: ...
 
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)
@@ -71,14 +76,18 @@ class Listener:
         return self.done or self.lost
 
 
-_CLIENT = EngineClient(IngressSettings(), Metrics())
+_SETTINGS = IngressSettings()
+_CLIENT = EngineClient(_SETTINGS, Metrics())
 
 
 def by_us(pieces: list[bytes]) -> Response | None:
     """None if the response is broken or cut off."""
-    pool, listener, wire = Pool(_CLIENT, ("127.0.0.1", 1, "http"), 65536), Listener(), Wire()
+    pool = Pool(_CLIENT, Bounds(_SETTINGS), ("127.0.0.1", 1, "http"), 65536)
+    listener, wire = Listener(), Wire()
     connection = EngineConnection(pool)
     connection.connection_made(wire)
+    pool.connect(retry=False)
+    pool.connected(connection)
     connection.attach(listener, reused=False)
     for piece in pieces:
         if wire.closed:
@@ -88,6 +97,7 @@ def by_us(pieces: list[bytes]) -> Response | None:
     connection.connection_lost(None)
     assert listener.over, "the exchange would wait for its deadline"
     assert not pool.idle
+    assert (pool.active, pool.connections) == (0, 0)
     if listener.lost or listener.head is None:
         return None
     body = unchunked(listener.wire) if listener.head.length == CHUNKED else listener.wire

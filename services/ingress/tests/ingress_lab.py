@@ -41,6 +41,7 @@ from penstock.ingress.adapters.connection_limit import SharedCounts
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
+from penstock.ingress.adapters.pool import Bounds
 from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
@@ -269,7 +270,10 @@ class Lab:
 
     def __init__(self, **settings: Any) -> None:
         # Above the delays of a busy test machine; tests of the timeout itself set their own.
-        self.settings = IngressSettings.model_validate({"schedule_timeout": 5.0, **settings})
+        # Tests follow what goes over one connection, however much that is.
+        self.settings = IngressSettings.model_validate(
+            {"schedule_timeout": 5.0, "backend_max_requests_per_connection": 0, **settings}
+        )
         self.broker, self.metrics, self.table = MemoryBroker(), Metrics(), InstanceTable()
         self.bus = SlowBus(self.broker, self.metrics)
         identity = Identity("ingress", "lab", "1")
@@ -286,9 +290,10 @@ class Lab:
             self.metrics,
             time.monotonic,
         )
-        self.gateway.upstreams = self.upstreams = EngineClient(self.settings, self.metrics)
+        self.bounds = Bounds(self.settings)
+        self.gateway.upstreams = self.upstreams = EngineClient(self.settings, self.metrics, self.bounds)
         self.gateway.dividing = Dividing(self.gateway, self.metrics)
-        self.gateway.externals = self.externals = ExternalClient(self.settings, self.metrics)
+        self.gateway.externals = self.externals = ExternalClient(self.settings, self.metrics, self.bounds)
         setup = Setup(self.settings.block_hash_secret.get_secret_value(), self.settings.block_bytes)
         self.gateway.large_bodies = self.large_bodies = BodyHelper(setup, self.metrics, self.gateway.degraded)
         self.gateway.placer = self.placer = Placer(
@@ -401,6 +406,10 @@ class Lab:
         """Wait until no request is in hand, check that nothing is held for any; their outcomes."""
         await eventually(lambda: not self.gateway.exchanges)
         assert (len(self.account), dict(self.account.by_instance())) == (0, {})
+        # Connections that were broken off end a turn later.
+        await eventually(
+            lambda: (self.bounds.requests, self.bounds.pending, self.bounds.retries) == (0, 0, 0)
+        )
         assert (self.gateway.waiting.busy, self.account.on_free) == (False, None)
         assert len(self.gateway.dividing.holds) == 0
         outcomes = await self.events("outcome")

@@ -15,11 +15,15 @@ from .ingress_lab import Engine, Lab
 class Listener:
     """Keeps what it is given; never sends anything."""
 
+    retry = False
+
     def __init__(self) -> None:
         self.upstream: Upstream | None = None
 
     def upstream_connected(self, upstream: Upstream) -> None:
         self.upstream = upstream
+
+    def upstream_waits(self, place: Upstream) -> None: ...
 
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)

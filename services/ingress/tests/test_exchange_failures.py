@@ -89,7 +89,7 @@ async def test_a_connection_that_is_not_made_in_time_moves_the_request(lab_of: L
 
 
 async def test_more_connections_than_the_bound_are_a_503(lab_of: LabOf) -> None:
-    lab = await lab_of(upstream_max_connections=1)
+    lab = await lab_of(backend_max_connections=1, backend_max_pending_requests=0)
     first, peer = await lab.exchange(await lab.engine())
     response = await (await lab.client()).ask()
     assert (response.status, response.error["code"]) == (503, "overloaded")

@@ -57,7 +57,7 @@ def test_every_setting_is_described_and_has_a_variable() -> None:
         ("--retry-max-count", "17"),
         ("--max-header-bytes", "10"),
         ("--buffer-limit", "4MB"),
-        ("--upstream-max-connections", "0"),
+        ("--backend-max-connections", "0"),
         ("--connection-limit", "0"),
         ("--body-timeout", "0"),
         ("--engine-tls-ca", "/no/such/file"),

@@ -9,13 +9,13 @@ import pytest
 from integration.servers import eventually
 
 from penstock.ingress.adapters.client_connection import ClientConnection
-from penstock.ingress.adapters.engine_client import Pool
 from penstock.ingress.adapters.engine_connection import (
     FULL_READ_BYTES,
     MAX_CHUNKS,
     SLICE_BYTES,
     EngineConnection,
 )
+from penstock.ingress.adapters.pool import Bounds, Pool
 from penstock.ingress.chunked_body import PIECE_BYTES
 from penstock.ingress.http_wire import LAST_CHUNK, ResponseHead
 from penstock.ingress.ports import ResponseListener, Upstream
@@ -70,11 +70,15 @@ class Wire(asyncio.Transport):
 class Listener:
     """Gathers a response."""
 
+    retry = False
+
     def __init__(self) -> None:
         self.data, self.done, self.lost = b"", False, ""
 
     def upstream_connected(self, upstream: Upstream) -> None:
         pass
+
+    def upstream_waits(self, place: Upstream) -> None: ...
 
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
         raise AssertionError(cause)
@@ -103,7 +107,8 @@ def engine_wire() -> Wire:
 @pytest.fixture
 def connection(lab: Lab, engine_wire: Wire) -> EngineConnection:
     """A connection that serves somebody."""
-    connection = EngineConnection(Pool(lab.upstreams, ("127.0.0.1", 1, "http"), 65536))
+    pool = Pool(lab.upstreams, Bounds(lab.settings), ("127.0.0.1", 1, "http"), 65536)
+    connection = EngineConnection(pool)
     connection.connection_made(engine_wire)
     return connection
 

@@ -15,7 +15,7 @@ from penstock.ingress.ports import ResponseListener, Upstream
 class Failure(Enum):
     """Why an attempt came to nothing."""
 
-    # The pool's bound: nothing was tried.
+    # A bound of ours: nothing was tried.
     OVERFLOW = "overflow"
     # No connection.
     REFUSED = "refused"
@@ -44,6 +44,7 @@ class Attempt:
 
     It hears of its target until the head has come (`penstock.ingress.ports.UpstreamListener`)."""
 
+    retry = False
     __slots__ = (
         *("_body", "_gateway", "_head", "_open", "_owner", "_upstream"),
         *("instance", "sent_at", "target", "work"),
@@ -66,6 +67,10 @@ class Attempt:
         self.sent_at = 0.0
         self._upstream: Upstream | None = None
         self._open = True
+
+    def upstream_waits(self, place: Upstream) -> None:
+        """All connections to the target are in use."""
+        self._upstream = place
 
     def upstream_connected(self, upstream: Upstream) -> None:
         """Send the request."""
@@ -124,3 +129,10 @@ class Attempt:
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.abort()
+
+
+class Retry(Attempt):
+    """One after another attempt failed."""
+
+    retry = True
+    __slots__ = ()

@@ -99,14 +99,18 @@ class Detours:
     def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
         """An attempt came to nothing: what is next."""
         exchange, instance = self._exchange, attempt.instance
-        exchange.error = f"{self._source(attempt)}: {cause}"
+        if failure is not Failure.OVERFLOW or not attempt.retry:
+            exchange.error = f"{self._source(attempt)}: {cause}"
         if failure not in (Failure.OVERFLOW, Failure.STALE):
             self._splitting.breakers.failed(attempt.target, self._gateway.clock())
         attempt.close()
         if exchange.divided is not None:
             exchange.divided.close()
         if instance is not None:
-            self._instance_failed(instance.id, failure, cause)
+            if failure is Failure.OVERFLOW:
+                self._over_bound(attempt, cause)
+            else:
+                self._instance_failed(instance.id, failure, cause)
         elif failure is Failure.STALE and self._free_moves < FREE_MOVES:
             self._free_moves += 1
             self._fallbacks.again()
@@ -119,9 +123,7 @@ class Detours:
         """Another instance, if the request may still move; the failed one is excluded."""
         exchange, gateway = self._exchange, self._gateway
         self._stale = failure is Failure.STALE
-        if failure is Failure.OVERFLOW:
-            self._next(failure.value, _last_word(failure, cause, cause), Outcome.REJECTED)
-        elif failure in (Failure.REFUSED, Failure.STALE) and self._free_moves < FREE_MOVES:
+        if failure in (Failure.REFUSED, Failure.STALE) and self._free_moves < FREE_MOVES:
             self._free_moves += 1
             gateway.count_move(True)
             exchange.ask_again((*exchange.request.excluded, failed))
@@ -129,6 +131,20 @@ class Detours:
             gateway.count_move(False)
         else:
             self._next(failure.value, _last_word(failure, cause, exchange.error))
+
+    def _over_bound(self, attempt: Attempt, cause: str) -> None:
+        """The fallbacks; without one the client hears of the bound, or of what failed before the retry that
+        cannot be made."""
+        if attempt.retry:
+            self._next(Failure.OVERFLOW.value, GatewayError("upstream_unreachable", self._exchange.error))
+        else:
+            error = _last_word(Failure.OVERFLOW, cause, cause)
+            self._next(Failure.OVERFLOW.value, error, Outcome.REJECTED)
+
+    @property
+    def moved(self) -> bool:
+        """Whether an attempt at an instance failed, and the next one is a retry."""
+        return self._retries + self._free_moves > 0
 
     @property
     def _may_retry(self) -> bool:
@@ -300,5 +316,5 @@ class Detours:
 def _last_word(failure: Failure, cause: str, error: str) -> GatewayError:
     """What the client is told if there is nobody left to ask."""
     if failure is Failure.OVERFLOW:
-        return GatewayError("overloaded", cause, retry_after_s=1.0)
+        return GatewayError("overloaded", cause, retry_after_s=1.0, lines="x-envoy-overloaded: true\r\n")
     return GatewayError("upstream_timeout" if failure is Failure.SILENT else "upstream_unreachable", error)

@@ -12,7 +12,7 @@ import msgspec
 
 from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.common.model import Instance
-from penstock.ingress.attempt import Attempt, Failure
+from penstock.ingress.attempt import Attempt, Failure, Retry
 from penstock.ingress.collecting import Held
 from penstock.ingress.disaggregation.bodies import Members, edited
 from penstock.ingress.disaggregation.protocol import Answer, Order, Pair, ProtocolError
@@ -72,6 +72,11 @@ class Divided:
     @property
     def _order(self) -> Order:
         return self._method.protocol.order
+
+    @property
+    def _moved(self) -> bool:
+        detours = self._exchange.detours
+        return detours is not None and detours.moved
 
     # -- placement ---------------------------------------------------------------------------------
 
@@ -142,7 +147,7 @@ class Divided:
         exchange = self._exchange
         exchange.deadline = min(self._deadline, self._gateway.clock() + self._dividing.prefill_timeout_s)
         prefilling = self._prefilling = Prefilling(self._gateway, self._dividing, self, self._method, pair)
-        prefilling.send(exchange.head, self._parts, work)
+        prefilling.send(exchange.head, self._parts, work, retry=self._moved)
         if self._prefilling is prefilling and self._decode is None:
             exchange.attempting(prefilling.attempt)
 
@@ -230,7 +235,8 @@ class Divided:
         wire = gateway.upstream_head(exchange.head, instance, pair.request_id, len(body))
         work = next(work for work in self._unsent if work.instance == instance.id)
         self._unsent.remove(work)
-        attempt = self._decode = Attempt(gateway, self, instance, instance.id, work, wire, body)
+        make = Retry if self._moved else Attempt
+        attempt = self._decode = make(gateway, self, instance, instance.id, work, wire, body)
         exchange.attempting(attempt)
         if gateway.tripped:
             gateway.breakers.sent(instance.id, gateway.clock())

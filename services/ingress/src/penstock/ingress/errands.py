@@ -27,6 +27,8 @@ Lost = Callable[[str], None]
 class Errand:
     """One request; hears of its connection (`penstock.ingress.ports.UpstreamListener`)."""
 
+    retry = False
+
     def __init__(
         self,
         wire: bytes,
@@ -38,6 +40,10 @@ class Errand:
         self._upstream: Upstream | None = None
         self.open = True
         self._late = asyncio.get_running_loop().call_later(LIMIT_S, self._fail, f"no answer in {LIMIT_S:g} s")
+
+    def upstream_waits(self, place: Upstream) -> None:
+        """All connections are in use."""
+        self._upstream = place
 
     def upstream_connected(self, upstream: Upstream) -> None:
         """Send it."""

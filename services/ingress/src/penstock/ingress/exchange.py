@@ -6,7 +6,7 @@ from msgspec import structs
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Instance
-from penstock.ingress.attempt import Attempt, Failure
+from penstock.ingress.attempt import Attempt, Failure, Retry
 from penstock.ingress.capture import Copied
 from penstock.ingress.detours import Detours
 from penstock.ingress.disaggregation.protocols import PD
@@ -171,7 +171,8 @@ class Exchange:
         )
         body = self.local_body or self.body
         head = gateway.upstream_head(self.head, instance, self.request_id, len(body))
-        self.attempt = Attempt(gateway, self, instance, instance.id, work, head, body)
+        make = Attempt if self.detours is None or not self.detours.moved else Retry
+        self.attempt = make(gateway, self, instance, instance.id, work, head, body)
         self.state = _ATTEMPTING
         if gateway.tripped:
             gateway.breakers.sent(instance.id, gateway.clock())
@@ -366,7 +367,7 @@ class Exchange:
         elif self.divided is not None and self.divided.expired():
             return
         elif self.detours is None or not self.detours.expired(self.attempt):
-            if self.state is _ATTEMPTING:
+            if self.state is _ATTEMPTING and self.attempt is not None and self.attempt.sent_at:
                 self._judge(False)
             text = f"no response within {settings.request_timeout:g} s"
             self.fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)

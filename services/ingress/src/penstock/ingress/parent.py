@@ -14,8 +14,9 @@ from penstock.common.settings import reveal
 from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminReply
 from penstock.ingress.adapters.channel import Channel
-from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, counts_file
+from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, counts_bytes, counts_file
 from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentCounts
+from penstock.ingress.adapters.shared_pools import SharedPools
 from penstock.ingress.admin_messages import AdminRequest, AdminResponse
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.worker import FromWorker, Report, Start
@@ -66,6 +67,9 @@ class Parent:
         self._counts = [
             SharedCounts(self._counts_file.fileno(), settings.workers, row=row) for row in range(ROWS)
         ]
+        self._pools = SharedPools(
+            self._counts_file.fileno(), counts_bytes(settings.workers), settings.workers, 0
+        )
         self._past: Snapshot = []
         self._limits = ParentCounts(time.time)
         self.metrics = Metrics()
@@ -204,6 +208,7 @@ class Parent:
             )
         for counts in self._counts:
             counts.clear(worker.index)
+        self._pools.clear(worker.index)
         worker.channel = worker.report = worker.process = None
 
 

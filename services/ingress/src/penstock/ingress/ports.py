@@ -70,11 +70,17 @@ class ResponseListener(Protocol):
 class UpstreamListener(Protocol):
     """What hears of an instance's connection until there is a response; the attempt."""
 
+    # Whether another attempt failed before.
+    retry: bool
+
+    def upstream_waits(self, place: Upstream) -> None:
+        """It waits until a connection is free, unless it aborts `place`."""
+
     def upstream_connected(self, upstream: Upstream) -> None:
         """A connection is there."""
 
     def upstream_refused(self, cause: str, *, overflow: bool = False) -> None:
-        """No connection could be had; `overflow`: the pool's bound."""
+        """No connection could be had; `overflow`: because of a bound of ours."""
 
     def upstream_head(self, head: ResponseHead) -> ResponseListener | None:
         """The response's head came: who hears of its body, whose `upstream_flush` follows once what came with
@@ -88,7 +94,8 @@ class Upstreams(Protocol):
     """Connections to all instances."""
 
     def acquire(self, instance: Instance, listener: UpstreamListener) -> None:
-        """Call `upstream_connected` or `upstream_refused`, at once or later; never twice."""
+        """Call `upstream_connected` or `upstream_refused`, at once or later; never twice. Where it is later
+        because all connections are in use, `upstream_waits` comes before."""
 
 
 class Externals(Protocol):

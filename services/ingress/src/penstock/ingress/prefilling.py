@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from penstock.ingress.attempt import Attempt, Failure
+from penstock.ingress.attempt import Attempt, Failure, Retry
 from penstock.ingress.collecting import Collector, Drain
 from penstock.ingress.disaggregation.bodies import Members, edited, parameters_in
 from penstock.ingress.disaggregation.protocol import Answer, Order, Pair, Question
@@ -69,15 +69,16 @@ class Prefilling:
         """Whether the instance may keep the prompt, or compute it."""
         return self.attempt.sent_at > 0 and not self._refused
 
-    def send(self, client_head: RequestHead, parts: Members, work: Work) -> None:
-        """`work` is in the account until this is closed, or the prompt computed."""
+    def send(self, client_head: RequestHead, parts: Members, work: Work, *, retry: bool) -> None:
+        """`work` is in the account until this is closed, or the prompt computed; `retry`: of another pair."""
         pair, gateway = self._pair, self._gateway
         lacks = self._method.protocol.missing(pair.prefill)
         body = b"" if lacks else edited(parts, self._method.protocol.prefill(pair, parts))
         head = client_head.with_length(len(body))
         head.block = _ACCEPT_ENCODING.sub(b"", head.block)
         wire = gateway.upstream_head(head, pair.prefill, pair.request_id, len(body))
-        self.attempt = Attempt(gateway, self, pair.prefill, pair.prefill.id, work, wire, body)
+        make = Retry if retry else Attempt
+        self.attempt = make(gateway, self, pair.prefill, pair.prefill.id, work, wire, body)
         if lacks:
             self._owner.prefill_failed(self.attempt, Failure.REFUSED, f"its record lacks {lacks}")
             return

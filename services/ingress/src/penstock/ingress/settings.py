@@ -24,6 +24,7 @@ from penstock.ingress.disaggregation_settings import DisaggregationSettings
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.route_settings import RouteSettings
 from penstock.ingress.tokenizer_paths import tokenizer_folders
+from penstock.ingress.traffic_settings import TrafficSettings
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -36,6 +37,7 @@ class IngressSettings(
     EngineKeySettings,
     EngineTlsSettings,
     InstanceLimitSettings,
+    TrafficSettings,
     ServiceSettings,
 ):
     """HTTP in, placements from the bus, tokens out."""
@@ -108,9 +110,6 @@ class IngressSettings(
         ge=1,
         le=1_000_000,
         description="client connections at one time, of all workers together; further ones are closed",
-    )
-    upstream_max_connections: int = Field(
-        1024, ge=1, le=65536, description="connections to one instance, per worker"
     )
     upstream_idle_timeout: float = Field(
         60.0, gt=0, le=3600, description="seconds an unused connection to an instance is kept"

@@ -26,13 +26,15 @@ from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
 from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.channel import Channel
-from penstock.ingress.adapters.connection_limit import WAITING, SharedCounts
+from penstock.ingress.adapters.connection_limit import WAITING, SharedCounts, counts_bytes
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
 from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentLimitStore
+from penstock.ingress.adapters.pool import Bounds
+from penstock.ingress.adapters.shared_pools import SharedPools
 from penstock.ingress.api_keys import LIVE, ApiKeys
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.bus_limit_store import BusLimitStore
@@ -92,7 +94,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     if start is None:
         return
     settings = IngressSettings.model_validate(start.settings)
-    allow_files(2 * settings.connection_limit + SPARE_FILES)
+    allow_files(settings.connection_limit + settings.gateway_max_connections + SPARE_FILES)
     host = Host(new_identity("ingress", start.id), settings)
     table = InstanceTable()
     account = InFlightAccount(host.identity.id, host.identity.incarnation)
@@ -106,9 +108,12 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         host.metrics,
         time.monotonic,
     )
-    gateway.upstreams = upstreams = EngineClient(settings, host.metrics)
+    workers, index = settings.workers, start.index
+    shared = SharedPools(counts_fd, counts_bytes(workers), workers, index) if workers > 1 else None
+    bounds = Bounds(settings, shared)
+    gateway.upstreams = upstreams = EngineClient(settings, host.metrics, bounds)
     gateway.dividing = Dividing(gateway, host.metrics)
-    gateway.externals = externals = ExternalClient(settings, host.metrics)
+    gateway.externals = externals = ExternalClient(settings, host.metrics, bounds)
     setup = Setup(
         settings.block_hash_secret.get_secret_value(),
         settings.block_bytes,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import IO, Self
 
 from penstock.common.telemetry import Metrics
+from penstock.ingress.adapters.shared_pools import REGION_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class SharedCounts:
 
     def __init__(self, fd: int, slots: int, index: int = 0, row: int = CONNECTIONS) -> None:
         """`fd`: a file from `counts_file`, -1 for memory of this process alone; `row`: what is counted."""
-        numbers = memoryview(mmap.mmap(fd, ROWS * slots * _SLOT_BYTES)).cast("q")
+        numbers = memoryview(mmap.mmap(fd, counts_bytes(slots))).cast("q")
         self._numbers, self._index = numbers[row * slots : (row + 1) * slots], index
 
     @classmethod
@@ -51,10 +52,15 @@ class SharedCounts:
         return sum(self._numbers)
 
 
+def counts_bytes(slots: int) -> int:
+    """What the numbers take of the file; what is open at each address lies behind (`SharedPools`)."""
+    return ROWS * slots * _SLOT_BYTES
+
+
 def counts_file(slots: int) -> IO[bytes]:
     """A file without a name for `slots` processes; the memory lives as long as one of them has it."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  # the parent holds it for as long as it lives
-    file.truncate(ROWS * slots * _SLOT_BYTES)
+    file.truncate(counts_bytes(slots) + slots * REGION_BYTES)
     return file
 
 

@@ -5,58 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 from penstock.common.model import Instance, InstanceId
 from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.engine_connection import EngineConnection
+from penstock.ingress.adapters.pool import Address, Bound, Bounds, Pool
 from penstock.ingress.ports import UpstreamListener
 from penstock.ingress.settings import IngressSettings
 
 log = logging.getLogger(__name__)
-
-# Host, port, and "http" or "https", and whatever else tells connections apart.
-Address = tuple[Any, ...]
-
-
-class Pool:
-    """Connections to one address."""
-
-    def __init__(self, client: ConnectionPools, address: Address, max_header_bytes: int) -> None:
-        self.address = address
-        self.idle: list[EngineConnection] = []
-        self.open: set[EngineConnection] = set()
-        self.connecting = 0
-        self.max_header_bytes = max_header_bytes
-        self.metrics_bad_framing = client.bad_framing
-
-    def give_back(self, connection: EngineConnection) -> None:
-        """Keep a connection for the next exchange; the most recently used one is taken first."""
-        connection.idle_since = time.monotonic()
-        self.idle.append(connection)
-
-    def forget(self, connection: EngineConnection) -> None:
-        """A connection ended."""
-        self.open.discard(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
-
-    def take(self) -> EngineConnection | None:
-        """An idle connection."""
-        while self.idle:
-            connection = self.idle.pop()
-            if connection.usable:
-                return connection
-        return None
-
-    def close_idle(self) -> None:
-        """One was found dead, and the others have been idle for longer: none of them is worth a try."""
-        idle, self.idle = self.idle, []
-        for connection in idle:
-            connection.close_idle()
 
 
 class ConnectionPools:
@@ -69,8 +28,11 @@ class ConnectionPools:
         kind: str,
         of: str,
         tls: Callable[[], ssl.SSLContext],
+        bounds: Bounds | None,
     ) -> None:
-        """`kind` names the metrics, `of` says in words what is connected to."""
+        """`kind` names the metrics, `of` says in words what is connected to; `bounds` are those that the
+        clients of a process share."""
+        self._bounds = bounds or Bounds(settings)
         self._settings, self._of, self._make_tls = settings, of, tls
         self._pools: dict[Address, Pool] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -89,46 +51,110 @@ class ConnectionPools:
             ],
             "state",
         )
+        metrics.gauge(
+            f"penstock_ingress_{kind}_pending",
+            f"Requests that wait for a connection to {of}",
+            lambda: sum(len(pool.waiting) for pool in self._pools.values()),
+        )
+        self._overflows = metrics.counter(
+            f"penstock_ingress_{kind}_overflow_total",
+            f"Requests that found too many at {of}, by the setting that bounds them",
+            "bound",
+        )
+        self._woken = False
 
     def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
         if pool is None:
-            pool = self._pools[address] = Pool(self, address, self._settings.max_header_bytes)
+            limit = self._settings.max_header_bytes
+            pool = self._pools[address] = Pool(self, self._bounds, address, limit, self._of)
         return pool
 
     def _acquire(self, pool: Pool, listener: UpstreamListener) -> None:
-        """A connection of the pool, or one that `_open` makes."""
+        """A connection of the pool, one that `_open` makes, or a place among those that wait for one."""
+        bound = None
+        if self._bounds.connections >= self._bounds.least or listener.retry:
+            bound = self._bounds.refuses(pool, listener.retry)
+        if bound is None and (pool.waiting or not self._serve(pool, listener)):
+            bound = self._bounds.refuses_to_wait(pool)
+            if bound is None:
+                listener.upstream_waits(pool.wait(listener))
+        if bound is not None:
+            self._overflow(bound, listener)
+
+    def _overflow(self, bound: Bound, listener: UpstreamListener) -> None:
+        name = bound.value
+        self._overflows.inc(name)
+        most = getattr(self._settings, name)
+        cause = f"there are as many requests as may be (--{name.replace('_', '-')} {most})"
+        listener.upstream_refused(cause, overflow=True)
+
+    def _serve(self, pool: Pool, listener: UpstreamListener) -> bool:
+        """A connection for a request; False if it has to wait."""
         connection = pool.take()
         if connection is not None:
+            if listener.retry:
+                pool.count_retry(1)
             connection.attach(listener, reused=True)
-            return
-        limit = self._settings.upstream_max_connections
-        if len(pool.open) + pool.connecting >= limit:
-            listener.upstream_refused(f"all {limit} connections are in use", overflow=True)
-            return
-        pool.connecting += 1
+            return True
+        if self._bounds.full(pool) or (self._bounds.all_full() and not self._evict()):
+            return False
+        pool.connect(retry=listener.retry)
         name = f"connect {pool.address[0]}:{pool.address[1]}"
         task = asyncio.create_task(self._make(pool, listener), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return True
+
+    def _evict(self) -> bool:
+        idle = [pool for pool in self._pools.values() if pool.idle]
+        if idle:
+            min(idle, key=lambda pool: pool.idle[0].idle_since).evict()
+        return bool(idle)
+
+    def freed(self) -> None:
+        """See `penstock.ingress.adapters.pool.Keeper`. In a later turn: where a connection becomes free, its
+        own affairs come first."""
+        if not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._serve_waiting)
+
+    def _serve_waiting(self) -> None:
+        self._woken = False
+        for pool in [pool for pool in self._pools.values() if pool.waiting]:
+            while pool.waiting:
+                listener = next(iter(pool.waiting))
+                if self._bounds.refuses(pool, listener.retry) or not self._serve(pool, listener):
+                    break
+                pool.leave(listener)
 
     async def _make(self, pool: Pool, listener: UpstreamListener) -> None:
+        connection = None
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
                 connection = await self._open(pool, pool.address)
+            if not connection.usable:
+                raise OSError("it closed the connection")
         except TimeoutError:
             cause = f"no connection within {self._settings.connect_timeout:g} s"
         except (OSError, ValueError) as exc:
             cause = getattr(exc, "strerror", None) or str(exc)
+        except BaseException:
+            pool.failed(retry=listener.retry)
+            raise
         else:
-            pool.open.add(connection)
+            pool.connected(connection)
             self._connects.inc("connected")
             connection.attach(listener, reused=False)
             return
-        finally:
-            pool.connecting -= 1
+        pool.failed(retry=listener.retry)
         self._connects.inc("refused")
         listener.upstream_refused(cause)
+        if not pool.connections:
+            # Those behind it would find out one by one.
+            for waiting in list(pool.waiting):
+                pool.leave(waiting)
+                waiting.upstream_refused(cause)
 
     async def _open(self, pool: Pool, address: Address) -> EngineConnection:
         """Raises OSError or ValueError."""
@@ -147,12 +173,16 @@ class ConnectionPools:
         """Close what has been idle for too long, and drop pools that are empty."""
         oldest = now - self._settings.upstream_idle_timeout
         for address, pool in list(self._pools.items()):
-            for connection in [c for c in pool.idle if c.idle_since < oldest]:
-                pool.idle.remove(connection)
-                connection.close_idle()
-            if not pool.open and not pool.connecting:
+            pool.close_idle(oldest)
+            if pool.idle and self._bounds.wanted_elsewhere(pool):
+                pool.evict()
+            if not pool.connections and not pool.waiting:
                 del self._pools[address]
+                self._bounds.give_back(pool.slot)
                 self._dropped()
+        if self._bounds.pending:
+            # Another worker may have made room, or another client of this one.
+            self._serve_waiting()
 
     def _dropped(self) -> None:
         """A pool is no longer one of the pools."""
@@ -170,8 +200,8 @@ class ConnectionPools:
 class EngineClient(ConnectionPools):
     """Connections to the instances, of one ingress process."""
 
-    def __init__(self, settings: IngressSettings, metrics: Metrics) -> None:
-        super().__init__(settings, metrics, "upstream", "instances", settings.engine_tls)
+    def __init__(self, settings: IngressSettings, metrics: Metrics, bounds: Bounds | None = None) -> None:
+        super().__init__(settings, metrics, "upstream", "instances", settings.engine_tls, bounds)
         # By instance: to put an address together and look it up costs 0.3 us.
         self._by_instance: dict[InstanceId, tuple[Instance, Pool]] = {}
 

@@ -18,7 +18,7 @@ from penstock.ingress.http_wire import (
 from penstock.ingress.ports import ResponseListener, UpstreamListener
 
 if TYPE_CHECKING:
-    from penstock.ingress.adapters.engine_client import Pool
+    from penstock.ingress.adapters.pool import Pool
 
 
 # A second write costs less than copying a body of this size behind its head.
@@ -52,6 +52,8 @@ class EngineConnection(asyncio.Protocol):
         "_unsent",
         "_writing_paused",
         "idle_since",
+        "left",
+        "retry",
         "reused",
     )
 
@@ -71,12 +73,16 @@ class EngineConnection(asyncio.Protocol):
         self._unsent: memoryview | None = None
         self.reused = False
         self.idle_since = 0.0
+        # Requests that it may still serve: from 0 on, any number. Whether that in hand is a retry.
+        self.left = pool.requests_per_connection
+        self.retry = False
 
     # -- the exchange's side -----------------------------------------------------------------------
 
     def attach(self, listener: UpstreamListener, *, reused: bool) -> None:
         """Serve `listener`."""
         self._listener, self.reused = listener, reused
+        self.retry = listener.retry
         self._buffer = b""
         self._interim = 0
         self._head_done = False

@@ -6,8 +6,9 @@ import asyncio
 from typing import cast
 
 from penstock.common.telemetry import Metrics
-from penstock.ingress.adapters.engine_client import Address, ConnectionPools, Pool
+from penstock.ingress.adapters.engine_client import ConnectionPools
 from penstock.ingress.adapters.engine_connection import EngineConnection
+from penstock.ingress.adapters.pool import Address, Bounds, Pool
 from penstock.ingress.ports import UpstreamListener
 from penstock.ingress.routes import External
 from penstock.ingress.settings import IngressSettings
@@ -18,8 +19,8 @@ MAX_PROXY_HEAD = 8192
 class ExternalClient(ConnectionPools):
     """The pools of one ingress process, by endpoint and proxy. TLS is verified, by name."""
 
-    def __init__(self, settings: IngressSettings, metrics: Metrics) -> None:
-        super().__init__(settings, metrics, "external", "external endpoints", settings.external_tls)
+    def __init__(self, settings: IngressSettings, metrics: Metrics, bounds: Bounds | None = None) -> None:
+        super().__init__(settings, metrics, "external", "external endpoints", settings.external_tls, bounds)
 
     def acquire(self, external: External, listener: UpstreamListener) -> None:
         """See `penstock.ingress.ports.Externals`."""
