@@ -9,7 +9,7 @@ echo "apiVersion: v1"
 echo "kind: Secret"
 echo "metadata: {name: penstock-secrets}"
 echo "stringData:"
-for user in ingress scheduler discovery mirror register join auditor; do
+for user in ingress scheduler discovery mirror register join auditor archive; do
   echo "  nats-$user: $(random)"
 done
 echo "  admin-token: $(random)"

@@ -16,7 +16,7 @@ from integration.bus_users import ALL, UserServer, server_with_users
 from integration.servers import eventually
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Listing
-from penstock.common.permissions import AUDITOR, GRANTS, JOIN, REGISTER
+from penstock.common.permissions import ARCHIVE, AUDITOR, GRANTS, JOIN, REGISTER
 from penstock.common.routing_events import (
     COMPARISON,
     CONFIG_CHANGE,
@@ -116,9 +116,9 @@ PUBLISHING: dict[str, frozenset[str]] = {
     "_INBOX.discovery.id.run.answers.1": NOBODY,
     "_INBOX.tool.1": TRUSTED,
     "$SRV.PING": who(),
-    READ_LOG: frozenset({JOIN, AUDITOR}),
+    READ_LOG: frozenset({JOIN, AUDITOR, ARCHIVE}),
     f"$JS.API.DIRECT.GET.{REGISTRY}": NOBODY,
-    f"$JS.API.STREAM.INFO.{LOG}": TRUSTED,
+    f"$JS.API.STREAM.INFO.{LOG}": TRUSTED | {ARCHIVE},
     f"$JS.API.STREAM.CREATE.{LOG}": TRUSTED,
     f"$JS.API.STREAM.UPDATE.{LOG}": TRUSTED,
     f"$JS.API.STREAM.INFO.{REGISTRY}": who("ingress", "scheduler", "discovery"),
@@ -135,7 +135,10 @@ PUBLISHING: dict[str, frozenset[str]] = {
         f"$JS.API.STREAM.{call}.{CONFIGURED}": who("ingress", "discovery", "mirror")
         for call in ("CREATE", "UPDATE", "MSG.GET")
     },
-    f"$JS.API.CONSUMER.CREATE.{LOG}": NOBODY,
+    f"$JS.API.CONSUMER.CREATE.{LOG}": frozenset({ARCHIVE}),
+    f"$JS.API.CONSUMER.CREATE.{LOG}.warehouse": frozenset({ARCHIVE}),
+    f"$JS.API.CONSUMER.MSG.NEXT.{LOG}.warehouse": frozenset({ARCHIVE}),
+    f"$JS.ACK.{LOG}.warehouse.1.1.1.1.1": frozenset({ARCHIVE}),
     **{
         f"$JS.API.STREAM.{call}.{stream}": NOBODY
         for stream in (LOG, REGISTRY, REGISTERED, CONFIGURED, COPIES.name, LIMITS.name)
@@ -164,8 +167,8 @@ SUBSCRIBING: dict[str, frozenset[str]] = {
     LIMITS.subject(">"): NOBODY,
     HEARTBEAT.pattern: who("scheduler") | {AUDITOR},
     HEARTBEAT.name("scheduler"): who("scheduler", "ingress") | {AUDITOR},
-    EVENTS.subjects[0]: frozenset({JOIN, AUDITOR}),
-    event_filter(OUTCOME, "m"): frozenset({JOIN, AUDITOR}),
+    EVENTS.subjects[0]: frozenset({JOIN, AUDITOR, ARCHIVE}),
+    event_filter(OUTCOME, "m"): frozenset({JOIN, AUDITOR, ARCHIVE}),
     INSTANCES.subject(">"): NOBODY,
     REGISTRATIONS.subject(">"): NOBODY,
     CONFIG.subject(">"): NOBODY,

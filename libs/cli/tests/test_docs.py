@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cli.docs import EVENTS, RECORDS, TABLES, main, pages
+from penstock.cli.docs import RECORDS, TABLES, main, pages
 from penstock.cli.up_settings import SERVICES
 from penstock.common import routing_events, subjects
 from penstock.common.settings import describe
@@ -48,5 +48,5 @@ def test_every_subject_bucket_and_stream_is_listed_with_what_it_holds() -> None:
 
 def test_every_event_type_is_listed() -> None:
     declared = {cls for name, cls in vars(routing_events).items() if name.endswith("Event")}
-    assert set(EVENTS.values()) == declared
-    assert all(f"\n## {kind}\n" in pages()[f"{TABLES}/events.md"] for kind in EVENTS)
+    assert set(routing_events.TYPES.values()) == declared
+    assert all(f"\n## {kind}\n" in pages()[f"{TABLES}/events.md"] for kind in routing_events.TYPES)

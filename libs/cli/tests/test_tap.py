@@ -5,11 +5,10 @@ import asyncio
 import msgspec
 import pytest
 
-from penstock.cli import docs
 from penstock.cli.tap import Tap, TapSettings
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.event_log import EventWriter
-from penstock.common.routing_events import OUTCOME, PLACEMENT, OutcomeEvent, PlacementEvent
+from penstock.common.routing_events import OUTCOME, PLACEMENT, TYPES, OutcomeEvent, PlacementEvent
 from penstock.common.settings import SettingsError, load
 from penstock.common.subjects import EVENTS, event_subject
 from penstock.common.telemetry import Metrics
@@ -25,7 +24,7 @@ def placement(number: int, model: str = "m") -> PlacementEvent:
     return PlacementEvent(f"d{number}", f"req-{number}", model, "sim-1", "random", "r1")
 
 
-@pytest.mark.parametrize("kind", docs.EVENTS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_every_type_of_event_can_be_asked_for(kind: str) -> None:
     assert settings("--type", kind).type == kind
 

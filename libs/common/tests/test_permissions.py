@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from penstock.common.permissions import (
+    ARCHIVE,
     AUDITOR,
     AUDITORS_ACCOUNT,
     EXPLAINS,
@@ -93,7 +94,7 @@ def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_some_by_ot
 def test_an_event_is_written_by_the_services_that_have_it(event_type: str, writers: set[str]) -> None:
     subject = event_subject(event_type, "org/model")
     assert may_publish(subject) - {JOIN} == writers
-    assert may_subscribe(subject) == {JOIN, AUDITOR}
+    assert may_subscribe(subject) == {JOIN, AUDITOR, ARCHIVE}
 
 
 @pytest.mark.parametrize("call", ["DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT", "RESTORE", "LEADER.STEPDOWN"])
@@ -143,7 +144,7 @@ def test_auditors_have_an_account_apart_into_which_the_log_status_and_heartbeats
         for account, content in made.items()
     }
     assert users[AUDITORS_ACCOUNT] == {AUDITOR: PASSWORDS[AUDITOR]}
-    assert users[SERVICES_ACCOUNT] == {user: PASSWORDS[user] for user in (*SERVICES, REGISTER, JOIN)}
+    assert users[SERVICES_ACCOUNT] == {user: PASSWORDS[user] for user in (*SERVICES, REGISTER, JOIN, ARCHIVE)}
     assert "jetstream" not in made[AUDITORS_ACCOUNT]
     subjects = EVENTS.subjects[0], STATUS.pattern, HEARTBEAT.pattern
     crossing = [*(("stream", subject) for subject in subjects), ("service", GRANTS[AUDITOR].publish[0])]

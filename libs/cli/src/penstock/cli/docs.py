@@ -14,6 +14,7 @@ from msgspec import inspect as types
 from pydantic import Field
 
 from penstock.cli import event_lines
+from penstock.cli.asyncapi import asyncapi_document, events_schema
 from penstock.cli.explain import ExplainSettings
 from penstock.cli.nats_accounts import accounts_config
 from penstock.cli.replay.settings import ReplaySettings
@@ -49,21 +50,6 @@ RECORDS: dict[str, dict[str, type[msgspec.Struct]]] = {
     subjects.REGISTRATIONS.name: {"<name>": records.PenstockRecord},
     subjects.CONFIG.name: {"<kind>.<name>": live_config.ConfigRecord},
 }
-EVENTS: dict[str, type[msgspec.Struct]] = {
-    routing_events.PLACEMENT: routing_events.PlacementEvent,
-    routing_events.REJECTION: routing_events.RejectionEvent,
-    routing_events.OUTCOME: routing_events.OutcomeEvent,
-    routing_events.INSTANCE: routing_events.InstanceEvent,
-    routing_events.DEGRADED: routing_events.DegradedEvent,
-    routing_events.ROUTED: routing_events.RouteEvent,
-    routing_events.RETRY: routing_events.RetryEvent,
-    routing_events.FALLBACK: routing_events.FallbackEvent,
-    routing_events.QUEUED: routing_events.QueuedEvent,
-    routing_events.BREAKER: routing_events.BreakerEvent,
-    routing_events.CONFIG_CHANGE: routing_events.ConfigEvent,
-    routing_events.MIRRORED: routing_events.MirroredEvent,
-    routing_events.COMPARISON: routing_events.ComparisonEvent,
-}
 
 
 class DocsSettings(Settings):
@@ -93,6 +79,8 @@ def pages() -> dict[str, str]:
         for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
     }
     others = {
+        "asyncapi.yaml": _api(asyncapi_document()),
+        "events.schema.json": json.dumps(events_schema(), indent=1) + "\n",
         "record.schema.json": _record_schema(),
         "openapi-admin.yaml": _api(api_document()),
         "openapi.yaml": _api(public_document(API_VERSION)),
@@ -114,7 +102,7 @@ def _record_schema() -> str:
 
 
 def _api(document: dict[str, Any]) -> str:
-    """An OpenAPI document for people."""
+    """An OpenAPI or AsyncAPI document for people."""
     # By way of JSON: YAML would mark what several places share.
     plain = json.loads(json.dumps(document))
     return "# written by `make docs`\n" + yaml.safe_dump(plain, sort_keys=False, width=110)
@@ -284,10 +272,10 @@ def _events() -> Iterator[str]:
     yield from _table(("header", "meaning"), ((_code(name), text) for name, text in headers))
     yield "Fields that hold their default are left out.\n"
     structs: dict[str, type[msgspec.Struct]] = {}
-    for kind, cls in EVENTS.items():
+    for kind, cls in routing_events.TYPES.items():
         yield f"## {kind}\n"
         pattern = subjects.event_subject(kind, "MODEL").replace("MODEL", "<model>")
-        yield f"Type `penstock.{kind}.v1` on `{pattern}`. {_prose(cls)}\n"
+        yield f"Type `{routing_events.type_of(kind)}` on `{pattern}`. {_prose(cls)}\n"
         yield from _fields(cls, structs)
     yield from _struct_sections(structs)
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.common.permissions import GRANTS, accounts
+from penstock.common.subjects import EVENTS
 
 HOST = "127.0.0.1"
-# Explicit, because the default is a share of the free disk: the log's stream reserves 1 GiB.
-_STORE_BYTES = 4 * 1024**3
+# Explicit, because the default is a share of the free disk: streams and buckets reserve what they may take.
+BUCKETS_BYTES = 3 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class NatsServer:
     port: int
     folder: Path
     passwords: Mapping[str, str] = field(repr=False)
+    # Of the log's stream.
+    log_bytes: int = EVENTS.max_bytes
 
     def url(self, user: str) -> str:
         """Its address for `user`, credentials included."""
@@ -41,7 +44,7 @@ class NatsServer:
         config = {
             "listen": f"{HOST}:{self.port}",
             "server_name": "penstock-up",
-            "jetstream": {"store_dir": str(self.folder), "max_file_store": _STORE_BYTES},
+            "jetstream": {"store_dir": str(self.folder), "max_file_store": BUCKETS_BYTES + self.log_bytes},
             "accounts": accounts(self.passwords),
         }
         self.config_file.unlink(missing_ok=True)

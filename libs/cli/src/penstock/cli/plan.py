@@ -133,7 +133,8 @@ class _Planner:
         )
 
     def _nats(self, folder: Path) -> NatsServer:
-        return NatsServer(self.settings.nats_port or self.ports.take(), folder, new_passwords())
+        log_bytes = self.settings.event_stream_mib * 1024 * 1024
+        return NatsServer(self.settings.nats_port or self.ports.take(), folder, new_passwords(), log_bytes)
 
     def _nats_url(self, user: str) -> str:
         return self.nats.url(user) if self.nats else self.settings.nats_url

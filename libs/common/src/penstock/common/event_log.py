@@ -18,8 +18,8 @@ import msgspec
 
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError
-from penstock.common.routing_events import DEGRADED, DegradedEvent
-from penstock.common.subjects import EVENTS, event_subject
+from penstock.common.routing_events import DEGRADED, DegradedEvent, type_of
+from penstock.common.subjects import EVENTS, Stream, event_subject
 from penstock.common.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,11 @@ class EventWriter:
         metrics: Metrics,
         wall_clock: Callable[[], float] = time.time,
         max_kept_bytes: int = MAX_KEPT_BYTES,
+        stream: Stream = EVENTS,
     ) -> None:
-        """`writer` is service and id, as in `scheduler/7f3a`; `wall_clock` gives Unix seconds."""
+        """`writer` is service and id, as in `scheduler/7f3a`; `wall_clock` gives Unix seconds; `stream` is
+        EVENTS within the bounds that this deployment wants."""
+        self._stream = stream
         self._max_kept_bytes = max_kept_bytes
         # First and last sequence of what was dropped since everything was stored; (0, 0) for nothing.
         self._lost = 0, 0
@@ -184,7 +187,7 @@ class EventWriter:
         identity = encode(f"{self._writer}/{self._incarnation}/")[:-1]
         constants = b'","source":%b,"type":%b,"subject":' % (
             encode(f"/penstock/{self._writer}"),
-            encode(f"penstock.{event_type}.v1"),
+            encode(type_of(event_type)),
         )
         last_ms, stamp = 0, b""
         for subject, moment, data in batch:
@@ -253,7 +256,7 @@ class EventWriter:
 
     async def _ensure_stream(self) -> bool:
         try:
-            await self._bus.ensure_stream(EVENTS)
+            await self._bus.ensure_stream(self._stream)
         except BusError as exc:
             log.debug("event stream: %s", exc)
             return False

@@ -1,7 +1,8 @@
 """Who may do what on the bus (DESIGN D13), worked out from the table of the wire.
 
 The services share one NATS account, in which each has a user that may do its own work. Auditors have an
-account apart, into which nothing crosses but the routing events and the one call that reads them: NATS
+account apart, into which nothing crosses but the routing events and the one call that reads them (whoever
+copies the log elsewhere and needs a consumer that lasts is trusted as a service is, and is of theirs): NATS
 answers a call to whatever reply address it names and asks for no permission on that, so within the
 services' account anybody who may ask JetStream for a message may have its "not found", which is empty,
 sent to the address that deletes a stream (seen with NATS 2.15; nats-io/nats-server#8274 is of the kind).
@@ -55,7 +56,7 @@ from penstock.common.subjects import (
 )
 
 SERVICES_ACCOUNT, AUDITORS_ACCOUNT = "PENSTOCK", "PENSTOCK_AUDITORS"
-REGISTER, JOIN, AUDITOR = "register", "join", "auditor"
+REGISTER, JOIN, AUDITOR, ARCHIVE = "register", "join", "auditor", "archive"
 
 # Reads messages of the log by sequence, time and subject, and can do nothing else.
 _READ_LOG = f"$JS.API.DIRECT.GET.{EVENTS.name}"
@@ -122,6 +123,18 @@ def _adding(counters: Counters) -> Grant:
 _WATCHED = STATUS.pattern, HEARTBEAT.pattern
 _READING = Grant((_READ_LOG,), (*EVENTS.subjects, *_WATCHED))
 
+
+def _consuming(stream: Stream) -> Grant:
+    """Making pull consumers on a stream, durable ones too, and taking from them."""
+    calls = "CREATE", "DURABLE.CREATE", "INFO", "MSG.NEXT", "DELETE"
+    consumers = (f"$JS.API.CONSUMER.{call}.{stream.name}.>" for call in calls)
+    lists = (f"$JS.API.CONSUMER.{call}.{stream.name}" for call in ("CREATE", "NAMES", "LIST"))
+    return Grant(
+        (f"$JS.API.STREAM.INFO.{stream.name}", *consumers, *lists, f"$JS.ACK.{stream.name}.>"),
+        (f"{_INBOX}.{ARCHIVE}.>",),
+    )
+
+
 SERVICES: Mapping[str, Grant] = {
     "ingress": _process(
         "ingress",
@@ -187,6 +200,7 @@ GRANTS: Mapping[str, Grant] = {
     REGISTER: _SIDECAR,
     JOIN: sum(SERVICES.values(), _SIDECAR) + _READING + Grant((_DIRECTORY,), (f"{_INBOX}.>",)),
     AUDITOR: _READING + Grant((), (f"{_INBOX}.>",)),
+    ARCHIVE: _READING + _consuming(EVENTS),
 }
 
 
@@ -196,7 +210,7 @@ def accounts(passwords: Mapping[str, str]) -> dict[str, Any]:
     return {
         SERVICES_ACCOUNT: {
             "jetstream": True,
-            "users": [_user(name, passwords[name]) for name in (*SERVICES, REGISTER, JOIN)],
+            "users": [_user(name, passwords[name]) for name in (*SERVICES, REGISTER, JOIN, ARCHIVE)],
             "exports": [
                 *({**one, "accounts": [AUDITORS_ACCOUNT]} for one in crossing),
                 {"service": _READ_LOG, "accounts": [AUDITORS_ACCOUNT], "response_type": "stream"},

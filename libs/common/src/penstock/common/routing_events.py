@@ -282,3 +282,26 @@ class ComparisonEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str
     primary: ResponseFigures
     shadow: ResponseFigures
+
+
+# Every event type and what its data is: what the writers write, tools read, and the documents describe.
+TYPES: dict[str, type[msgspec.Struct]] = {
+    PLACEMENT: PlacementEvent,
+    REJECTION: RejectionEvent,
+    OUTCOME: OutcomeEvent,
+    INSTANCE: InstanceEvent,
+    DEGRADED: DegradedEvent,
+    ROUTED: RouteEvent,
+    RETRY: RetryEvent,
+    FALLBACK: FallbackEvent,
+    QUEUED: QueuedEvent,
+    BREAKER: BreakerEvent,
+    CONFIG_CHANGE: ConfigEvent,
+    MIRRORED: MirroredEvent,
+    COMPARISON: ComparisonEvent,
+}
+
+
+def type_of(kind: str) -> str:
+    """The CloudEvents `type` of one kind of event."""
+    return f"penstock.{kind}.v1"

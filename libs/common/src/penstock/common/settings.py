@@ -102,6 +102,20 @@ class ServiceSettings(BusSettings):
         description="MiB of routing events that a process (a worker of the ingress) keeps until they are "
         "stored; beyond it the oldest are dropped, and the log says which",
     )
+    event_retention_hours: float = Field(
+        168.0,
+        gt=0,
+        le=87_600,
+        description="hours that routing events stay in their stream; the same for every service: who comes "
+        "last sets it",
+    )
+    event_stream_mib: int = Field(
+        1024,
+        ge=16,
+        le=1_048_576,
+        description="MiB of routing events that the stream holds; beyond it the oldest go; as with "
+        "--event-retention-hours the same for every service",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, le=3600, description="seconds that running work gets to finish after SIGTERM"
     )

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from penstock.common.adapters.host import event_writer
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
-from penstock.common.event_log import EventWriter
 from penstock.common.identity import new_identity
 from penstock.common.lifecycle import Lifecycle, run_service
 from penstock.common.live_config import expose_config
@@ -50,7 +50,7 @@ async def serve(settings: IngressSettings) -> None:
         identity = new_identity("ingress", settings.ingress_id)
         writer, metrics = f"{identity.writer}-admin", Metrics()
         bus = NatsBus(settings, writer, metrics)
-        events = EventWriter(bus, writer, identity.incarnation, metrics)
+        events = event_writer(bus, writer, identity.incarnation, metrics, settings)
         api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings))
         parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
         expose_config(api.config, parent.metrics)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener, GetSnapshot, local
+from penstock.common.bus import Bus
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import Heartbeat
 from penstock.common.settings import ServiceSettings, exit_with_faults, unknown_variables
-from penstock.common.subjects import HEARTBEAT
+from penstock.common.subjects import EVENTS, HEARTBEAT, MIB
 from penstock.common.telemetry import Metrics, configure_logging
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,25 @@ log = logging.getLogger(__name__)
 VERSION = "0.1.0"
 HEARTBEAT_EVERY_S = 1.0
 FLUSH_DEADLINE_S = 3.0
+
+
+def event_writer(
+    bus: Bus, writer: str, incarnation: str, metrics: Metrics, settings: ServiceSettings
+) -> EventWriter:
+    """A writer of the routing log as the settings want it."""
+    stream = replace(
+        EVENTS,
+        max_bytes=settings.event_stream_mib * MIB,
+        max_age_s=settings.event_retention_hours * 3600,
+    )
+    return EventWriter(
+        bus,
+        writer,
+        incarnation,
+        metrics,
+        max_kept_bytes=settings.event_buffer_mib * MIB,
+        stream=stream,
+    )
 
 
 class Host:
@@ -34,13 +55,7 @@ class Host:
         self.metrics = Metrics()
         self.lifecycle = Lifecycle()
         self.bus = NatsBus(settings, identity.writer, self.metrics)
-        self.events = EventWriter(
-            self.bus,
-            identity.writer,
-            identity.incarnation,
-            self.metrics,
-            max_kept_bytes=settings.event_buffer_mib * 1024 * 1024,
-        )
+        self.events = event_writer(self.bus, identity.writer, identity.incarnation, self.metrics, settings)
         self.metrics.gauge(
             "penstock_loop_lag_seconds",
             "Delay of the event loop, last probe",
