@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -168,6 +169,34 @@ async def test_users_records_count_at_once_in_every_worker(
 
     await within_a_minute(redis, write)
     ingress.process.terminate()
+
+
+async def test_a_profile_s_requests_per_second_count_at_once_over_all_workers(
+    stack: Stack, session: aiohttp.ClientSession
+) -> None:
+    stack.ingresses.clear()
+    ingress = stack.start_ingress("--workers", WORKERS)
+    await stack.ready()
+    url = f"{ingress.admin_url}/admin/api/profiles/{MODEL}"
+    async with session.put(url, json={"profiles": {"default": {"requests_per_second": 1}}}) as response:
+        assert response.status == 201
+
+    async def limited() -> bool:
+        """As many pass as seconds of the clock began."""
+        begun = int(time.time())
+        asked = [chat(session, ingress.url, "hi", max_tokens=1) for _ in range(8)]
+        answers = await asyncio.gather(*asked)
+        passed = sum(status == 200 for status, _, _ in answers)
+        refused = [headers for status, headers, _ in answers if status == 429]
+        assert passed <= 1 + int(time.time()) - begun
+        return bool(refused) and all(h["x-error-model-rps-exceeded"] == "true" for h in refused)
+
+    try:
+        await eventually(limited)
+    finally:
+        async with session.delete(url) as response:
+            assert response.status in (200, 204)
+        ingress.process.terminate()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from integration.servers import eventually, free_port
 
 from penstock.common.config_keeping import ConfigWriter, follow_config
 from penstock.common.live_config import USER, LiveConfig
+from penstock.common.profiles import read_document
 from penstock.common.subjects import CONFIG
 from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.limit_settings import UserRecord
@@ -217,6 +218,44 @@ async def test_fifty_at_once_against_ten(lab: Lab) -> None:
     # There is no instance for those who pass.
     statuses = sorted(answer.status for answer in answers)
     assert statuses == [404] * 10 + [429] * 40
+
+
+PROFILES = {"m": {"default": "slow", "profiles": {"slow": {"requests_per_second": 2}, "fast": {}}}}
+
+
+async def test_a_model_gets_what_its_config_profile_says_per_second(lab: Lab) -> None:
+    engine, client = await lab.engine(), await lab.client()
+    with limited(lab) as (limiter, clock):
+        limiter.allowances.put("u", None)
+        assert limiter.if_active is None
+        limiter.rates.configure({name: read_document(value) for name, value in PROFILES.items()})
+        lab.gateway.limits = limiter.if_active
+        for left in ("1", "0"):
+            response = await answered(client, engine, user="u")
+            assert (response.status, response.headers["x-ratelimit-remaining-requests"]) == (200, left)
+        refused = await client.ask(config_profile="slow")
+        assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
+        assert refused.error["message"] == (
+            "the model in profile 'slow' is over its limit of 2 requests per second, 2 are counted"
+        )
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["x-error-model-rps-exceeded"] == "true"
+        assert refused.headers["x-ratelimit-reset-requests"] == "1s"
+        assert (await answered(client, engine, config_profile="fast")).status == 200
+        clock.now += 1
+        assert (await answered(client, engine)).status == 200
+
+
+async def test_a_refusal_for_the_model_costs_its_user_nothing(lab: Lab) -> None:
+    engine, client = await lab.engine(), await lab.client()
+    with limited(lab, rpm=5, tpm=1000) as (limiter, _):
+        limiter.rates.configure({"*": read_document({"profiles": {"default": {"requests_per_second": 1}}})})
+        assert (await answered(client, engine, user="u")).status == 200
+        for _ in range(3):
+            refused = await client.ask(user="u")
+            assert (refused.status, refused.headers["x-error-model-rps-exceeded"]) == (429, "true")
+        lab.gateway.limits, limiter.rates.active = limiter, False
+        assert (await answered(client, engine, user="u")).headers["x-ratelimit-remaining-requests"] == "3"
 
 
 @pytest.mark.parametrize(

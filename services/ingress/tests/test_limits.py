@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from penstock.common.profiles import read_document
 from penstock.ingress.limit_settings import Limits, LimitSettings, UserRecord
 from penstock.ingress.limits import (
     MINUTE_S,
@@ -25,6 +26,7 @@ from penstock.ingress.limits import (
     refusal,
     window,
 )
+from penstock.ingress.rates import Rates
 
 NOW = 1_700_000_040.0
 
@@ -182,3 +184,22 @@ def test_settings_that_cannot_be_meant(fields: dict[str, object], named: str) ->
     with pytest.raises(ValidationError, match=named) as fault:
         LimitSettings.model_validate(fields)
     assert "secret" not in str(fault.value.errors()[0]["msg"])
+
+
+def test_profiles_say_what_a_model_gets_per_second() -> None:
+    rates = Rates()
+    assert rates.part("m", "", 1, 1) is None
+    chat = {"profiles": {"a": {"requests_per_second": 5, "auto": {"prompt_tokens_gte": 100}}, "b": {}}}
+    general = {"profiles": {"default": {"requests_per_second": 7}}}
+    rates.configure({"m": read_document(chat | {"default": "a"}), "*": read_document(general)})
+    assert rates.active
+
+    def of(model: str, asked: str, prompt_tokens: int = 10) -> tuple[str, int, int] | None:
+        part = rates.part(model, asked, prompt_tokens, 0)
+        return (part.key, part.limit, part.window_s) if part is not None else None
+
+    assert of("m", "") == of("m", "a") == of("m", "auto", 100) == ("m1:m:a|s", 5, 1)
+    assert of("m", "b") is of("m", "unknown") is None
+    assert of("other", "default") == ("m5:other:default|s", 7, 1)
+    rates.configure({"m": read_document({"profiles": {"default": {"requests_per_second": 0}}})})
+    assert (rates.active, of("m", "")) == (False, None)

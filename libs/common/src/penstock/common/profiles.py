@@ -146,7 +146,7 @@ class ConfigProfile(_Written):
         None, ge=0, le=100, description="cache-aware: weight of waiting against that of computing; 1"
     )
     requests_per_second: int | None = Field(
-        None, ge=0, le=1_000_000, description="requests per second and model; 0: no limit"
+        None, ge=0, le=1_000_000, description="requests per second of the model in this profile; 0: no limit"
     )
     prompt_buckets: Annotated[tuple[PromptBucket, ...], Field(max_length=MAX_BUCKETS)] | None = Field(
         None,

@@ -71,7 +71,7 @@ class Gateway:
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
     waiting: WaitingRoom
-    # While anybody is limited.
+    # While anybody, or any model, is limited.
     limits: Limiter | None = None
 
     def __init__(
@@ -215,14 +215,15 @@ class Gateway:
         return sum(self._e2e.counts) + len(self.exchanges)
 
     def admit_user(self, exchange: Exchange, inference: InferenceRequest | Facts) -> bool:
-        """Whether a request of a limited user may go on at once (`Limiter.admit`). One without a user may.
-        Raises GatewayError for one over a limit, and for a header that is too long."""
+        """Whether a request may go on at once, as far as limits go (`Limiter.admit`). Raises GatewayError for
+        one over a limit, and for a header that is too long."""
         caller = exchange.head.caller
         if caller is not None and self.settings.limits_user == "key":
             user = caller.owner
         else:
-            user = (exchange.head.wishes or read_wishes(exchange.head.read)).user
-        return not user or self.limits is None or self.limits.admit(exchange, user, inference)
+            user = _text(exchange.head.read, b"user")
+        profile = _text(exchange.head.read, b"config-profile")
+        return self.limits is None or self.limits.admit(exchange, user, profile, inference)
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
         """The request again, under a fresh decision id and without the instances `excluded`."""

@@ -29,6 +29,7 @@ from penstock.ingress.metering import ask_for_usage
 from penstock.ingress.openai import InferenceRequest
 from penstock.ingress.outcomes import Outcome
 from penstock.ingress.ports import LimitStore
+from penstock.ingress.rates import Rates
 from penstock.ingress.store_line import StoreLine
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ class Limiter:
     ) -> None:
         """Without `store` this process counts for itself. `wall`: seconds since 1970."""
         self.allowances = Allowances(Limits(rpm=settings.limits_default_rpm, tpm=settings.limits_default_tpm))
+        self.rates = Rates()
         self._on_loss = settings.limits_on_store_loss
         self._degraded = degraded
         self.local = _Local(wall)
         self._line = StoreLine(store, metrics, self._say_lost, wall) if store is not None else None
         self._claimed = metrics.counter(
             "penstock_ingress_limits_total",
-            "Requests of limited users: granted; over a limit of requests or tokens; let through (open) or "
+            "Limited requests: granted; over a limit of requests or tokens; let through (open) or "
             "refused (closed) while the store was away",
             "outcome",
         )
@@ -90,7 +92,7 @@ class Limiter:
     @property
     def if_active(self) -> Limiter | None:
         """Itself while anybody is limited."""
-        return self if self.allowances.active else None
+        return self if self.allowances.active or self.rates.active else None
 
     def follow(self, live: LiveConfig, changed: Changed) -> None:
         """Users' records changed. One that is not valid leaves the last good one in place."""
@@ -105,12 +107,16 @@ class Limiter:
                 continue
             self.allowances.put(user, record)
 
-    def admit(self, exchange: Exchange, user: str, inference: Inference) -> bool:
-        """Whether it may go on at once; if not, `exchange.go` or `exchange.fail` is called later.
-        Raises GatewayError for one over a limit."""
+    def admit(self, exchange: Exchange, user: str, profile: str, inference: Inference) -> bool:
+        """Whether it may go on at once; if not, `exchange.go` or `exchange.fail` is called later. `user` and
+        `profile` are as it says, empty for none. Raises GatewayError for one over a limit."""
         generates = exchange.head.path in GENERATES
         tokens = estimate(inference.prompt_tokens, inference.max_tokens, generates=generates)
-        parts = self.allowances.parts(user, inference.model, tokens)
+        parts = self.allowances.parts(user, inference.model, tokens) if user else []
+        if self.rates.active:
+            asked = inference.prompt_tokens, inference.max_tokens
+            if (rate := self.rates.part(inference.model, profile, *asked)) is not None:
+                parts.append(rate)
         if not parts:
             return True
         line = self._line

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.limit_settings import Limits, UserRecord
 
-MINUTE_S = 60
+MINUTE_S, SECOND_S = 60, 1
 REQUESTS, TOKENS = "requests", "tokens"
 # Where a request names no bound for its answer, so many tokens are held for it until it ends.
 OUTPUT_TOKENS = 256
@@ -211,14 +211,15 @@ def rate_headers(parts: Sequence[Part], verdict: Verdict) -> str:
 def refusal(parts: Sequence[Part], verdict: Verdict) -> GatewayError:
     """The answer to a claim that is over."""
     part = parts[verdict.over]
-    flag = "x-error-rpm-exceeded" if part.what is REQUESTS else "x-error-tpm-exceeded"
+    per_second = part.window_s == SECOND_S
+    flag = "tpm" if part.what is TOKENS else "model-rps" if per_second else "rpm"
     asks = f"; this request needs {part.amount}" if part.what is TOKENS else ""
     text = (
-        f"the {part.whose} is over its limit of {part.limit} {part.what} per minute, "
-        f"{verdict.used[verdict.over]} are counted{asks}"
+        f"the {part.whose} is over its limit of {part.limit} {part.what} per "
+        f"{'second' if per_second else 'minute'}, {verdict.used[verdict.over]} are counted{asks}"
     )
     wait_s = left_s(verdict.now, part.window_s)
-    lines = f"{flag}: true\r\n{rate_headers(parts, verdict)}"
+    lines = f"x-error-{flag}-exceeded: true\r\n{rate_headers(parts, verdict)}"
     return GatewayError("rate_limit_exceeded", text, retry_after_s=wait_s, lines=lines)
 
 

@@ -12,6 +12,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Mapping
 
 import msgspec
 
@@ -21,6 +22,7 @@ from penstock.common.identity import new_identity
 from penstock.common.instances import InstanceTable
 from penstock.common.lifecycle import run_service
 from penstock.common.live_config import LiveConfig
+from penstock.common.profiles import ModelProfiles
 from penstock.common.telemetry import FamilySnapshot
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
@@ -156,11 +158,17 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         host.lifecycle.require("api-keys", keys.missing)
         if settings.api_keys != LIVE:
             host.lifecycle.add_loop("api-keys-file", keys.follow_file())
+
+    def configure(models: Mapping[str, ModelProfiles]) -> None:
+        gateway.dividing.configure(models)
+        limiter.rates.configure(models)
+        gateway.limits = limiter.if_active
+
     profiles = ProfileKeeper(
         live,
         settings.profiles_file,
         gateway.dividing.methods.fault,
-        gateway.dividing.configure,
+        configure,
         gateway.degraded,
     )
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
