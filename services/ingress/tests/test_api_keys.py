@@ -16,7 +16,8 @@ from penstock.common.codec import encode_record
 from penstock.common.live_config import KEY, ConfigRecord, LiveConfig, config_key
 from penstock.common.settings import SettingsError, load
 from penstock.ingress.api_keys import LIVE, ApiKey, ApiKeys, BadKeys, read_key, read_keys
-from penstock.ingress.http_wire import parse_request
+from penstock.ingress.failures import GatewayError
+from penstock.ingress.http_wire import HeadMemo, parse_request
 from penstock.ingress.key_keeping import KeyKeeper
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.settings import IngressSettings
@@ -270,3 +271,66 @@ async def test_keys_of_live_configuration_are_awaited_and_followed() -> None:
     listed(3)
     assert "incorrect" in admitted(keys)
     assert told[1:] == [("API key a", False, "")]
+
+
+def head_of(key: str, length: int = 10) -> bytes:
+    return (
+        f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {length}\r\n"
+    ).encode()
+
+
+def test_a_key_that_is_remembered_with_its_connection_ends_as_any_other() -> None:
+    clock = Clock()
+    keys, memo = ApiKeys(clock), HeadMemo(parse_request)
+    ends = "2023-11-14T23:13:20Z"
+    keys.replace([{"a": api_key(expires_at=ends), "b": api_key("sk-bob", owner="bob")}])
+
+    def owner(key: str = SECRET, length: int = 10) -> str:
+        head = keys.admit(memo.parse(head_of(key, length)), memo)
+        assert (head.length, head.block) == (length, b"")
+        assert head.caller is not None
+        return head.caller.owner
+
+    assert [owner(), owner(), owner(length=7)] == ["alice"] * 3
+    held = memo.admitted
+    assert [owner(), owner("sk-bob"), owner()] == ["alice", "bob", "alice"]
+    assert held is not None
+    assert memo.admitted is not held
+    keys.replace([{"a": api_key(expires_at=ends, owner="carol")}])
+    assert [owner(), owner()] == ["carol", "carol"]
+    clock.now += 3600
+    with pytest.raises(GatewayError, match="expired"):
+        owner()
+    keys.replace([{}])
+    with pytest.raises(GatewayError, match="incorrect"):
+        owner()
+
+
+def test_a_head_that_is_too_long_to_remember_is_looked_up_each_time() -> None:
+    keys, memo = ApiKeys(Clock()), HeadMemo(parse_request)
+    keys.replace([{"a": api_key()}])
+    for _ in range(2):
+        head = keys.admit(memo.parse(head_of(SECRET) + b"x-long: " + b"x" * 5000 + b"\r\n"), memo)
+        assert head.caller is not None
+        assert memo.admitted is None
+
+
+@pytest.mark.parametrize(("limits_user", "asks"), [("key", "alice"), ("header", "bob")])
+async def test_turns_and_prompts_are_those_of_whom_the_setting_names(
+    lab_of: LabOf, limits_user: str, asks: str
+) -> None:
+    lab, _ = await guarded(lab_of, api_key(), limits_user=limits_user, block_hash_tenant="user")
+    engine = await lab.engine()
+    hashes = set()
+    body = BODY.replace(b'"hi"', b'"%b"' % (b"long " * 100))
+    for headers in ({"user": "bob"}, {"user": "eve"}, {}):
+        client = await lab.client()
+        client.post(body, authorization=f"Bearer {SECRET}", **headers)
+        peer = await engine.accept()
+        await peer.request()
+        peer.answer(b"{}", "200 OK", "connection: close")
+        peer.close()
+        await client.response()
+        hashes.add(lab.scheduler.requests[-1].block_hashes)
+    assert lab.scheduler.requests[0].user == asks
+    assert len(hashes) == (1 if limits_user == "key" else 3)

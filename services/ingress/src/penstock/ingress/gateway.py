@@ -40,7 +40,7 @@ from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
 from penstock.ingress.splitting import Splitting, is_external
-from penstock.ingress.wishes import read_wishes
+from penstock.ingress.wishes import Wishes, read_wishes
 
 if TYPE_CHECKING:
     from penstock.ingress.capture import Capture
@@ -166,7 +166,7 @@ class Gateway:
         """What a scheduler has to know. Raises GatewayError for headers that are too long or no priority."""
         wishes = head.wishes
         if wishes is None:
-            wishes = head.wishes = read_wishes(head.read)
+            wishes = self.wishes_of(head)
         owner, strategy, profile, session, user, priority = wishes
         owner = inference.owner or owner
         if owner:
@@ -217,13 +217,17 @@ class Gateway:
     def admit_user(self, exchange: Exchange, inference: InferenceRequest | Facts) -> bool:
         """Whether a request may go on at once, as far as limits go (`Limiter.admit`). Raises GatewayError for
         one over a limit, and for a header that is too long."""
-        caller = exchange.head.caller
-        if caller is not None and self.settings.limits_user == "key":
-            user = caller.owner
-        else:
-            user = _text(exchange.head.read, b"user")
-        profile = _text(exchange.head.read, b"config-profile")
-        return self.limits is None or self.limits.admit(exchange, user, profile, inference)
+        wishes = exchange.head.wishes or self.wishes_of(exchange.head)
+        return self.limits is None or self.limits.admit(exchange, wishes.user, wishes.profile, inference)
+
+    def wishes_of(self, head: RequestHead) -> Wishes:
+        """What the client asks of this gateway; the user is who asks: whose limits and turns count, whose
+        prompts are kept apart. Raises GatewayError as `read_wishes`."""
+        wishes = read_wishes(head.read)
+        if head.caller is not None and self.settings.limits_user == "key":
+            wishes = wishes._replace(user=head.caller.owner)
+        head.wishes = wishes
+        return wishes
 
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
         """The request again, under a fresh decision id and without the instances `excluded`."""

@@ -7,7 +7,7 @@ NUL and control bytes, and names that are not tokens all fail in that one match.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class RequestHead:
     def of(self, caller: Caller, block: bytes) -> RequestHead:
         """The same head with its caller, and other lines to pass on."""
         head = self.with_length(self.length)
-        head.caller, head.block = caller, block
+        head.caller, head.block, head.wishes = caller, block, None
         return head
 
 
@@ -172,6 +172,8 @@ class ResponseHead:
 
 
 H = TypeVar("H", RequestHead, ResponseHead)
+# The fields of a head, the keys that its key was looked up in, and the head as it goes on.
+Admitted = tuple[Mapping[bytes, bytes], object, RequestHead]
 
 
 class HeadMemo(Generic[H]):
@@ -187,6 +189,7 @@ class HeadMemo(Generic[H]):
         "_known",
         "_most_bytes",
         "_parse",
+        "admitted",
     )
 
     def __init__(self, parse: Callable[[bytes], H], most_bytes: int = _MEMO_BYTES) -> None:
@@ -198,6 +201,8 @@ class HeadMemo(Generic[H]):
         # All of a head without a length to find; or what stands around its length, and how long that is.
         self._head = self._before = self._after = b""
         self._before_bytes = self._after_bytes = 0
+        # What was found for the API key of the head that is remembered.
+        self.admitted: Admitted | None = None
 
     def whole(self, data: bytes) -> tuple[H, bytes] | None:
         """Head and body, if `data` is a message that came in one piece with a head like the last one.
@@ -213,6 +218,11 @@ class HeadMemo(Generic[H]):
             return None
         body = data[body_at:]
         return (known, body) if int(digits) == len(body) else None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a head like the last one is given out without parsing it."""
+        return self._known is not None
 
     def parse(self, head: bytes) -> H:
         """As the parser that it was made with."""

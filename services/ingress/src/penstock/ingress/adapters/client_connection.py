@@ -179,7 +179,7 @@ class ClientConnection(asyncio.Protocol):
         keys = self._gateway.api_keys
         if keys is not None and (head.path in GENERATION or head.path == MODELS):
             # Before anything of the body is kept.
-            head = self._head = keys.admit(head)
+            head = self._head = keys.admit(head, self._heads)
         if head.length > settings.buffer_limit:
             raise self._too_large()
         if head.length == len(rest):
