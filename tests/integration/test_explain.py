@@ -74,7 +74,7 @@ async def test_where_a_request_would_go_is_where_it_goes(
     best = answer["candidates"][0]
     assert best["terms"]["prefix-cache"] == 1.0
     assert best["terms"].keys() == answer["weights"].keys() == {"prefix-cache", "least-request"}
-    assert answer["recomputed"] == "same pick, same scores"
+    assert answer["recomputed"] == "same pick, same score"
     # Another tenant's prefix is not hers.
     assert (await told("bob"))["matched_blocks"] == 0
     assert [(await engine_state(session, engine))["requests_total"] for engine in stack.engines] == before
@@ -119,7 +119,7 @@ async def test_the_command_tells_of_a_request_placed_by_a_scheduler_and_of_one_p
     assert code == 0, story
     text = json.dumps(story)
     assert headers["target-pod"] in text
-    assert "same pick, same scores" in text
+    assert "same pick, same score" in text
     assert PROMPT[:20] not in text
 
     await asyncio.to_thread(stack.schedulers[0].kill)

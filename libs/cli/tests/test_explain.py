@@ -86,7 +86,7 @@ async def test_a_ring_and_the_log_together_tell_every_attempt_and_the_outcome() 
         (PLACEMENT, "req-1", second),
         (OUTCOME, "req-1", OUTCOME_EVENT),
     )
-    await wire.ring(req_1=Explained("same pick, same scores", PLACED))
+    await wire.ring(req_1=Explained("same pick, same score", PLACED))
     story = await tell(wire.bus, "req-1", 60)
     assert (list(story.decisions), story.told, story.outcome) == (["d1", "d2"], ["d1"], OUTCOME_EVENT)
     text = as_text(story)
@@ -96,7 +96,7 @@ async def test_a_ring_and_the_log_together_tell_every_attempt_and_the_outcome() 
         "-> a, 3 of 4 blocks matched, 100 prompt tokens",
         "excluded: 2 not-taking-work",
         "registry 0 ms old, load 20.5 ms old, engine status never heard",
-        "recomputed: same pick, same scores",
+        "recomputed: same pick, same score",
         "decision d2 by i, attempt 2",
         "placed by the ingress itself",
         "outcome: completed, status 200, from b",

@@ -41,7 +41,7 @@ async def test_the_replica_that_decided_tells_every_candidate_and_makes_the_deci
         assert await explain(client, "d3") == [told[3]]
         with pytest.raises(BusTimeout):
             await explain(client, "unknown")
-    assert {one.recomputed for one in told} == {"same pick, same scores"}
+    assert {one.recomputed for one in told} == {"same pick, same score"}
     for number, explained in enumerate(told):
         placement = explained.placement
         assert placement is not None

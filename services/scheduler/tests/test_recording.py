@@ -12,7 +12,7 @@ import pytest
 
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
-from penstock.common.routing_events import Inputs, ViewAge
+from penstock.common.routing_events import CandidateTerms, Inputs, ViewAge
 from penstock.scheduler.bench import table_of
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.catalog import Catalog
@@ -61,6 +61,7 @@ class World:
 
     def __init__(self, rng: random.Random, instances: int) -> None:
         self._rng = rng
+        self.terms: dict[int, list[CandidateTerms]] = {}
         self.view, self.index = ClusterView(rng.randrange(100)), PrefixIndex(10_000)
         self.catalog = Catalog(Thresholds(rng.uniform(1, 20), rng.random(), rng.choice((0, 0, 5))), CUSTOM)
         fleet = [
@@ -99,6 +100,7 @@ class World:
             request, self.view, self.index, self.catalog, default="random", replicas=rng.choice((1, 3))
         )
         recording = record(request, decision, "i", ViewAge(), loads)
+        self.terms[number] = decision.terms
         if isinstance(decision.outcome, Placement):
             self.index.insert(decision.hashes, decision.slot, decision.outcome.matched_blocks)
             pool = self.view.pool("m")
@@ -122,12 +124,12 @@ def test_what_is_decided_again_on_recorded_inputs_is_the_same_bit_for_bit(instan
         there_and_back = msgspec.json.decode(msgspec.json.encode(inputs), type=Inputs)
         for one in (inputs, there_and_back):
             again = decide_again(one, CUSTOM)
-            told = verdict_of(again, recording.outcome, recording.terms)
+            told = verdict_of(again, recording.outcome, recording.score)
             if isinstance(recording.outcome, Placement):
                 assert again is not None
                 assert again.outcome == recording.outcome
-                assert again.terms == recording.terms
-                assert told == "same pick, same scores"
+                assert again.terms == world.terms[number]
+                assert told == "same pick, same score"
                 placed += 1
             else:
                 assert told == "no candidates, as before"
@@ -174,10 +176,11 @@ def test_another_outcome_is_not_called_the_same() -> None:
     assert inputs is not None
     again = decide_again(inputs)
     other = Placement("d0", "elsewhere")
-    assert verdict_of(again, other, recording.terms).startswith("not the same")
-    assert verdict_of(None, other, []).startswith("not the same")
-    assert verdict_of(again, recording.outcome, []) == "same pick, same scores"
-    assert verdict_of(again, Rejection("d0", reason=None), []).startswith("not the same")  # type: ignore[arg-type]
+    assert verdict_of(again, other, recording.score).startswith("not the same")
+    assert verdict_of(None, other, 0.0).startswith("not the same")
+    assert verdict_of(again, recording.outcome, recording.score) == "same pick, same score"
+    assert verdict_of(again, recording.outcome, -1.0) == "same pick, another score"
+    assert verdict_of(again, Rejection("d0", reason=None), 0.0).startswith("not the same")  # type: ignore[arg-type]
 
 
 def test_a_ring_keeps_the_last_ones_within_both_bounds() -> None:

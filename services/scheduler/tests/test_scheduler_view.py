@@ -10,7 +10,7 @@ import pytest
 
 from penstock.common.model import Endpoint, EngineLoad, Instance, InstanceState
 from penstock.scheduler.bench import fleet, table_of
-from penstock.scheduler.draws import draw, rendezvous, rendezvous_keys, seed_of
+from penstock.scheduler.draws import draw, rendezvous, rendezvous_few, rendezvous_keys, seed_of
 from penstock.scheduler.view import MAX_REQUESTS, ClusterView
 
 
@@ -127,6 +127,13 @@ def test_draws_repeat_and_fill_their_range_evenly() -> None:
     assert Counter(first) == pytest.approx({0: 1000, 1: 1000, 2: 1000}, abs=150)
     pairs = Counter((draw(seed, 0, 2), draw(seed, 1, 2)) for seed in seeds)
     assert min(pairs.values()) > 600
+
+
+def test_a_few_keys_are_ranked_as_many_are() -> None:
+    for key in range(200):
+        keys = rendezvous_keys(tuple(f"{key}-{number}" for number in range(1 + key % 9)))
+        seed = seed_of(str(key))
+        assert rendezvous_few(keys.tolist(), seed) == rendezvous(keys, seed)
 
 
 def test_rendezvous_moves_only_what_the_leaver_had() -> None:

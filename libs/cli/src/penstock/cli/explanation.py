@@ -73,11 +73,12 @@ def _again(event: PlacementEvent | RejectionEvent) -> str:
     assert isinstance(inputs, Inputs)
     outcome: Placement | Rejection
     if isinstance(event, PlacementEvent):
-        outcome, terms = Placement(event.decision_id, event.instance), event.candidates
+        outcome = Placement(event.decision_id, event.instance)
+        score = event.candidates[0].score if event.candidates else 0.0
     else:
-        outcome, terms = Rejection(event.decision_id, Reason.NO_INSTANCE), []
+        outcome, score = Rejection(event.decision_id, Reason.NO_INSTANCE), 0.0
     try:
-        return verdict_of(decide_again(inputs), outcome, terms)
+        return verdict_of(decide_again(inputs), outcome, score)
     except (BadInputs, PolicyFault) as exc:
         return f"not possible here: {exc}"[:512]
 

@@ -69,7 +69,7 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
     records: list[Instance] = []
 
 
-class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A request was given an instance, by a scheduler or, in need, its ingress (`policy` "local"). `profile`
     is the config profile that counted, if one did."""
 

@@ -117,14 +117,15 @@ class Candidates:
                 self._mark(self._matched, mask, blocks)
         return self._matched
 
-    def shares(self, case: Case) -> Floats:
-        """What of the prompt each candidate holds, 0..1; an array of the caller's."""
-        if len(case.hashes) <= (case.request.run_blocks or len(case.hashes)):
-            return self.matched * (1.0 / max(1, len(case.hashes)))
+    def shares(self, case: Case, factor: float = 1.0) -> Floats:
+        """What of the prompt each candidate holds, 0..1, times `factor`; an array of the caller's."""
+        count, run = len(case.hashes), case.request.run_blocks
+        if not run or count <= run:
+            return self.matched * (factor / (count or 1))
         shares = np.zeros(len(self.kept.rows))
         for blocks, mask in self.steps:
             part, whole = part_of(case, blocks)
-            self._mark(shares, mask, part / whole)
+            self._mark(shares, mask, part / whole * factor)
         return shares
 
     def _mark(self, numbers: Floats, mask: int, number: float) -> None:

@@ -5,6 +5,8 @@ Mixing is splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -38,3 +40,14 @@ def rendezvous(keys: NDArray[np.uint64], key: int) -> int:
     mixed = (keys ^ np.uint64(key)) * _ARRAY_MIX_1
     mixed ^= mixed >> _SHIFT
     return int((mixed * _ARRAY_MIX_2).argmax())
+
+
+def rendezvous_few(keys: Sequence[int], key: int) -> int:
+    """`rendezvous` of a few keys as numbers: 0.3 us for each, instead of 3 for all."""
+    first, highest = 0, -1
+    for position, one in enumerate(keys):
+        mixed = (one ^ key) * _MIX_1 & _MASK
+        rank = (mixed ^ mixed >> 32) * _MIX_2 & _MASK
+        if rank > highest:
+            first, highest = position, rank
+    return first

@@ -16,7 +16,7 @@ from penstock.common.messages import (
     ScheduleBatch,
     ScheduleRequest,
 )
-from penstock.common.routing_events import Explained, Inputs, ViewAge
+from penstock.common.routing_events import CandidateTerms, Explained, Inputs, ViewAge
 from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN, EXPLAIN_NOW
 from penstock.scheduler.policies.custom import Policy, PolicyFault
 from penstock.scheduler.recording import (
@@ -30,7 +30,7 @@ from penstock.scheduler.recording import (
 )
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
-from penstock.scheduler.telling import Reasons, event_of
+from penstock.scheduler.telling import Reasons, placement_event, rejection_event
 
 OFF, SAMPLED, FULL = "off", "sampled", "full"
 # One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.
@@ -59,9 +59,7 @@ class Explaining:
             return None
         recording = record(request, decision, batch.ingress, view, self._replica.view.loads)
         self.ring.keep(recording)
-        if decision.basis is None or not (
-            self._mode == FULL or decision.seed % SAMPLE_EVERY == 0 or self._is_told(decision, now)
-        ):
+        if decision.seed % SAMPLE_EVERY and self._mode != FULL and not self._is_told(decision, now):
             return None
         return fitting(inputs_of(recording))
 
@@ -96,35 +94,25 @@ class Explaining:
 
     def explained(self, recording: Recording) -> Explained:
         """Every candidate, and whether the same comes out again."""
-        inputs, terms = inputs_of(recording), recording.terms
+        inputs, terms = inputs_of(recording), list[CandidateTerms]()
         verdict = "refused before any instance was looked at"
         if inputs is not None:
             verdict, again = self._again(inputs, recording)
             terms = again.terms if again is not None else terms
-        told = event_of(
-            self._own.id,
-            recording.ingress,
-            recording.request,
-            recording.outcome,
-            Reasons(
-                recording.policy,
-                terms,
-                recording.excluded,
-                recording.seed,
-                recording.profile.weights if recording.profile is not None else {},
-                recording.view,
-                recording.fault,
-                fitting(inputs),
-            ),
-        )
-        return Explained(verdict, *told)
+        weights = recording.profile.weights if recording.profile is not None else {}
+        policy, excluded, seed, view = recording.policy, recording.excluded, recording.seed, recording.view
+        why = Reasons(policy, terms, excluded, seed, weights, view, recording.fault, fitting(inputs))
+        told_by, request, outcome = (self._own.id, recording.ingress), recording.request, recording.outcome
+        if isinstance(outcome, Placement):
+            return Explained(verdict, placement_event(*told_by, request, outcome, why))
+        return Explained(verdict, None, rejection_event(*told_by, request, outcome, why))
 
     def _again(self, inputs: Inputs, recording: Recording) -> tuple[str, Decision | None]:
         try:
             again = decide_again(inputs, self._custom, recording.request, MAX_CANDIDATES)
         except (BadInputs, PolicyFault) as exc:
             return f"failed: {exc}"[:512], None
-        return verdict_of(again, recording.outcome, recording.terms), again
+        return verdict_of(again, recording.outcome, recording.score), again
 
     def _reply(self, explained: list[Explained]) -> ExplainReply:
         """As many as fit, the last ones; a single one fits (MAX_CANDIDATES, MAX_INPUTS_BYTES)."""

@@ -131,9 +131,9 @@ class Loads:
         for name in self.NAMES:
             getattr(self, name)[slot] = self._START.get(name, 0.0)
 
-    def copies(self, names: Sequence[str]) -> list[bytes]:
-        """Arrays as they stand, little-endian f64 by slot."""
-        return [getattr(self, name).tobytes() for name in names]
+    def copies(self, names: Sequence[str], slots: int) -> tuple[bytes, ...]:
+        """Arrays as they stand, the first `slots` of each, little-endian f64 by slot."""
+        return tuple([getattr(self, name)[:slots].tobytes() for name in names])
 
     def take(self, slot: int, requests: int, tokens: int, pending: int) -> None:
         """In flight on a slot, absolute."""

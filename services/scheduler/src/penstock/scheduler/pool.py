@@ -15,6 +15,9 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Rows = NDArray[np.intp]
 
+# Up to so many candidates are looked at one by one, which takes less time than numpy needs to begin.
+FEW = 8
+
 
 class Pool:
     """The instances that serve one model, in order of id; arrays are aligned with `instances`."""
@@ -59,6 +62,7 @@ class Kept(msgspec.Struct, frozen=True):
     mask: int
     excluded: dict[str, int] = {}
     positions: dict[int, int] = {}
+    few_keys: tuple[int, ...] = ()
 
     def keep(self, flags: Flags, reason: str) -> Kept:
         """Those flagged; the others are excluded for `reason`."""
@@ -70,9 +74,11 @@ class Kept(msgspec.Struct, frozen=True):
         return Kept(self.pool, rows, slots, self.keys[flags], mask_of(slots), excluded)
 
     def indexed(self) -> Kept:
-        """The same with `positions` by slot, for a part that serves many requests."""
+        """The same with `positions` by slot and the `keys` of a few as numbers, for a part that serves many
+        requests."""
         positions = {slot: position for position, slot in enumerate(self.slots.tolist())}
-        return Kept(self.pool, self.rows, self.slots, self.keys, self.mask, self.excluded, positions)
+        few = tuple(self.keys.tolist()) if len(self.rows) <= FEW else ()
+        return Kept(self.pool, self.rows, self.slots, self.keys, self.mask, self.excluded, positions, few)
 
 
 def whole(pool: Pool) -> Kept:

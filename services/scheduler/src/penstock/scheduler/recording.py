@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
-from penstock.common.routing_events import CandidateTerms, Inputs, ViewAge
+from penstock.common.routing_events import Inputs, ViewAge
 from penstock.scheduler.candidates import Candidates, Case
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.loads import Loads
@@ -26,7 +27,8 @@ RING_DECISIONS = 10_000
 # With cache-aware, 10,000 decisions of up to 500 instances; past that as many as fit.
 RING_BYTES = 128 * 1024 * 1024
 # What a recording takes beside its arrays and hashes.
-RECORDING_BYTES = 1500
+RECORDING_BYTES = 1000
+ARRAY_BYTES = 48
 _ENDPOINT = Endpoint("unknown", 1)
 
 
@@ -36,7 +38,10 @@ class BadInputs(ValueError):
 
 class Recording(msgspec.Struct, frozen=True, gc=False):
     """One decision with what it was made on; `numbers` are the arrays of Loads that its profile reads, by
-    slot. Without a `kept`, no instance was looked at."""
+    slot, `score` is that of the instance chosen. Without a `kept`, no instance was looked at.
+
+    Ten thousand are kept: what each holds leaves the processor's cache, and comes back when it is freed. The
+    terms alone, which can be made again, would cost as much time as all the rest."""
 
     request: ScheduleRequest
     outcome: Placement | Rejection
@@ -44,8 +49,8 @@ class Recording(msgspec.Struct, frozen=True, gc=False):
     seed: int
     ingress: str
     view: ViewAge
-    terms: list[CandidateTerms] = []
     excluded: dict[str, int] = {}
+    score: float = 0.0
     fault: str = ""
     profile: Profile | None = None
     kept: Kept | None = None
@@ -64,13 +69,13 @@ def record(
     # Unpacked hashes are not kept: they take eight times as much. Positional, in the order of the fields: by
     # name they cost three times as much.
     basis, outcome, held = decision.basis, decision.outcome, RECORDING_BYTES + len(request.block_hashes)
-    terms, excluded = decision.terms, decision.excluded
+    excluded = decision.excluded
     if basis is None:
         return Recording(
-            request, outcome, decision.policy, decision.seed, ingress, view, terms, excluded, held_bytes=held
+            request, outcome, decision.policy, decision.seed, ingress, view, excluded, held_bytes=held
         )
     case, profile = basis.case, basis.profile
-    numbers = loads.copies(profile.arrays)
+    numbers = loads.copies(profile.arrays, basis.kept.mask.bit_length())
     return Recording(
         request,
         outcome,
@@ -78,8 +83,8 @@ def record(
         decision.seed,
         ingress,
         view,
-        terms,
         excluded,
+        decision.terms[0].score if decision.terms else 0.0,
         fault,
         profile,
         basis.kept,
@@ -87,7 +92,7 @@ def record(
         case.turn,
         case.replicas,
         numbers,
-        held + len(numbers) * len(numbers[0]),
+        held + len(numbers) * (len(numbers[0]) + ARRAY_BYTES),
     )
 
 
@@ -159,7 +164,7 @@ def decide_again(
         profile = Catalog(msgspec.convert(inputs.thresholds, Thresholds), custom).find(inputs.policy)
         pool, loads = _pool(inputs), _loads(inputs)
         hashes = unpack(inputs.request.block_hashes)
-    except (TypeError, ValueError, msgspec.MsgspecError) as exc:
+    except (TypeError, ValueError, struct.error, msgspec.MsgspecError) as exc:
         raise BadInputs(f"a decision cannot be made again on these inputs: {exc}") from exc
     case = Case(
         request or inputs.request, hashes, inputs.seed, inputs.turn, inputs.replicas, inputs.session_seed
@@ -171,17 +176,15 @@ def decide_again(
         raise BadInputs(f"a decision cannot be made again on these inputs: {exc!r}") from exc
 
 
-def verdict_of(again: Decision | None, outcome: Placement | Rejection, terms: list[CandidateTerms]) -> str:
-    """Whether a decision made again is the one that was made, in words. `terms` are those that were told."""
+def verdict_of(again: Decision | None, outcome: Placement | Rejection, score: float) -> str:
+    """Whether a decision made again is the one that was made, in words. `score` is that of the chosen one."""
     if not isinstance(outcome, Placement):
         return "no candidates, as before" if again is None else "not the same: there are candidates"
     if again is None or not isinstance(again.outcome, Placement):
         return "not the same: no candidates"
     if again.outcome.instance != outcome.instance:
         return f"not the same: {again.outcome.instance}"
-    if again.terms[: len(terms)] != terms:
-        return "same pick, other scores"
-    return "same pick, same scores"
+    return "same pick, same score" if again.terms[0].score == score else "same pick, another score"
 
 
 class _Held:

@@ -39,6 +39,8 @@ from penstock.scheduler.view import ClusterView
 
 MIN_CONFIRM_S = 1.0
 MAX_CONFIRM_S = 60.0
+# Of a placement: (decision id, instance, slot, leading blocks it holds, prompt tokens to compute).
+_Part = tuple[str, str, int, int, int]
 
 
 class Replica:
@@ -103,19 +105,16 @@ class Replica:
         if not isinstance(outcome, Placement):
             return []
         uncached = request.prompt_tokens - outcome.matched_tokens
-        parts = []
+        own: _Part = (request.decision_id, outcome.instance, decision.slot, outcome.matched_blocks, uncached)
+        parts: tuple[_Part, ...] = (own,)
         if decision.prefill is not None:
             prefill = request.decision_id + PREFILL_SUFFIX, outcome.prefill_instance, decision.prefill.slot
-            parts.append((*prefill, outcome.matched_blocks, uncached))
-        if decision.prefill is not None or request.stage is Stage.DECODE:
-            parts.append((request.decision_id, outcome.instance, decision.slot, 0, 0))
-        else:
-            placed_blocks = outcome.matched_blocks
-            parts.append((request.decision_id, outcome.instance, decision.slot, placed_blocks, uncached))
-        placed = []
+            parts = (*prefill, outcome.matched_blocks, uncached), (*own[:3], 0, 0)
+        elif request.stage is Stage.DECODE:
+            parts = ((*own[:3], 0, 0),)
+        placed, within_s = [], confirm_within_s(batch)
         for decision_id, instance, slot, matched, to_compute in parts:
             known = self.index.insert(decision.hashes, slot, matched)
-            tail = request.block_hashes[known * HASH_BYTES :]
             one = Placed(
                 decision_id,
                 batch.ingress,
@@ -123,10 +122,10 @@ class Replica:
                 instance,
                 request.prompt_tokens,
                 known,
-                tail,
+                request.block_hashes[known * HASH_BYTES :],
                 to_compute,
             )
-            self.ledger.place(one, confirm_within_s(batch), now)
+            self.ledger.place(one, within_s, now)
             self._echo.placed_here(batch, slot, to_compute, now)
             placed.append(one)
         self.view.take(self.ledger.changes())

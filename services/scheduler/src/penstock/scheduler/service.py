@@ -149,17 +149,19 @@ class SchedulerService:
             return None
         placed: list[Placed] = []
         outcomes: dict[str, Placement | Rejection] = {}
+        replica, started = self.replica, self._clock()
+        view = replica.age(started)
         for request in _in_turn(batch.requests):
-            started = self._clock()
-            decision = self.replica.decide(request, started)
-            view = self.replica.age(started)
+            decision = replica.decide(request, started)
             inputs = self._explaining.keep(batch, request, decision, view, started)
-            placed += self.replica.reserve(batch, request, decision, started)
+            placed += replica.reserve(batch, request, decision, started)
             outcomes[request.decision_id] = decision.outcome
             self._teller.decision(batch, request, decision, view, inputs)
             if decision.fault is not None:
                 self._faults.failed(decision.fault, started)
-            self._instruments.decided(decision, self._clock() - started)
+            ended = self._clock()
+            self._instruments.decided(decision, ended - started)
+            started = ended
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)
         return ScheduleReply(self._own.id, tuple(outcomes[one.decision_id] for one in batch.requests))

@@ -45,7 +45,7 @@ class Teller:
         inputs: Inputs | None = None,
     ) -> None:
         """A placement or a rejection; `inputs` if they are to be in the log."""
-        basis, fault = decision.basis, decision.fault
+        outcome, basis, fault = decision.outcome, decision.basis, decision.fault
         # In the order of their fields: by name they cost three times as much.
         why = Reasons(
             decision.policy,
@@ -57,10 +57,11 @@ class Teller:
             str(fault) if fault is not None else "",
             inputs,
         )
-        placement, rejection = event_of(self._own.id, batch.ingress, request, decision.outcome, why)
-        if placement is not None:
+        if isinstance(outcome, Placement):
+            placement = placement_event(self._own.id, batch.ingress, request, outcome, why)
             self._events.emit(PLACEMENT, request.model, request.request_id, placement)
-        elif rejection is not None:
+        else:
+            rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
             self._events.emit(REJECTION, request.model, request.request_id, rejection)
 
     def trust(self, change: TrustChange) -> None:
@@ -97,35 +98,39 @@ class Reasons(msgspec.Struct, frozen=True, gc=False):
     inputs: Inputs | None = None
 
 
-def event_of(
-    replica: str, ingress: str, request: ScheduleRequest, outcome: Placement | Rejection, why: Reasons
-) -> tuple[PlacementEvent | None, RejectionEvent | None]:
-    """The event of a decision, of the one type or the other."""
-    if isinstance(outcome, Placement):
-        # In the order of their fields.
-        placement = PlacementEvent(
-            outcome.decision_id,
-            request.request_id,
-            request.model,
-            outcome.instance,
-            outcome.policy,
-            replica,
-            ingress,
-            outcome.prefill_instance,
-            request.prompt_tokens,
-            outcome.matched_blocks,
-            len(request.block_hashes) // HASH_BYTES,
-            why.terms,
-            why.excluded,
-            why.seed,
-            why.weights,
-            why.view,
-            why.fault,
-            why.inputs,
-            outcome.profile,
-        )
-        return placement, None
-    rejection = RejectionEvent(
+def placement_event(
+    replica: str, ingress: str, request: ScheduleRequest, outcome: Placement, why: Reasons
+) -> PlacementEvent:
+    """The event of a placement."""
+    # In the order of their fields.
+    return PlacementEvent(
+        outcome.decision_id,
+        request.request_id,
+        request.model,
+        outcome.instance,
+        outcome.policy,
+        replica,
+        ingress,
+        outcome.prefill_instance,
+        request.prompt_tokens,
+        outcome.matched_blocks,
+        len(request.block_hashes) // HASH_BYTES,
+        why.terms,
+        why.excluded,
+        why.seed,
+        why.weights,
+        why.view,
+        why.fault,
+        why.inputs,
+        outcome.profile,
+    )
+
+
+def rejection_event(
+    replica: str, ingress: str, request: ScheduleRequest, outcome: Rejection, why: Reasons
+) -> RejectionEvent:
+    """The event of a rejection."""
+    return RejectionEvent(
         decision_id=outcome.decision_id,
         request_id=request.request_id,
         model=request.model,
@@ -139,4 +144,3 @@ def event_of(
         view=why.view,
         inputs=why.inputs,
     )
-    return None, rejection

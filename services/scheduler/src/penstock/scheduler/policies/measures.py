@@ -68,8 +68,7 @@ class ExpectedTtft:
         # `take` needs half the time of an index.
         cost = loads.ms_per_token.take(slots)
         if candidates.steps:
-            uncached = candidates.shares(case)
-            uncached *= -tokens
+            uncached = candidates.shares(case, -tokens)
             uncached += tokens
             cost *= uncached
         else:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.scheduler.candidates import Candidates, Case
-from penstock.scheduler.draws import draw, rendezvous
-from penstock.scheduler.pool import Floats
+from penstock.scheduler.draws import draw, rendezvous, rendezvous_few
+from penstock.scheduler.pool import FEW, Floats
 
 # Scores this close are equal: sums of products of the same numbers may differ in their last bits.
 _ROUNDING = 1e-9
@@ -34,12 +34,23 @@ class Best:
     by_block: bool = False
 
     def pick(self, case: Case, candidates: Candidates, scores: Floats) -> int:
+        band = max(self.band, _ROUNDING) if case.replicas > 1 else _ROUNDING
+        if len(scores) <= FEW:
+            return self._of_few(case, candidates, scores.tolist(), band)
         best = int(scores.argmax())
-        floor = scores.item(best) - (max(self.band, _ROUNDING) if case.replicas > 1 else _ROUNDING)
-        near = (scores >= floor).nonzero()[0]
+        near = (scores >= scores.item(best) - band).nonzero()[0]
         if len(near) == 1:
             return best
-        return int(near[rendezvous(candidates.kept.keys[near], self._key(case, candidates))])
+        return near.item(rendezvous(candidates.kept.keys[near], self._key(case, candidates)))
+
+    def _of_few(self, case: Case, candidates: Candidates, scores: list[float], band: float) -> int:
+        """The same: a third of the time that numpy takes for a few."""
+        floor, kept = max(scores) - band, candidates.kept
+        near = [position for position, score in enumerate(scores) if score >= floor]
+        if len(near) == 1:
+            return near[0]
+        keys = kept.few_keys or kept.keys.tolist()
+        return near[rendezvous_few([keys[one] for one in near], self._key(case, candidates))]
 
     def _key(self, case: Case, candidates: Candidates) -> int:
         if self.by_block and candidates.longest < len(case.hashes):
