@@ -24,7 +24,7 @@ K8S = Path(__file__).resolve().parents[2] / "deploy" / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 PROGRAMS: dict[str, type[Settings]] = {**SERVICES, "register": RegisterSettings, "sim": SimSettings}
 PORTS = {
-    "4222", "6222", "8222", "8080", "2379", "2380", "2381", "6379", "8000",
+    "4222", "6222", "8222", "8080", "2379", "2380", "2381", "6379", "8000", "8998", "20001",
     *(str(cls.model_fields["admin_port"].default) for cls in SERVICES.values()),
 }  # fmt: skip
 
