@@ -325,7 +325,8 @@ class Lab:
         sock = socket.socket()
         sock.bind((HOST, 0))
         self.port = sock.getsockname()[1]
-        await self.server.listen(sock)
+        certificates = self.settings.certificates()
+        await self.server.listen(sock, certificates.context() if certificates is not None else None)
         self._loops = [
             asyncio.create_task(self.writer.run(), name="events"),
             asyncio.create_task(self.large_bodies.run(), name="large-bodies"),
@@ -377,8 +378,12 @@ class Lab:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, (HOST, self.port))
         reader, writer = await asyncio.open_connection(sock=sock, limit=2**20 if not receive_buffer else 1024)
-        self._clients.append(peer := Peer(reader, writer))
-        return peer
+        return self.keep(Peer(reader, writer))
+
+    def keep(self, client: Peer) -> Peer:
+        """Close it with the lab."""
+        self._clients.append(client)
+        return client
 
     async def exchange(self, engine: Engine) -> tuple[Peer, Peer]:
         """A client with a request under way, and the engine's end of it, the request read."""

@@ -123,7 +123,7 @@ class _Planner:
             self._nats_url(JOIN),
             self._nats_url(AUDITOR),
             self._nats_url(REGISTER) if NATS in settings.sources else "",
-            f"http://{reachable(settings.host)}:{port}",
+            f"{'https' if settings.tls_cert else 'http'}://{reachable(settings.host)}:{port}",
             nats,
             self._nats_command(nats) if nats else None,
             tuple(sim.command for sim in sims),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,6 +15,7 @@ from penstock.common.adapters.probes import AdminListener
 from penstock.common.identity import new_identity
 from penstock.common.lifecycle import Lifecycle, run_service
 from penstock.common.live_config import expose_config
+from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.settings import exit_with_faults, load_or_exit, read_token
 from penstock.common.telemetry import Metrics, configure_logging
 from penstock.ingress.adapters.admin_http import mount
@@ -21,6 +24,8 @@ from penstock.ingress.admin.access import Access
 from penstock.ingress.admin.explaining import Hashing
 from penstock.ingress.admin.service import AdminService
 from penstock.ingress.body_reader import tokenizer_of
+from penstock.ingress.certificate_keeping import CertificateKeeper
+from penstock.ingress.certificates import BadCertificates
 from penstock.ingress.large_bodies import Setup
 from penstock.ingress.parent import Parent
 from penstock.ingress.settings import IngressSettings
@@ -45,6 +50,11 @@ async def serve(settings: IngressSettings) -> None:
     except OSError as exc:
         fault = f"--port {settings.port}: cannot listen on {settings.host}: {exc.strerror or exc}"
         exit_with_faults(PROG, [f"{fault}; choose another port"])
+    try:
+        certificates = settings.certificates()
+    except BadCertificates as exc:
+        # They could be used a moment ago.
+        exit_with_faults(PROG, [str(exc)])
     with held:
         lifecycle = Lifecycle()
         identity = new_identity("ingress", settings.ingress_id)
@@ -54,6 +64,16 @@ async def serve(settings: IngressSettings) -> None:
         api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings))
         parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
         expose_config(api.config, parent.metrics)
+        if certificates is not None:
+
+            def degraded(what: str, active: bool, cause: str) -> None:
+                event = DegradedEvent(identity.service, identity.id, what, active, cause)
+                events.emit(DEGRADED, "", identity.service, event)
+
+            keeper = CertificateKeeper(certificates, settings.certificates, parent.metrics, degraded)
+            parent.certificates = keeper
+            lifecycle.add_loop("certificates", keeper.follow(parent.use))
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keeper.look)
         admin = AdminListener(
             settings.admin_host,
             settings.admin_port,

@@ -18,6 +18,8 @@ from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, count
 from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentCounts
 from penstock.ingress.adapters.shared_pools import SharedPools
 from penstock.ingress.admin_messages import AdminRequest, AdminResponse
+from penstock.ingress.certificate_keeping import CertificateKeeper
+from penstock.ingress.certificates import Certificates
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.worker import FromWorker, Report, Start
 
@@ -31,6 +33,9 @@ STEADY_S = 10.0
 # What a worker gets on top of its own drain before it is killed.
 KILL_GRACE_S = 5.0
 
+
+# Workers get what stands in them.
+_TLS_FILES = ("tls_cert", "tls_key", "tls_client_ca")
 
 AnswerAdmin = Callable[[AdminRequest], Awaitable[AdminResponse]]
 
@@ -72,6 +77,8 @@ class Parent:
         )
         self._past: Snapshot = []
         self._limits = ParentCounts(time.time)
+        # For HTTPS; set before the loops run.
+        self.certificates: CertificateKeeper | None = None
         self.metrics = Metrics()
         self._restarts = self.metrics.counter(
             "penstock_ingress_worker_restarts_total", "Workers that ended early"
@@ -151,8 +158,14 @@ class Parent:
             )
         channel = Channel(ours)
         await channel.open()
+        kept = self.certificates
         start = Start(
-            reveal(self._settings), f"{self.id}-{worker.index}", self._port, worker.index, worker.ended
+            reveal(self._settings) | dict.fromkeys(_TLS_FILES),
+            f"{self.id}-{worker.index}",
+            self._port,
+            worker.index,
+            worker.ended,
+            kept.current if kept is not None else None,
         )
         try:
             await channel.send(start)
@@ -179,6 +192,12 @@ class Parent:
         """The worker bounds how many of these there are at a time."""
         response = await self._answer(call.request)
         await _tell(channel, AdminReply(call.number, response))
+
+    async def use(self, found: Certificates) -> None:
+        """Hand fresh certificates to the workers."""
+        for worker in self._workers:
+            if worker.channel is not None:
+                await _tell(worker.channel, found)
 
     async def _keep_asking(self, worker: Worker) -> None:
         while True:
@@ -212,11 +231,11 @@ class Parent:
         worker.channel = worker.report = worker.process = None
 
 
-async def _tell(channel: Channel, reply: AdminReply | CountReply) -> None:
+async def _tell(channel: Channel, reply: AdminReply | CountReply | Certificates) -> None:
     try:
         await channel.send(reply)
     except OSError as exc:
-        log.debug("the worker that asked is gone: %s", exc)
+        log.debug("the worker is gone: %s", exc)
 
 
 def _counted(family: FamilySnapshot) -> FamilySnapshot:

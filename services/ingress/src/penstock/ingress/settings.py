@@ -23,6 +23,7 @@ from penstock.ingress.api_keys import LIVE, read_keys
 from penstock.ingress.disaggregation_settings import DisaggregationSettings
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.route_settings import RouteSettings
+from penstock.ingress.tls_settings import TlsSettings
 from penstock.ingress.tokenizer_paths import tokenizer_folders
 from penstock.ingress.traffic_settings import TrafficSettings
 
@@ -37,6 +38,7 @@ class IngressSettings(
     EngineKeySettings,
     EngineTlsSettings,
     InstanceLimitSettings,
+    TlsSettings,
     TrafficSettings,
     ServiceSettings,
 ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import signal
 import socket
 import sys
 import time
@@ -41,6 +42,7 @@ from penstock.ingress.api_keys import LIVE, ApiKeys
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.bus_limit_store import BusLimitStore
 from penstock.ingress.capture import Capture
+from penstock.ingress.certificates import Certificates
 from penstock.ingress.dividing import Dividing
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.in_flight import InFlightAccount
@@ -69,6 +71,8 @@ class Start(msgspec.Struct):
     index: int
     # How the worker before it ended, if that was not asked for.
     ended: str = ""
+    # For HTTPS. The files are the parent's affair: they may be broken when a worker is started again.
+    tls: Certificates | None = None
 
 
 class Report(msgspec.Struct, tag="report"):
@@ -80,7 +84,7 @@ class Report(msgspec.Struct, tag="report"):
 
 # What comes over the channel, to the parent and from it: "?" asks for a report.
 FromWorker = Report | AdminCall | CountCall
-FromParent = str | AdminReply | CountReply
+FromParent = str | AdminReply | CountReply | Certificates
 
 
 def main() -> int:
@@ -184,6 +188,9 @@ async def serve(channel: Channel, counts_fd: int) -> None:
                 if server.admin is not None:
                     server.admin.answered(message)
                 continue
+            if isinstance(message, Certificates):
+                server.use(message.context())
+                continue
             if isinstance(message, CountReply):
                 if of_parent is not None:
                     of_parent.answered(message)
@@ -204,7 +211,12 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     # Requests leave no cycles behind; the default thresholds would walk all live objects for nothing.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-    await server.listen(listening_socket(settings.host, start.port))
+    if start.tls is not None:
+        # That of the parent says that the files changed; who signals all processes means that one.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    await server.listen(
+        listening_socket(settings.host, start.port), start.tls.context() if start.tls is not None else None
+    )
     if settings.profiles_file is not None:
         host.lifecycle.add_loop("profiles-file", profiles.follow_file())
     if store is not None:

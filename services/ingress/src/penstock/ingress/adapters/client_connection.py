@@ -274,9 +274,11 @@ class ClientConnection(asyncio.Protocol):
         self._closing, self._buffer, self._head = True, b"", None
         self._body.clear()
         self.deadline = self._gateway.clock() + LINGER_S
-        if self._transport is not None and not self._transport.is_closing():
-            # Closing with bytes unread would reset the connection and take the answer with it.
-            self._transport.write_eof()
+        transport = self._transport
+        # Closing with bytes unread would reset the connection and take the answer with it. Under TLS there is
+        # no half of an end: the client has LINGER_S to read the answer and leave.
+        if transport is not None and not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()
 
     # -- the exchange's side -----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import msgspec
 
@@ -11,6 +12,7 @@ from penstock.common.telemetry import Metrics
 from penstock.ingress.adapters.admin_relay import AdminRelay
 from penstock.ingress.adapters.client_connection import MODELS, ClientConnection
 from penstock.ingress.adapters.connection_limit import ConnectionLimit, SharedCounts
+from penstock.ingress.adapters.tls_listener import TlsListener
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import RequestHead
@@ -30,7 +32,11 @@ class HttpServer:
         self._gateway = gateway
         most = gateway.settings.connection_limit
         self._limit = ConnectionLimit(counts or SharedCounts.alone(), most, metrics, gateway.clock)
+        self._metrics = metrics
         self._server: asyncio.Server | None = None
+        self._tls: TlsListener | None = None
+        # Connections before the end of their TLS handshake.
+        self._greeted: set[ClientConnection] = set()
         # Set where the admin API is on the public port too.
         self.admin: AdminRelay | None = None
         self.connections: set[ClientConnection] = set()
@@ -42,30 +48,64 @@ class HttpServer:
         ).labels()
         metrics.gauge("penstock_ingress_connections", "Client connections", lambda: len(self.connections))
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Accept on a bound socket."""
+    async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Accept on a bound socket: HTTP, or HTTPS with `tls`."""
         loop = asyncio.get_running_loop()
+        if tls is not None:
+            settings = self._gateway.settings
+            self._tls = TlsListener(
+                tls,
+                self._greet,
+                self.forget,
+                self._metrics,
+                handshake_s=settings.header_timeout,
+                shutdown_s=settings.idle_timeout,
+            )
+            self._tls.listen(sock, BACKLOG)
+            return
         self._server = await loop.create_server(
             lambda: ClientConnection(self, self._gateway), sock=sock, backlog=BACKLOG
         )
 
+    def use(self, tls: ssl.SSLContext) -> None:
+        """For handshakes from here on."""
+        if self._tls is not None:
+            self._tls.context = tls
+
     def admit(self, connection: ClientConnection) -> bool:
         """Take a connection in; False if the ingress has as many as it may."""
-        if not self._limit.allows_one_more():
+        if connection in self._greeted:
+            self._greeted.discard(connection)
+        elif not self._limit.allows_one_more():
             return False
         self.connections.add(connection)
-        self._limit.holds(len(self.connections))
+        self._counted()
         return True
 
-    def forget(self, connection: ClientConnection) -> None:
+    def forget(self, connection: asyncio.Protocol) -> None:
         """A connection ended, or never was one."""
-        self.connections.discard(connection)
-        self._limit.holds(len(self.connections))
+        if isinstance(connection, ClientConnection):
+            self.connections.discard(connection)
+            self._greeted.discard(connection)
+            self._counted()
+
+    def _greet(self) -> ClientConnection | None:
+        if not self._limit.allows_one_more():
+            return None
+        connection = ClientConnection(self, self._gateway)
+        self._greeted.add(connection)
+        self._counted()
+        return connection
+
+    def _counted(self) -> None:
+        self._limit.holds(len(self.connections) + len(self._greeted))
 
     def stop_accepting(self) -> None:
         """Take no new connection, and end those that wait for a request."""
         if self._server is not None:
             self._server.close()
+        if self._tls is not None:
+            self._tls.close()
         for connection in list(self.connections):
             connection.drain()
 
