@@ -25,15 +25,17 @@ def prompt(session: int, turn: int) -> str:
     return f"session {session} ".ljust(2300, ".") + " and more".ljust(512, ".") * turn
 
 
-async def turn(session: aiohttp.ClientSession, stack: Stack, number: int) -> list[str]:
+async def turn(
+    session: aiohttp.ClientSession, stack: Stack, number: int, strategy: str = "prefix-cache"
+) -> list[str]:
     """Where the next turn of each session went; every one was placed by a scheduler."""
     targets = []
     for one in range(SESSIONS):
         status, headers, body = await chat(
-            session, stack.url, prompt(one, number), headers={"routing-strategy": "prefix-cache"}
+            session, stack.url, prompt(one, number), headers={"routing-strategy": strategy}
         )
         assert status == 200, body
-        assert headers["routing-strategy"] == "prefix-cache"
+        assert headers["routing-strategy"] == strategy
         targets.append(headers["target-pod"])
     return targets
 
@@ -88,3 +90,24 @@ async def test_no_request_fails_and_no_session_moves_while_every_replica_is_repl
             await d.shows("penstock_ingress_schedulers", lambda v: v == 1)
             assert later == homes
             assert await turn(d.session, stack, 3) == homes
+
+
+async def test_a_lone_scheduler_that_is_killed_and_started_again_sends_sessions_where_they_were() -> None:
+    with running_stack() as stack:
+        stack.start_sims(3)
+        stack.start_discovery()
+        stack.start_scheduler()
+        stack.start_ingress()
+        await stack.ready()
+        async with aiohttp.ClientSession() as session:
+            # Where chance sent them nobody would guess.
+            homes = await turn(session, stack, 0, "random")
+            assert len(set(homes)) == 3
+            await asyncio.to_thread(stack.schedulers.pop().kill)
+            stack.scheduler_ports.pop()
+            await asyncio.to_thread(stack.start_scheduler)
+            await asyncio.to_thread(stack.schedulers[-1].wait_for_line, '"taking requests"')
+            await stack.ready()
+            ends = await labelled(session, stack.scheduler_ports[-1], "penstock_scheduler_warm_ups", "end")
+            assert ends["replay"] == 1
+            assert await turn(session, stack, 1) == homes

@@ -22,7 +22,9 @@ def stand(replicas: int, delay_ms: float, ingresses: int = 1) -> tuple[list[Engi
     engines = [Engine(EngineSpec(kv_blocks=1000, block_size=100)) for _ in range(3)]
     setup = Setup("prefix-cache", 3, replicas, delay_ms, ingresses)
     catalog = Catalog(Thresholds())
-    return engines, Schedulers(engines, catalog, setup, lambda _: PACKED, index_blocks=10_000, seed=1)
+    return engines, Schedulers(
+        engines, catalog, setup, lambda _: PACKED, index_blocks=10_000, kv_factor=0, seed=1
+    )
 
 
 def request(name: str) -> EngineRequest:

@@ -16,6 +16,7 @@ from penstock.common.subjects import (
     COUNTERS,
     EVENTS,
     MIRROR,
+    PLACED,
     SCHEDULE,
     SCHEDULE_BY,
     STREAMS,
@@ -103,8 +104,8 @@ def covers(pattern: str, other: str) -> bool:
     return len(tokens) == len(others) and all(a in ("*", b) for a, b in zip(tokens, others, strict=True))
 
 
-def test_no_subject_but_that_of_copies_is_covered_by_another_or_by_a_stream() -> None:
-    patterns = [subject.pattern for subject in SUBJECTS if subject is not MIRROR]
+def test_no_subject_but_copies_and_placements_is_covered_by_another_or_by_a_stream() -> None:
+    patterns = [subject.pattern for subject in SUBJECTS if subject not in (MIRROR, PLACED)]
     patterns += [pattern for stream in STREAMS for pattern in stream.subjects]
     patterns += [counters.subject(">") for counters in COUNTERS]
     assert len(set(patterns)) == len(patterns)

@@ -10,12 +10,14 @@ from penstock.common.adapters.memory_bus import MemoryBus
 from penstock.common.errors import BusTimeout
 from penstock.common.messages import (
     Heartbeat,
+    Placed,
+    PlacedFeed,
     Placement,
     SnapshotCursor,
     SnapshotPiece,
     SnapshotRequest,
 )
-from penstock.common.subjects import DEFAULT_SHARD, EVENTS, HEARTBEAT, SCHEDULE_BY, SNAPSHOT
+from penstock.common.subjects import DEFAULT_SHARD, EVENTS, HEARTBEAT, PLACED, SCHEDULE_BY, SNAPSHOT
 from penstock.scheduler import warming
 
 from .scheduler_service_lab import (
@@ -71,6 +73,43 @@ async def test_a_joining_replica_knows_what_was_placed_before_it_takes_requests(
             (second,) = reply.outcomes
             assert isinstance(second, Placement)
             assert (second.instance, second.matched_blocks) == (first.instance, 8)
+
+
+async def test_one_without_siblings_knows_what_was_placed_before_it_was_started_again() -> None:
+    broker, client = wire()
+    await register(client, *"abcdefgh")
+    async with replica(broker, "s1") as one:
+        await eventually(lambda: one.serving)
+        assert one.count("penstock_scheduler_warm_ups", "alone") == 1
+        homes = []
+        for number in range(3):
+            placed = [request(f"d{number}", strategy="random", block_hashes=PROMPT[: 32 + 8 * number])]
+            (first,) = (await ask(client, *placed)).outcomes
+            assert isinstance(first, Placement)
+            homes.append(first.instance)
+    # Whoever may publish placements may store nonsense.
+    client.publish(PLACED, PlacedFeed("s9", "1", 1, (Placed("x", "i", "1", "gone", tail=PROMPT),)), "0")
+    broker.stored.store(PLACED.name("0"), b"\xc1", {})
+    async with replica(broker, "s2") as again:
+        await eventually(lambda: again.serving)
+        assert again.count("penstock_scheduler_warm_ups", "replay") == 1
+        assert again.ledger.in_flight == 0
+        (second,) = (
+            await ask(client, request("d9", strategy="prefix-cache", block_hashes=PROMPT[:48]))
+        ).outcomes
+        assert isinstance(second, Placement)
+        assert (second.instance, second.matched_blocks) == (homes[-1], 6)
+
+
+async def test_a_stream_that_cannot_be_read_is_waited_for_no_longer_than_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warming, "REPLAY_S", 0.0)
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker, "s1") as one:
+        await eventually(lambda: one.serving)
+        assert one.count("penstock_scheduler_warm_ups", "alone") == 1
 
 
 async def test_a_replica_that_is_not_warm_gives_no_snapshot() -> None:

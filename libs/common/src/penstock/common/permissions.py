@@ -44,6 +44,7 @@ from penstock.common.subjects import (
     MIRROR,
     MIRROR_PRIMARY,
     PLACED,
+    PLACEMENTS,
     REGISTRATIONS,
     SCHEDULE,
     SCHEDULE_BY,
@@ -112,6 +113,12 @@ def _sharing(stream: Stream, group: str) -> Grant:
     return Grant(tuple(f"$JS.API.{call}" for call in (*calls, *takes)))
 
 
+def _replaying(stream: Stream) -> Grant:
+    """Making the stream, whose messages are published as if there were none, and reading it."""
+    calls = (f"STREAM.{call}.{stream.name}" for call in ("INFO", "CREATE", "UPDATE"))
+    return Grant(tuple(f"$JS.API.{call}" for call in (*calls, f"DIRECT.GET.{stream.name}")))
+
+
 def _adding(counters: Counters) -> Grant:
     """Making the counters and adding to them; reading none but in the answer to that."""
     calls = (f"$JS.API.STREAM.{call}.{counters.name}" for call in ("INFO", "CREATE", "UPDATE"))
@@ -153,6 +160,7 @@ SERVICES: Mapping[str, Grant] = {
     "scheduler": _process("scheduler", PLACEMENT, REJECTION, CONFIG_CHANGE)
     + _watching(INSTANCES)
     + _watching(CONFIG)
+    + _replaying(PLACEMENTS)
     + Grant(
         (
             PLACED.pattern,

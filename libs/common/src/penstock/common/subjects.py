@@ -189,6 +189,15 @@ COPIES = Stream(
     max_message_bytes=512 * KIB,
     storage="memory",
 )
+# What was placed lately, for a scheduler that starts without a sibling: some 50,000 placements.
+PLACEMENTS = Stream(
+    "PENSTOCK_PLACED",
+    (PLACED.pattern,),
+    max_bytes=32 * MIB,
+    max_age_s=3600,
+    max_message_bytes=256 * KIB,
+    storage="memory",
+)
 # What users asked for in a window of time (penstock.ingress.bus_limit_store). Keys are hashes.
 LIMITS = Counters("PENSTOCK_LIMITS", f"{_ROOT}.limits", max_bytes=128 * MIB, max_age_s=150)
 
@@ -197,7 +206,7 @@ _ANSWERED = SCHEDULE.request, SCHEDULE_BY.request, SNAPSHOT.request, DISCOVER.re
 _MESSAGES = *_ANSWERED, PLACED, LOAD, STATUS, KV, HEARTBEAT, MIRROR, MIRROR_PRIMARY
 SUBJECTS: tuple[Subject[msgspec.Struct], ...] = _MESSAGES  # type: ignore[assignment]  # Subject is invariant; the table only lists
 BUCKETS = (INSTANCES, REGISTRATIONS, CONFIG)
-STREAMS = (EVENTS, COPIES)
+STREAMS = (EVENTS, COPIES, PLACEMENTS)
 COUNTERS = (LIMITS,)
 
 # The one shard there is by default; models travel inside the message (DESIGN D3).

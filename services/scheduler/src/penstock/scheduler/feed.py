@@ -25,6 +25,10 @@ class FeedWriter:
         """The last placement told."""
         return WriterPosition(self._own.id, self._own.incarnation, self._next - 1)
 
+    def marker(self) -> PlacedFeed:
+        """A message without placements, to be found again."""
+        return PlacedFeed(self._own.id, self._own.incarnation, self._next, ())
+
     def messages(self, placed: Sequence[Placed], confirm_within_s: float) -> Iterator[PlacedFeed]:
         """As few messages as their bounds allow."""
         start, size = 0, 0

@@ -63,6 +63,7 @@ class Instruments:
         expose(table, metrics)
         for name, text, read in (
             ("prefix_index_blocks", "Blocks held by the prefix index", lambda: len(replica.index)),
+            ("prefix_index_max_blocks", "Blocks that it may hold", lambda: replica.index.max_blocks),
             ("in_flight_requests", "Requests in flight, by the ledger", lambda: ledger.in_flight),
             ("ingresses", "Ingresses whose work is counted", lambda: ledger.ingresses),
             ("dirty_ingresses", "Ingresses of which a report is missing", lambda: ledger.dirty),

@@ -61,12 +61,21 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int) -> None:
         """`max_blocks` bounds both generations together."""
-        if max_blocks < 2:
-            raise ValueError(f"a prefix index needs room for 2 blocks, got {max_blocks}")
-        self._limit = max_blocks // 2
+        self.resize(max_blocks)
         self._current, self._previous = _Generation(), _Generation()
         self._began_at: float | None = None
         self.turnovers = 0
+
+    def resize(self, max_blocks: int) -> None:
+        """Another bound; what is above it goes when the generations next turn over."""
+        if max_blocks < 2:
+            raise ValueError(f"a prefix index needs room for 2 blocks, got {max_blocks}")
+        self._limit = max_blocks // 2
+
+    @property
+    def max_blocks(self) -> int:
+        """The bound of both generations together."""
+        return 2 * self._limit
 
     def __len__(self) -> int:
         """Blocks held, those in both generations twice."""

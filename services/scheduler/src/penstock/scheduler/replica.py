@@ -25,6 +25,7 @@ from penstock.scheduler.dividing import PREFILL_SUFFIX, schedule_divided
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
 from penstock.scheduler.feed import Backlog, FeedReader, FeedWriter
+from penstock.scheduler.kv_bound import KvBound
 from penstock.scheduler.kv_feeds import KvFeeds
 from penstock.scheduler.ledger import InFlightLedger
 from penstock.scheduler.peers import Peers
@@ -56,14 +57,17 @@ class Replica:
         division: Division = Division(),  # noqa: B008  # frozen
         *,
         prefix_max_age_s: float = 0.0,
+        prefix_kv_factor: float = 0.0,
     ) -> None:
-        """Prefix blocks not used for `prefix_max_age_s` are forgotten; 0: never for their age."""
+        """Prefix blocks not used for `prefix_max_age_s` are forgotten; 0: never for their age. For
+        `prefix_kv_factor` see KvBound."""
         self._catalog, self._default, self._division = catalog, default, division
         self.table = InstanceTable()
         self.view = ClusterView(seed_of(own.id), failover_domain_label)
         self._echo = Echo(self.view.loads)
         self.index = PrefixIndex(max_prefix_blocks)
         self._prefix_max_age_s = prefix_max_age_s
+        self._kv_bound = KvBound(max_prefix_blocks, prefix_kv_factor)
         self.kv_feeds = KvFeeds(self.index, self.view.slot)
         self._restarts = Restarts()
         self._speeds = Speeds(self.view.loads, self.view.slot, self.kv_feeds.judge)
@@ -128,6 +132,7 @@ class Replica:
             self.ledger.place(one, within_s, now)
             self._echo.placed_here(batch, slot, to_compute, now)
             placed.append(one)
+        self._kv_bound.placed(request.prompt_tokens, len(decision.hashes))
         self.view.take(self.ledger.changes())
         pool = self.view.pool(request.model)
         if pool is not None:
@@ -164,6 +169,23 @@ class Replica:
             if len(placed.tail) % HASH_BYTES == 0:
                 self.index.insert(unpack(placed.tail), slot)
         self.view.take(self.ledger.changes())
+
+    def marker(self) -> PlacedFeed:
+        """A message of the feed that says nothing, and is this replica's own."""
+        return self._writer.marker()
+
+    def is_own(self, feed: PlacedFeed) -> bool:
+        """Whether this replica wrote it."""
+        return self._reader.is_own(feed)
+
+    def relearn(self, feed: PlacedFeed) -> int:
+        """Take into the prefix index what was placed before this process began; the number of placements.
+        What of it is still in flight, the ingresses tell."""
+        for placed in feed.placed:
+            slot = self.view.slot(placed.instance)
+            if slot is not None and len(placed.tail) % HASH_BYTES == 0:
+                self.index.insert(unpack(placed.tail), slot)
+        return len(feed.placed)
 
     @property
     def behind(self) -> int:
@@ -224,6 +246,7 @@ class Replica:
         self.peers.expire(now)
         if self._prefix_max_age_s:
             self.index.expire(now, self._prefix_max_age_s)
+        self.index.resize(self._kv_bound.blocks(self.view.kv_tokens()))
         silent = self.ledger.expire(now)
         self._speeds.forget(ingresses=silent)
         self.view.take(self.ledger.changes())

@@ -98,6 +98,7 @@ class SchedulerService:
             settings.failover_domain_label,
             Division(settings.pd_skip_below_tokens),
             prefix_max_age_s=settings.prefix_index_max_age,
+            prefix_kv_factor=settings.prefix_index_kv_factor,
         )
         self._teller = Teller(own, events)
         custom = settings.custom_policies

@@ -77,6 +77,13 @@ class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, ServiceSett
         description="seconds after which prompt blocks that were neither placed nor announced are forgotten, "
         "at the earliest after half of it; 0: only for want of room",
     )
+    prefix_index_kv_factor: float = Field(
+        2.5,
+        ge=0,
+        le=1000,
+        description="the prefix index remembers so many times what the KV caches of all instances hold, as "
+        "engines report it, and never more than --prefix-index-blocks; 0: that alone",
+    )
     imbalance_requests: float = Field(
         16.0,
         gt=0,

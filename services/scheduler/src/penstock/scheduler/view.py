@@ -54,6 +54,14 @@ class ClusterView:
         """The instance of each slot."""
         return {slot: instance for instance, slot in self._slots.items()}
 
+    def kv_tokens(self) -> float:
+        """What the KV caches of all instances hold together; those whose engine does not say it count as the
+        mean of the others; 0 if none does."""
+        slots = np.fromiter(self._slots.values(), dtype=np.intp)
+        known = self.loads.kv_tokens[slots]
+        known = known[known > 0]
+        return float(known.mean()) * len(slots) if len(known) else 0.0
+
     def slots_in_order(self) -> list[int]:
         """All slots, by the id of their instance: the same order in every replica."""
         return [self._slots[instance] for instance in sorted(self._slots)]

@@ -1,8 +1,8 @@
 """Warming: from nothing to what the siblings know, piece by piece, within bounds (DESIGN D3).
 
-One sibling after the other is asked for a snapshot. With siblings and no snapshot, the replica listens to
-their placements for COLD_S before it takes requests, which they serve meanwhile; without any, nobody knows
-more than it does.
+One sibling after the other is asked for a snapshot. Without one, what was placed lately is read from the
+stream that keeps it. Where that has nothing either, the replica listens to the siblings' placements for
+COLD_S before it takes requests, which they serve meanwhile; without siblings, nobody knows more than it does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 
 from penstock.common.bus import Bus
+from penstock.common.codec import DecodeError, decode
 from penstock.common.errors import BusError
 from penstock.common.identity import Identity
-from penstock.common.messages import SnapshotCursor, SnapshotPiece, SnapshotRequest
-from penstock.common.subjects import DEFAULT_SHARD, SNAPSHOT
+from penstock.common.messages import PlacedFeed, SnapshotCursor, SnapshotPiece, SnapshotRequest
+from penstock.common.subjects import DEFAULT_SHARD, PLACED, PLACEMENTS, SNAPSHOT
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.snapshot import BadPiece
@@ -24,6 +26,8 @@ from penstock.scheduler.snapshot import BadPiece
 log = logging.getLogger(__name__)
 
 PIECE_S, SNAPSHOT_S, COLD_S = 0.5, 10.0, 10.0
+# All that the stream holds takes a second or two.
+REPLAY_S = 5.0
 MAX_GIVERS = 3
 # A hundred million blocks, the most that an index may hold.
 MAX_PIECES = 32_768
@@ -41,15 +45,16 @@ class Warming:
         self._bus, self._own, self._replica, self._clock = bus, own, replica, clock
         self.progress = ""
         # How often it ended how; `refused` counts siblings that gave no snapshot.
-        self.ends = dict.fromkeys(("snapshot", "cold", "alone", "refused"), 0)
+        self.ends = dict.fromkeys(("snapshot", "replay", "cold", "alone", "refused"), 0)
 
     async def run(self) -> None:
-        """Take a snapshot from a sibling if there is one, then what was placed meanwhile."""
+        """Take a snapshot from a sibling, or read what was placed lately; then what was placed meanwhile."""
         self._replica.hold()
-        if not self._siblings():
-            self.ends["alone"] += 1
-        elif not await self._from_siblings():
-            await self._cold()
+        if not await self._from_siblings() and not await self._from_stream():
+            if self._siblings():
+                await self._cold()
+            else:
+                self.ends["alone"] += 1
         await self._catch_up()
         self.progress = ""
 
@@ -113,6 +118,33 @@ class Warming:
             return self._failed(sibling, pieces, str(exc) or f"not complete within {SNAPSHOT_S:g} s")
         return self._failed(sibling, pieces, "refused" if pieces == 0 else "it does not come to an end")
 
+    async def _from_stream(self) -> int:
+        """The placements of the last hour that the bus keeps; how many there were."""
+        replica, taken = self._replica, 0
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(REPLAY_S):
+                await self._bus.ensure_stream(PLACEMENTS)
+                # The end of what is there; what comes after it is held back like all that is live.
+                self._bus.publish(PLACED, replica.marker(), DEFAULT_SHARD)
+                subject = PLACED.name(DEFAULT_SHARD)
+                async with aclosing(self._bus.follow(PLACEMENTS, subject, PLACEMENTS.max_age_s)) as stream:
+                    async for stored in stream:
+                        feed = _feed(stored.payload)
+                        if feed is not None and replica.is_own(feed):
+                            break
+                        taken += replica.relearn(feed) if feed is not None else 0
+                        self.progress = f"{taken} placements read from the stream so far"
+                        await asyncio.sleep(0)
+        except (BusError, TimeoutError) as exc:
+            cause = str(exc) or f"not read within {REPLAY_S:g} s"
+            log.warning("not all of the last placements were read", extra={"fields": {"cause": cause}})
+        if taken:
+            self.ends["replay"] += 1
+            fields = {"placements": taken, "seconds": round(time.monotonic() - started, 3)}
+            log.info("placements of before taken from the stream", extra={"fields": fields})
+        return taken
+
     def _taken(self, sibling: str, pieces: int, blocks: int, seconds: float) -> bool:
         self.ends["snapshot"] += 1
         fields = {"sibling": sibling, "pieces": pieces, "blocks": blocks, "seconds": round(seconds, 3)}
@@ -134,6 +166,14 @@ class Warming:
         while self._clock() < until and self._siblings():
             self.progress = f"cold, listening to the siblings for {until - self._clock():.0f} s more"
             await asyncio.sleep(TICK_S)
+
+
+def _feed(payload: bytes) -> PlacedFeed | None:
+    """What another writer stored may be anything."""
+    try:
+        return decode(PlacedFeed, payload)
+    except DecodeError:
+        return None
 
 
 def _goes_on(cursor: SnapshotCursor | None, piece: SnapshotPiece) -> bool:

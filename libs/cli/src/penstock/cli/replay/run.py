@@ -68,6 +68,7 @@ def _decider(
         setup,
         lambda request_id: trace[int(request_id)].packed_hashes,
         index_blocks=settings.prefix_index_blocks,
+        kv_factor=settings.prefix_index_kv_factor,
         seed=settings.seed,
     )
     if setup.all_knowing:

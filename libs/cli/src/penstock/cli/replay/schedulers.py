@@ -54,6 +54,7 @@ class Schedulers:
         packed: Callable[[str], bytes],
         *,
         index_blocks: int,
+        kv_factor: float,
         seed: int,
     ) -> None:
         """`packed` gives the block hashes of a request id as they stand on the bus."""
@@ -62,7 +63,9 @@ class Schedulers:
         self._names = [f"sim-{number:03}" for number in range(len(engines))]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._own = [Identity(SCHEDULER, f"s{number}", INCARNATION) for number in range(setup.replicas)]
-        self.replicas = [Replica(own, catalog, setup.asked, index_blocks) for own in self._own]
+        self.replicas = [
+            Replica(own, catalog, setup.asked, index_blocks, prefix_kv_factor=kv_factor) for own in self._own
+        ]
         self._timeline = Timeline()
         self._ingresses = [
             SimIngress(f"i{number}", self._timeline, self._report, number * REPORT_EVERY_S / setup.ingresses)

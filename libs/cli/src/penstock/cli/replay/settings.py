@@ -111,6 +111,12 @@ with warnings.catch_warnings():
             le=100_000_000,
             description="blocks that a scheduler's index remembers",
         )
+        prefix_index_kv_factor: float = Field(
+            2.5,
+            ge=0,
+            le=1000,
+            description="and at most so many times what all engines' KV caches hold; 0: whatever they hold",
+        )
         slo_ttft_ms: float = Field(
             6000.0, gt=0, le=1e9, description="goodput counts requests whose first token comes within this"
         )
