@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, InferenceRequest, parse, with_model
+from penstock.ingress.openai import GENERATION_PATHS, MULTIPART_PATHS, parse, with_model
+from penstock.ingress.request_body import InferenceRequest
 
 CHAT = b"/v1/chat/completions"
 TRANSCRIPTION = b"/v1/audio/transcriptions"

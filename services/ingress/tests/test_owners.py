@@ -10,8 +10,9 @@ from penstock.common.instances import InstanceTable
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import parse_request
 from penstock.ingress.large_bodies import Facts, Setup, Task, read
-from penstock.ingress.openai import InferenceRequest, parse
+from penstock.ingress.openai import parse
 from penstock.ingress.owners import Owners, said_in_head, split_query, without_owner
+from penstock.ingress.request_body import InferenceRequest
 
 from .ingress_lab import BODY, CHAT, MODEL, Engine, Lab
 

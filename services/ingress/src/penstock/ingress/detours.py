@@ -17,8 +17,9 @@ from penstock.ingress.fallbacks import TOO_MANY, Fallbacks
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.kept import Keeper, Kept
 from penstock.ingress.large_bodies import Facts
-from penstock.ingress.openai import InferenceRequest, with_model
+from penstock.ingress.openai import with_model
 from penstock.ingress.outcomes import Outcome
+from penstock.ingress.request_body import InferenceRequest
 from penstock.ingress.routes import Route, Routes
 
 if TYPE_CHECKING:

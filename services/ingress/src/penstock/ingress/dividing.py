@@ -19,8 +19,8 @@ from penstock.ingress.divided import Divided
 from penstock.ingress.errands import Errands
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
 from penstock.ingress.methods import Methods
-from penstock.ingress.openai import InferenceRequest
 from penstock.ingress.prompt_holds import PromptHolds
+from penstock.ingress.request_body import InferenceRequest
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange

@@ -18,10 +18,11 @@ from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
 from penstock.ingress.limits import Reservation
 from penstock.ingress.metering import metered, settle
-from penstock.ingress.openai import InferenceRequest, parse
+from penstock.ingress.openai import parse
 from penstock.ingress.outcomes import Outcome, report
 from penstock.ingress.ports import Downstream, ResponseListener
 from penstock.ingress.relay import Relay
+from penstock.ingress.request_body import InferenceRequest
 from penstock.ingress.responses import client_head, error_response
 from penstock.ingress.states import State
 from penstock.ingress.waiting import Ticket

@@ -33,9 +33,10 @@ from penstock.ingress.large_bodies import (
     Tokenizer,
     read,
 )
-from penstock.ingress.openai import InferenceRequest, parse
+from penstock.ingress.openai import parse
 from penstock.ingress.owners import Owners
 from penstock.ingress.ports import Externals, LargeBodies, Upstreams
+from penstock.ingress.request_body import InferenceRequest
 from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds

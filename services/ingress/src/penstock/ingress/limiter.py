@@ -26,10 +26,10 @@ from penstock.ingress.limits import (
     refusal,
 )
 from penstock.ingress.metering import ask_for_usage
-from penstock.ingress.openai import InferenceRequest
 from penstock.ingress.outcomes import Outcome
 from penstock.ingress.ports import LimitStore
 from penstock.ingress.rates import Rates
+from penstock.ingress.request_body import InferenceRequest
 from penstock.ingress.store_line import StoreLine
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.limits import Reservation
-from penstock.ingress.openai import InferenceRequest, asking_usage
+from penstock.ingress.openai import asking_usage
 from penstock.ingress.outcomes import Outcome
+from penstock.ingress.request_body import InferenceRequest
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange

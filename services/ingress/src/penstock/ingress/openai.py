@@ -10,8 +10,8 @@ import msgspec
 from penstock.ingress.disaggregation.bodies import ARGUMENTS, FORBIDDEN, without_forbidden
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.owners import said_in_body, without_owner
+from penstock.ingress.request_body import Body, InferenceRequest, Named
 
-EMPTY = msgspec.Raw()
 MAX_MODEL_LENGTH = 512
 # Each costs another look at the whole body.
 MAX_MODEL_PLACES = 4
@@ -41,63 +41,8 @@ _FIELD_NAME = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
-# Without a tokenizer: English text and code run at about four bytes a token.
-BYTES_PER_TOKEN = 4
-
-
-class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
-    """What the gateway has to know of a request; `prompt` is the raw JSON that the prompt consists of."""
-
-    model: str
-    stream: bool
-    prompt: bytes
-    max_tokens: int
-    cache_salt: str = ""
-    # Whose instances are wanted, and what the instance gets instead of a body that says so, or says
-    # what no client may say.
-    owner: str = ""
-    body: bytes = b""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """An estimate from the prompt's bytes."""
-        return len(self.prompt) // BYTES_PER_TOKEN
-
-
-class _Body(msgspec.Struct, gc=False):
-    model: str
-    stream: bool | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    cache_salt: str | None = None
-    tools: msgspec.Raw = EMPTY
-    system: msgspec.Raw = EMPTY
-    messages: msgspec.Raw = EMPTY
-    prompt: msgspec.Raw = EMPTY
-    input: msgspec.Raw = EMPTY
-    documents: msgspec.Raw = EMPTY
-    owned_by: msgspec.Raw = EMPTY
-    engine: msgspec.Raw = EMPTY
-    inference_server: msgspec.Raw = EMPTY
-    # Those of FORBIDDEN, which are looked for and not read, and the object that may hold some.
-    kv_transfer_params: msgspec.Raw = EMPTY
-    bootstrap_host: msgspec.Raw = EMPTY
-    bootstrap_port: msgspec.Raw = EMPTY
-    bootstrap_room: msgspec.Raw = EMPTY
-    disagg_prefill_dp_rank: msgspec.Raw = EMPTY
-    disagg_prefill_resp: msgspec.Raw = EMPTY
-    disaggregated_params: msgspec.Raw = EMPTY
-    bootstrap_pair_key: msgspec.Raw = EMPTY
-    vllm_xargs: msgspec.Raw = EMPTY
-
-
-class _Named(msgspec.Struct):
-    model: msgspec.Raw
-
-
-_decode = msgspec.json.Decoder(_Body).decode
-_decode_model = msgspec.json.Decoder(_Named).decode
+_decode = msgspec.json.Decoder(Body).decode
+_decode_model = msgspec.json.Decoder(Named).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -144,7 +89,7 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
     return _rewritten(inference, parsed, body)
 
 
-def _rewritten(inference: InferenceRequest, parsed: _Body, body: bytes | bytearray) -> InferenceRequest:
+def _rewritten(inference: InferenceRequest, parsed: Body, body: bytes | bytearray) -> InferenceRequest:
     """With an owner, and a body without what only the gateway reads or no client may say."""
     if not (parsed.owned_by is parsed.engine is parsed.inference_server):
         owner = said_in_body(parsed.owned_by, parsed.engine, parsed.inference_server)
@@ -192,7 +137,7 @@ def asking_usage(body: bytes | bytearray) -> bytes | None:
     return msgspec.json.encode(fields)
 
 
-def _prompt(path: bytes, parsed: _Body) -> bytes:
+def _prompt(path: bytes, parsed: Body) -> bytes:
     field, required = GENERATION_PATHS[path]
     if field is None:
         return b""
