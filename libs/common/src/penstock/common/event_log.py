@@ -13,6 +13,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import msgspec
 
@@ -307,4 +308,10 @@ class EventWriter:
 
 def _rfc3339(unix_ms: int) -> bytes:
     seconds, ms = divmod(unix_ms, 1000)
-    return b"%b.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode(), ms)
+    return b"%b.%03dZ" % (_second(seconds), ms)
+
+
+@lru_cache(4)
+def _second(seconds: int) -> bytes:
+    # 2 us, which at a thousand events a second each of them would pay.
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode()

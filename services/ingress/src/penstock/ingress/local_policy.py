@@ -28,14 +28,17 @@ def place_locally(
         return None
     loads = [in_flight(instance.id) for instance in candidates]
     least = min(loads)
+    seed = xxhash.xxh3_64_intdigest(affinity or decision_id.encode())
     if affinity:
-        preferred = max(range(len(loads)), key=lambda i: _weight(affinity, candidates[i].id))
+        weights = _weights(candidates, seed)
+        preferred = weights.index(max(weights))
         if loads[preferred] <= least + SLACK_REQUESTS:
             return candidates[preferred]
-    key = affinity or decision_id.encode()
     idle = [instance for instance, load in zip(candidates, loads, strict=True) if load == least]
-    return max(idle, key=lambda instance: _weight(key, instance.id))
+    weights = _weights(idle, seed)
+    return idle[weights.index(max(weights))]
 
 
-def _weight(key: bytes, instance_id: InstanceId) -> int:
-    return xxhash.xxh3_64_intdigest(instance_id.encode(), xxhash.xxh3_64_intdigest(key))
+def _weights(instances: Sequence[Instance], seed: int) -> list[int]:
+    digest = xxhash.xxh3_64_intdigest
+    return [digest(instance.id.encode(), seed) for instance in instances]

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 # Attempts that may go unanswered before the request is placed here.
 MAX_ATTEMPTS = 2
 HASH_BYTES = 8
+# An enum's member costs 0.1 us where it is read from its class.
+_NEUTRAL = Mode.NEUTRAL
 
 
 class Asker(Protocol):
@@ -99,6 +101,9 @@ class Placer:
         self._bus, self._table, self._account, self._events = bus, table, account, events
         self._identity, self._attempt_s, self._max_requests = identity, attempt_s, max_requests
         self._pending: list[Asker] = []
+        # By model and owner, in one version of the table.
+        self._usual: dict[tuple[str, str], tuple[Sequence[Instance], bool]] = {}
+        self._version = -1
         self._breaker = BusBreaker()
         self.replicas = Replicas()
         self._degraded = self._avoiding = False
@@ -268,9 +273,10 @@ class Placer:
             self._release(request)
             return
         pool = self._table.serving(request.model)
-        usable = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
-        most = self._max_requests
-        open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
+        usable, bounded = self._usable(pool, request)
+        open_, most = usable, self._max_requests
+        if bounded:
+            open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
         placement = self._find(open_, request)
         instance = self._table.get(placement.instance) if placement is not None else None
         if placement is None and len(open_) < len(usable) and self._find(usable, request) is not None:
@@ -285,9 +291,25 @@ class Placer:
             self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, placement))
             asker.placed(placement, instance)
 
+    def _usable(self, pool: Sequence[Instance], request: ScheduleRequest) -> tuple[Sequence[Instance], bool]:
+        """The instances that may take a request, and whether any of them takes so many at a time only. Of
+        most requests they are those of the one before, until the fleet changes."""
+        usual = request.mode is _NEUTRAL and not request.excluded
+        if self._table.version != self._version:
+            self._usual.clear()
+            self._version = self._table.version
+        key = request.model, request.owner
+        known = self._usual.get(key) if usual else None
+        if known is None:
+            usable = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
+            known = usable, self._max_requests > 0 or any(i.max_requests for i in usable)
+            if usual:
+                self._usual[key] = known
+        return known
+
     def _find(self, usable: Sequence[Instance], request: ScheduleRequest) -> Placement | None:
         affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
-        if request.mode is not Mode.NEUTRAL:
+        if request.mode is not _NEUTRAL:
             return place_pair_locally(usable, self._account.on, affinity, request)
         instance = place_locally(usable, self._account.on, affinity, request.decision_id)
         return None if instance is None else Placement(request.decision_id, instance.id, policy=LOCAL)
@@ -299,16 +321,17 @@ class Placer:
             self._account.finish(of_prefill_id(request.decision_id))
 
     def _event(self, request: ScheduleRequest, placement: Placement) -> PlacementEvent:
+        # In the order of its fields: by name they cost 0.3 us more.
         return PlacementEvent(
-            decision_id=request.decision_id,
-            request_id=request.request_id,
-            model=request.model,
-            instance=placement.instance,
-            policy=LOCAL,
-            replica=self._identity.id,
-            ingress=self._identity.id,
-            prefill_instance=placement.prefill_instance,
-            prompt_tokens=request.prompt_tokens,
+            request.decision_id,
+            request.request_id,
+            request.model,
+            placement.instance,
+            LOCAL,
+            self._identity.id,
+            self._identity.id,
+            placement.prefill_instance,
+            request.prompt_tokens,
             blocks=len(request.block_hashes) // HASH_BYTES,
         )
 
