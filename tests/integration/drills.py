@@ -266,16 +266,15 @@ def frozen(*processes: Process | NatsServer) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def following(stack: Stack) -> AsyncIterator[list[Event]]:
-    """The `degraded` and `instance` events of the routing log as they come, (type, data)."""
+async def following(
+    stack: Stack, kinds: tuple[str, ...] = ("degraded", "instance")
+) -> AsyncIterator[list[Event]]:
+    """Events of the routing log as they come, (type, data)."""
     bus = NatsBus(BusSettings(nats_url=stack.events_url), "drill", Metrics())
     log: list[Event] = []
     await bus.start()
     await eventually(lambda: bus.connected)
-    followers = [
-        asyncio.create_task(_follow(bus, kind, log), name=f"follow {kind}")
-        for kind in ("degraded", "instance")
-    ]
+    followers = [asyncio.create_task(_follow(bus, kind, log), name=f"follow {kind}") for kind in kinds]
     try:
         yield log
     finally:
