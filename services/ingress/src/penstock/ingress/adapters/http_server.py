@@ -21,7 +21,7 @@ from penstock.ingress.owners import IN_QUERY
 
 BACKLOG = 1024
 FLUSH_CHECK_S = 0.05
-_INFO = frozenset({MODELS, b"/health", b"/healthz", b"/readyz"})
+INFO = frozenset({MODELS, b"/health", b"/healthz", b"/readyz"})
 
 
 class HttpServer:
@@ -127,7 +127,7 @@ class HttpServer:
 
     def answer(self, head: RequestHead, path: bytes, request_id: str) -> bytes:
         """A response without an instance. Raises GatewayError."""
-        known = path in _INFO or path in GENERATION
+        known = path in INFO or path in GENERATION
         if not known:
             raise GatewayError("not_found", f"there is no {path.decode('ascii', 'replace')[:200]} here")
         if path in GENERATION or head.method not in (b"GET", b"HEAD"):
