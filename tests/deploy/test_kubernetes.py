@@ -196,3 +196,13 @@ def test_production_lets_nothing_through_but_the_flows_of_the_architecture() -> 
     # A scheduler talks to the bus and to nobody else.
     assert open_ports(policies["penstock-scheduler"]["egress"]) == {53, 4222}
     assert all("ports" in rule for rule in policies["penstock-scheduler"]["egress"])
+
+
+@pytest.mark.parametrize("script", sorted(K8S.rglob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_shell_that_can_be_run(script: Path) -> None:
+    assert script.stat().st_mode & 0o111
+    done = subprocess.run(["sh", "-n", str(script)], capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == 0, done.stderr
+    named = set(re.findall(r"(?:deployment|statefulset)[/ ]([a-z][\w-]*)", script.read_text()))
+    overlay = script.parent.name if script.parent.parent.name == "overlays" else "production"
+    assert named <= {one["metadata"]["name"] for one in objects(overlay)}

@@ -26,6 +26,7 @@ CLUSTER = K8S / "components" / "nats-cluster"
 CLUSTER_READY_S = 30.0
 # The command line names each server's own.
 STORE = "store_dir: /data"
+INJECTED = "PENSTOCK_SERVICE_HOST"
 
 
 def secrets() -> dict[str, str]:
@@ -152,7 +153,8 @@ class DeployedStack(Stack):
         return self.bus.url("auditor")
 
     def _service(self, name: str, *flags: str, admin_port: int = 0) -> Process:
-        env = self.bus.service_env(name)
+        # What a Service named `penstock` would inject, for which no setting has a name.
+        env = {**self.bus.service_env(name), INJECTED: "10.96.0.17"}
         process = Process.module(f"penstock.{name}", "--admin-port", str(admin_port), *flags, env=env)
         return self.exits.enter_context(process)
 

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.client import Client
 
 from integration.bus_users import Guest
-from integration.deployed_bus import K8S, DeployedStack, deployed_stack, secrets
+from integration.deployed_bus import INJECTED, K8S, DeployedStack, deployed_stack, secrets
 from integration.servers import Process, eventually
 from integration.stack import chat, metric, stream_chat
 from integration.test_up import penstock
@@ -52,6 +52,8 @@ async def test_each_program_works_with_its_own_user_and_an_auditor_only_reads() 
             await live_configuration_is_written(session, ingress.admin_url)
         for process in (sidecar, *stack.schedulers, *stack.mirrors):
             assert process.exit_code is None
+        for process in (*stack.schedulers, *stack.mirrors, ingress.process):
+            assert process.find(f'"warning".*environment variable {INJECTED} is not a setting')
         await tapped(stack)
         assert stack.bus.forbidden() == []
         await auditors_are_refused(stack)

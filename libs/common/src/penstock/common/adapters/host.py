@@ -50,7 +50,7 @@ class Host:
     def __init__(self, identity: Identity, settings: ServiceSettings) -> None:
         configure_logging(identity.service, settings.log_level)
         for name in unknown_variables([type(settings)]):
-            log.debug("environment variable %s is not a setting of this service", name)
+            log.warning("environment variable %s is not a setting of this service", name)
         self.identity, self.settings = identity, settings
         self.metrics = Metrics()
         self.lifecycle = Lifecycle()

@@ -58,7 +58,7 @@ STORES: Mapping[str, Callable[[RegisterSettings, Metrics], Store]] = {
 async def _serve(settings: RegisterSettings) -> None:
     configure_logging("register", settings.log_level)
     for name in unknown_variables([RegisterSettings]):
-        log.debug("environment variable %s is not a setting of this process", name)
+        log.warning("environment variable %s is not a setting of this process", name)
     if settings.only_local:
         log.info("engines are registered at a loopback address, for this machine alone: see --advertise-host")
     metrics, lifecycle = Metrics(), Lifecycle()
