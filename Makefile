@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-mirror bench-replicas fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-limits bench-mirror bench-replicas fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ bench-mirror: sync ## what clients notice of the mirror, off, on and in trouble 
 
 bench-replicas: sync ## schedulers over the bus, and sessions through 8 ingress workers and 32 engines (ARGS="--no-bus")
 	PYTHONPATH=tests $(BIN)/python -m replica_bench $(ARGS)
+
+bench-limits: sync ## what limits and API keys cost a request, by store (ARGS="--rounds 7 --only off+nats")
+	PYTHONPATH=tests $(BIN)/python -m limits_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
 	$(BIN)/python -m penstock.cli.docs

@@ -8,13 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.ingress.leases import FREE, SHARE, UNUSED_S, Leases
-from penstock.ingress.limits import MINUTE_S, REQUESTS, TOKENS, Correction, LocalCounts, Part, Verdict, window
+from penstock.ingress.limits import (
+    MINUTE_S,
+    REQUESTS,
+    TOKENS,
+    Correction,
+    LocalCounts,
+    Part,
+    Plan,
+    Verdict,
+    window,
+)
 
 NOW = 1_700_000_040.0
 
 
-def part(limit: int = 1000, amount: int = 1, key: str = "k", window_s: int = MINUTE_S) -> Part:
-    return Part(key, window_s, amount, limit, TOKENS if amount > 1 else REQUESTS, "user")
+def part(limit: int = 1000, amount: int = 1, key: str = "k", what: str = "") -> Part:
+    return Part(key, MINUTE_S, amount, limit, what or (TOKENS if amount > 1 else REQUESTS), "user")
 
 
 class Process:
@@ -22,13 +32,23 @@ class Process:
 
     def __init__(self, store: LocalCounts) -> None:
         self.store, self.leases = store, Leases()
+        self.plans: dict[tuple[tuple[str, int], ...], Plan] = {}
+
+    def grant(self, parts: list[Part], now: float) -> Verdict | None:
+        plan = self.plan(parts)
+        if self.leases.grant(plan, parts[0].amount, now) is None:
+            return None
+        return Verdict(-1, tuple(one.limit - one.free - one.left for one in plan.leases[: len(parts)]), now)
+
+    def plan(self, parts: list[Part]) -> Plan:
+        return self.plans.setdefault(tuple((part.key, part.limit) for part in parts), Plan(parts))
 
     def claim(self, parts: list[Part], now: float) -> Verdict:
-        verdict = self.leases.grant(parts, now)
+        verdict = self.grant(parts, now)
         if verdict is None:
             verdict = self.store.claim(parts, now)
             if verdict.over < 0:
-                self.leases.counted(parts, verdict)
+                self.leases.counted(self.plan(parts), parts, verdict)
         self.refill(now)
         return verdict
 
@@ -84,10 +104,11 @@ def test_a_lease_ends_with_its_window_and_with_its_limit() -> None:
     process = Process(store)
     for _ in range(5):
         process.claim([part()], NOW)
-    assert process.leases.grant([part()], NOW) is not None
-    assert process.leases.grant([part(2000)], NOW) is None
-    assert process.leases.grant([part()], NOW + MINUTE_S) is None
-    assert process.leases.grant([part()], NOW - 1) is None
+    assert process.grant([part()], NOW) is not None
+    assert process.claim([part(2000)], NOW).over < 0
+    assert process.grant([part(2000)], NOW) is None
+    assert process.grant([part()], NOW + MINUTE_S) is None
+    assert process.grant([part()], NOW - 1) is None
     assert process.claim([part()], NOW + MINUTE_S).used == (1,)
 
 
@@ -97,13 +118,13 @@ def test_what_is_not_used_goes_back() -> None:
     for _ in range(3):
         process.claim([part()], NOW)
     assert counted(store, part(), NOW) == 12
-    process.give_back(NOW + UNUSED_S / 2)
+    process.give_back(NOW)
     assert counted(store, part(), NOW) == 12
     process.give_back(NOW + UNUSED_S)
     assert counted(store, part(), NOW) == 3
     assert process.claim([part()], NOW + UNUSED_S).used == (4,)
     process.give_back(NOW + 2 * MINUTE_S)
-    assert len(process.leases) == 0
+    assert not process.leases.any
 
 
 def test_corrections_go_through_the_lease_as_far_as_it_goes() -> None:
@@ -129,7 +150,7 @@ def test_without_the_store_there_are_no_leases() -> None:
     for _ in range(3):
         process.claim([part()], NOW)
     process.leases.lost()
-    assert process.leases.grant([part()], NOW) is None
+    assert process.grant([part()], NOW) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,7 +181,7 @@ def test_no_burst_of_any_number_of_processes_passes_a_limit(
             process.give_back(now)
         else:
             amount = rng.randint(1, most)
-            if process.claim([part(limit, amount)], now).over < 0:
+            if process.claim([part(limit, amount, what=TOKENS)], now).over < 0:
                 granted[number] = granted.get(number, 0) + amount
                 held.append((number, amount))
         assert granted.get(number, 0) <= limit

@@ -20,7 +20,6 @@ from penstock.ingress.limits import (
     LocalCounts,
     Part,
     Reservation,
-    estimate,
     left_s,
     rate_headers,
     refusal,
@@ -52,7 +51,7 @@ def test_a_moment_lies_in_its_window_and_the_next_begins_when_this_one_is_over(
     number, left = window(now, window_s), left_s(now, window_s)
     assert number * window_s <= now < (number + 1) * window_s
     assert 1 <= left <= window_s
-    assert window(now + left, window_s) == number + 1
+    assert (number + 1) * window_s <= now + left
 
 
 Claims = st.lists(st.tuples(st.floats(0, 200), st.integers(1, 12), st.integers(1, 12)), max_size=60)
@@ -142,17 +141,15 @@ def test_names_made_to_look_like_others_have_counts_of_their_own() -> None:
 
 
 def test_a_request_larger_than_the_limit_takes_all_of_it() -> None:
-    (tokens,) = Allowances(Limits(tpm=50)).parts("a", "m", estimate(10, 2**40, generates=True))
+    (tokens,) = Allowances(Limits(tpm=50)).parts("a", "m", 2**40)
     assert tokens.amount == 50
     (tokens,) = Allowances(Limits(tpm=50)).parts("a", "m", 0)
     assert tokens.amount == 1
-    assert estimate(10, 0, generates=False) == 10
-    assert estimate(10, 0, generates=True) > 10
 
 
 def test_headers_tell_the_tightest_limit_of_each_kind() -> None:
     parts = [part("r", limit=10), part("t", 60, 100, TOKENS), part("r2", limit=3)]
-    lines = rate_headers(parts, LocalCounts().claim(parts, NOW - 60)).splitlines()
+    lines = rate_headers(parts, LocalCounts().claim(parts, NOW - 60)).decode().splitlines()
     assert lines == [
         "x-ratelimit-limit-requests: 3",
         "x-ratelimit-remaining-requests: 2",

@@ -103,6 +103,17 @@ class ApiKeys:
                     callers.setdefault(digest, (digest, caller))
         self._callers = callers
 
+    def known(self, head: RequestHead, memo: HeadMemo[RequestHead]) -> RequestHead | None:
+        """The request as it goes on, if its key is that of the head like it that `memo` remembers, and still
+        good; its `length` may be another."""
+        if memo.admitted is None:
+            return None
+        read, callers, admitted = memo.admitted
+        caller = admitted.caller
+        if read is not head.read or callers is not self._callers or caller is None:
+            return None
+        return admitted if caller.expires_at > self._clock() else None
+
     def admit(self, head: RequestHead, memo: HeadMemo[RequestHead] | None = None) -> RequestHead:
         """The request as it goes on: with its caller, and without the key. `memo` parsed it: a head like the
         one before it on its connection has the same key, whose hash costs 5 us.
@@ -110,16 +121,8 @@ class ApiKeys:
         Raises:
             GatewayError: it has no key that is good.
         """
-        if memo is not None and (known := memo.admitted) is not None:
-            read, callers, admitted = known
-            caller = admitted.caller
-            if (
-                read is head.read
-                and callers is self._callers
-                and caller
-                and caller.expires_at > self._clock()
-            ):
-                return admitted.with_length(head.length)
+        if memo is not None and (known := self.known(head, memo)) is not None:
+            return known.with_length(head.length)
         key = _key_of(head.read)
         if not key:
             text = "an API key is required: authorization: Bearer ..."

@@ -16,7 +16,7 @@ from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
 from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
-from penstock.ingress.limits import Reservation
+from penstock.ingress.limits import Held
 from penstock.ingress.metering import metered, settle
 from penstock.ingress.openai import parse
 from penstock.ingress.outcomes import Outcome, report
@@ -62,7 +62,7 @@ class Exchange:
         self.placed_at = 0.0
         self.stream = False
         self.copied: Copied | None = None
-        self.reservation: Reservation | None = None
+        self.reservation: Held | None = None
         self.status = 0
         # What instances get instead of `body`, if their route says so.
         self.local_body: bytes | bytearray = b""

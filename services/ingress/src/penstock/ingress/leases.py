@@ -7,9 +7,20 @@ store has counted it, no limit is ever passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from penstock.ingress.limits import Correction, Part, Verdict, window
+from penstock.ingress.limits import (
+    TOKENS,
+    Correction,
+    Part,
+    Plan,
+    Verdict,
+    left_s,
+    lines_after,
+    lines_before,
+    window,
+)
 
 # A lease is at most one part in so many of its limit, and leaves at least one part in so many free.
 SHARE, FREE = 100, 10
@@ -18,100 +29,136 @@ UNUSED_S = 1.0
 MAX_LEASES = 10_000
 
 
-class _Lease:
-    """`left` of it, and what the store had `counted` when it was last asked, all of the lease included."""
+class Lease:
+    """`left` of it, and what was `free` of the limit when the store was last asked, all of the lease taken
+    off. Below `low` it is filled up; `before` is what was left when it was last looked at."""
 
     __slots__ = (
-        "counted",
-        "ends_at",
-        "left",
-        "limit",
-        "number",
-        "part",
-        "pending",
-        "refused",
-        "size",
-        "used_at",
+        *("before", "by_tokens", "ends_at", "free", "left", "limit", "low", "number", "part", "pending"),
+        *("refused", "size"),
     )
 
     def __init__(self, part: Part, now: float) -> None:
-        self.part, self.limit = part, part.limit
-        self.number = window(now, part.window_s)
-        self.ends_at = (self.number + 1) * part.window_s
-        self.size, self.left, self.counted, self.used_at = part.limit // SHARE, 0, 0, now
-        self.pending = self.refused = False
+        """`part` is of the whole limit."""
+        self.part, self.limit, self.by_tokens = part, part.limit, part.what is TOKENS
+        self.size = part.limit // SHARE
+        self.low = self.size // 2
+        self.pending = False
+        self.begin(now)
 
-    @property
-    def begins_at(self) -> int:
-        return self.number * self.part.window_s
+    def begin(self, now: float) -> None:
+        """In the window that `now` lies in; nothing of it is here yet."""
+        window_s = self.part.window_s
+        self.number = window(now, window_s)
+        self.ends_at = (self.number + 1) * window_s
+        self.left, self.free, self.before, self.refused = 0, self.limit, 0, False
+
+    def end(self) -> None:
+        """Nothing of it is granted any more."""
+        self.left = self.ends_at = 0
 
 
 class Leases:
     """The leases of one process. Moments are those of the store's clock."""
 
     def __init__(self) -> None:
-        self._leases: dict[str, _Lease] = {}
-        self._wanted: list[_Lease] = []
+        self._leases: dict[str, Lease] = {}
+        self._wanted: list[Lease] = []
+        # Counts that were asked for in the last UNUSED_S and have no lease.
+        self._seen: set[str] = set()
 
-    def __len__(self) -> int:
-        return len(self._leases)
+    @property
+    def any(self) -> bool:
+        """Whether `unused` has something to look at."""
+        return bool(self._leases or self._seen)
 
     @property
     def wanting(self) -> bool:
         """Whether `wanted` has something to ask for."""
         return bool(self._wanted)
 
-    def grant(self, parts: Sequence[Part], now: float) -> Verdict | None:
-        """Take a claim out of leases, whole; None: the store has to be asked."""
-        leases = []
-        for part in parts:
-            lease = self._leases.get(part.key)
-            if (
-                lease is None
-                or lease.left < part.amount
-                or now >= lease.ends_at
-                or now < lease.begins_at
-                or lease.limit != part.limit
-            ):
-                return None
-            leases.append(lease)
-        used = []
-        for lease, part in zip(leases, parts, strict=True):
-            lease.left -= part.amount
-            lease.used_at = now
-            used.append(lease.counted - lease.left)
-            if 2 * lease.left < lease.size:
-                self._want(lease)
-        return Verdict(-1, tuple(used), now)
+    def grant(self, plan: Plan, tokens: int, now: float) -> bytes | None:
+        """Take a claim out of leases, whole; the header lines that tell it. None: ask the store.
 
-    def counted(self, parts: Sequence[Part], verdict: Verdict) -> None:
-        """The store granted a claim. The second one of a window is followed by leases, if all of its limits
-        are large enough to lease what such a claim needs."""
-        if any(part.limit < SHARE * max(2, part.amount) for part in parts):
+        On the path of every request: a loop, a call or an object more is 1 us of it."""
+        if not plan.leased_from <= now < plan.leased_until and not self._look_at(plan, now):
+            return None
+        first, other = plan.leases
+        of_first, of_other = tokens if first.by_tokens else 1, tokens if other.by_tokens else 1
+        if first.left < of_first or other.left < of_other:
+            return None
+        first.left = left = first.left - of_first
+        if left < first.low:
+            self._want(first)
+        lines: bytes
+        if other is first:
+            lines = plan.lines % (first.free + left)
+            return lines
+        other.left = of_other = other.left - of_other
+        if of_other < other.low:
+            self._want(other)
+        lines = plan.lines % (first.free + left, other.free + of_other)
+        return lines
+
+    def _look_at(self, plan: Plan, now: float) -> bool:
+        """Once a second: whether the plan's leases are of this window; its header lines anew."""
+        if plan.leases is None:
+            return False
+        first, other = plan.leases
+        for lease in plan.leases:
+            if lease.number != window(now, lease.part.window_s) or not lease.ends_at:
+                return False
+        plan.leased_from = math.floor(now)
+        plan.leased_until = min(plan.leased_from + 1, first.ends_at, other.ends_at)
+        plan.lines = b"".join(
+            lines_before(lease.part.what, lease.limit)
+            + b"%d"
+            + lines_after(lease.part.what, left_s(now, lease.part.window_s))
+            for lease in (plan.leases if other is not first else plan.leases[:1])
+        )
+        return True
+
+    def counted(self, plan: Plan, parts: Sequence[Part], verdict: Verdict) -> None:
+        """The store granted a claim. The second one within UNUSED_S is followed by leases, if all of its
+        limits are large enough to lease what such a claim needs, and there are not several of a kind."""
+        new = False
+        for part in parts:
+            if part.limit < SHARE * max(2, part.amount):
+                return
+            if part.key not in self._leases and part.key not in self._seen:
+                self._seen.add(part.key)
+                new = True
+        if new:
             return
-        for part, used in zip(parts, verdict.used, strict=True):
-            lease = self._leases.get(part.key)
-            if lease is None or lease.number != window(verdict.now, part.window_s):
-                if lease is not None or len(self._leases) < MAX_LEASES:
-                    self._leases[part.key] = lease = _Lease(part, verdict.now)
-                    lease.counted = used
-                continue
-            if lease.limit != part.limit:
-                # What is left of it was counted by another limit, and goes back by `unused`.
-                continue
-            lease.counted = used
+        leases = [self._lease(part, verdict.now) for part in parts]
+        for lease, part, used in zip(leases, parts, verdict.used, strict=True):
+            # One of another limit, which was changed, goes back by `unused`.
+            if lease is None or lease.limit != part.limit:
+                return
+            if lease.number != window(verdict.now, part.window_s):
+                lease.begin(verdict.now)
+            lease.free = lease.limit - used
             self._want(lease)
+        if not plan.several:
+            plan.leases = leases[0], leases[-1]
+            plan.leased_until = 0
+
+    def _lease(self, part: Part, now: float) -> Lease | None:
+        lease = self._leases.get(part.key)
+        if lease is None and len(self._leases) < MAX_LEASES:
+            lease = self._leases[part.key] = Lease(part, now)
+        return lease
 
     def wanted(self) -> list[Part]:
         """Claims for leases; each is answered by `answered`, or `lost`."""
         wanted, self._wanted = self._wanted, []
+        parts = []
         for lease in wanted:
             lease.pending = lease.left < lease.size
-        return [
-            lease.part._replace(amount=lease.size - lease.left, limit=lease.limit - lease.limit // FREE)
-            for lease in wanted
-            if lease.pending
-        ]
+            if lease.pending:
+                limit = lease.limit - lease.limit // FREE
+                parts.append(lease.part._replace(amount=lease.size - lease.left, limit=limit))
+        return parts
 
     def answered(self, part: Part, verdict: Verdict) -> None:
         """The store's answer to a claim for a lease; a refused one is not asked for again in its window."""
@@ -120,21 +167,24 @@ class Leases:
         if lease.refused:
             return
         if lease.number != window(verdict.now, part.window_s):
-            self._leases[part.key] = lease = _Lease(lease.part, verdict.now)
+            lease.begin(verdict.now)
         lease.left += part.amount
-        lease.counted = verdict.used[0]
+        lease.free = lease.limit - verdict.used[0]
 
     def lost(self) -> None:
         """The store is away: nobody knows which leases it has counted."""
+        for lease in self._leases.values():
+            lease.end()
         self._leases.clear()
         self._wanted.clear()
+        self._seen.clear()
 
     def absorb(self, correction: Correction, now: float) -> int:
         """Take a correction into the lease of its count as far as it goes; what the store has to be told."""
-        key, _, number, delta = correction
-        lease = self._leases.get(key)
-        if lease is None or lease.number != number or now >= lease.ends_at:
-            return delta
+        lease = self._leases.get(correction.key)
+        if lease is None or lease.number != correction.number or now >= lease.ends_at:
+            return correction.delta
+        delta = correction.delta
         if delta > 0:
             taken = min(lease.left, delta)
         else:
@@ -145,20 +195,22 @@ class Leases:
         return delta - taken
 
     def unused(self, now: float) -> list[Correction]:
-        """Leases that go back; past ones are forgotten."""
+        """To be asked every UNUSED_S: leases that were not used since go back; past ones are forgotten."""
         back = []
+        self._seen.clear()
         for key, lease in list(self._leases.items()):
             if lease.pending:
                 continue
             if now >= lease.ends_at:
                 del self._leases[key]
-            elif lease.left and now - lease.used_at >= UNUSED_S:
+            elif lease.left and lease.left == lease.before:
                 back.append(Correction(key, lease.part.window_s, lease.number, -lease.left))
-                lease.counted -= lease.left
+                lease.free += lease.left
                 lease.left = 0
+            lease.before = lease.left
         return back
 
-    def _want(self, lease: _Lease) -> None:
+    def _want(self, lease: Lease) -> None:
         if not (lease.pending or lease.refused):
             lease.pending = True
             self._wanted.append(lease)

@@ -15,14 +15,15 @@ from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.limit_settings import Limits, LimitSettings, UserRecord
 from penstock.ingress.limits import (
+    OUTPUT_TOKENS,
     Allowances,
     Correction,
     Counts,
+    Held,
     LocalCounts,
     Part,
     Reservation,
     Verdict,
-    estimate,
     refusal,
 )
 from penstock.ingress.metering import ask_for_usage
@@ -73,6 +74,7 @@ class Limiter:
         """Without `store` this process counts for itself. `wall`: seconds since 1970."""
         self.allowances = Allowances(Limits(rpm=settings.limits_default_rpm, tpm=settings.limits_default_tpm))
         self.rates = Rates()
+        self._plans = self.allowances.plans
         self._on_loss = settings.limits_on_store_loss
         self._degraded = degraded
         self.local = _Local(wall)
@@ -83,6 +85,7 @@ class Limiter:
             "refused (closed) while the store was away",
             "outcome",
         )
+        self._granted = self._claimed.labels("granted")
         metrics.gauge(
             "penstock_ingress_limits_store_lost",
             "1 while --limits-on-store-loss applies",
@@ -110,24 +113,32 @@ class Limiter:
     def admit(self, exchange: Exchange, user: str, profile: str, inference: Inference) -> bool:
         """Whether it may go on at once; if not, `exchange.go` or `exchange.fail` is called later. `user` and
         `profile` are as it says, empty for none. Raises GatewayError for one over a limit."""
-        generates = exchange.head.path in GENERATES
-        tokens = estimate(inference.prompt_tokens, inference.max_tokens, generates=generates)
-        parts = self.allowances.parts(user, inference.model, tokens) if user else []
+        prompt_tokens, max_tokens = inference.prompt_tokens, inference.max_tokens
+        rate = None
         if self.rates.active:
-            asked = inference.prompt_tokens, inference.max_tokens
-            if (rate := self.rates.part(inference.model, profile, *asked)) is not None:
-                parts.append(rate)
-        if not parts:
+            rate = self.rates.part(inference.model, profile, prompt_tokens, max_tokens)
+        plan = self._plans.get((user, inference.model, rate)) or self.allowances.plan(
+            user, inference.model, rate
+        )
+        if not plan.counts:
             return True
+        tokens = prompt_tokens
+        if exchange.head.path in GENERATES:
+            tokens += max_tokens or OUTPUT_TOKENS
         line = self._line
+        if line is not None and not line.lost and (leased := line.grant(plan, tokens)) is not None:
+            self._granted.value += 1
+            exchange.reservation = leased
+            if exchange.stream and plan.counts_tokens:
+                ask_for_usage(exchange, leased, inference)
+            return True
+        parts = plan.parts(tokens)
         if line is None:
             self._take(exchange, inference, parts, self.local.claim(parts), self.local)
         elif line.lost:
             self._without_store(exchange, inference, parts)
-        elif (verdict := line.grant(parts)) is not None:
-            self._take(exchange, inference, parts, verdict, line)
         else:
-            line.ask(parts, partial(self._resolve, line, exchange, inference, parts))
+            line.ask(plan, parts, partial(self._resolve, line, exchange, inference, parts))
             return False
         return True
 
@@ -189,9 +200,13 @@ class Limiter:
         if verdict.over >= 0:
             self._claimed.inc(parts[verdict.over].what)
             raise refusal(parts, verdict)
-        self._claimed.inc("granted")
-        exchange.reservation = held = Reservation(parts, verdict, counts)
-        ask_for_usage(exchange, held, inference)
+        self._hold(exchange, inference, Reservation(parts, verdict, counts))
+
+    def _hold(self, exchange: Exchange, inference: Inference, held: Held) -> None:
+        self._granted.value += 1
+        exchange.reservation = held
+        if held.counts_tokens and exchange.stream:
+            ask_for_usage(exchange, held, inference)
 
 
 def _faults(exc: ValidationError) -> str:

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.limit_settings import Limits, UserRecord
 
 MINUTE_S, SECOND_S = 60, 1
 REQUESTS, TOKENS = "requests", "tokens"
-# Where a request names no bound for its answer, so many tokens are held for it until it ends.
+# Held for the answer of a request that names no bound for it.
 OUTPUT_TOKENS = 256
 MAX_KEYS = 200_000
 # Counted together beyond MAX_KEYS: a flood of made-up names gets one allowance, and costs no memory.
 OVERFLOW = "*"
-_HEADER_LINES = (
-    "x-ratelimit-limit-{0}: {1}\r\nx-ratelimit-remaining-{0}: {2}\r\nx-ratelimit-reset-{0}: {3}\r\n"
-)
+MAX_PLANS = 8192
 
 
 class Part(NamedTuple):
@@ -64,26 +63,36 @@ class Counts(Protocol):
         """Take them, now or soon."""
 
 
-class Reservation:
-    """A granted claim. `hide_usage`: the gateway asked for the usage chunk, its client did not."""
+class Held(Protocol):
+    """What a request holds of its limits. `headers`: the lines that tell its client; `counts_tokens`: a limit
+    of tokens applies; `hide_usage`: the gateway asked for the usage chunk, its client did not."""
 
-    __slots__ = ("_counts", "_parts", "headers", "hide_usage", "now")
+    headers: bytes
+    counts_tokens: bool
+    hide_usage: bool
+
+    def settle(self, tokens: int | None) -> None:
+        """Correct the estimate, once; what counts requests stays. None: the estimate stands."""
+
+
+class Reservation:
+    """A claim that a store granted. Fulfils `Held`."""
+
+    __slots__ = ("_counts", "_parts", "counts_tokens", "headers", "hide_usage", "now")
 
     def __init__(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> None:
         self._parts, self._counts = parts, counts
         self.now = verdict.now
-        self.headers = rate_headers(parts, verdict).encode()
-        self.hide_usage = False
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether a limit of tokens applies."""
-        return any(part.what is TOKENS for part in self._parts)
+        self.headers = rate_headers(parts, verdict)
+        self.hide_usage = self.counts_tokens = False
+        for part in parts:
+            if part.what is TOKENS:
+                self.counts_tokens = True
 
     def settle(self, tokens: int | None) -> None:
-        """Correct the estimate, once; what counts requests stays. None: the estimate stands."""
+        """As of `Held`."""
         parts, self._parts = self._parts, ()
-        if tokens is None:
+        if tokens is None or not self.counts_tokens:
             return
         corrections = [
             Correction(part.key, part.window_s, window(self.now, part.window_s), tokens - part.amount)
@@ -135,12 +144,54 @@ class LocalCounts:
         return held[1]
 
 
+class Plan:
+    """The counts that requests of one user for one model add to. `counts`: there are any; `several`: more
+    than one of a kind.
+
+    `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
+    and `lines` the header lines for their numbers: the notes of `penstock.ingress.leases`."""
+
+    __slots__ = (
+        "_parts",
+        "counts",
+        "counts_tokens",
+        "leased_from",
+        "leased_until",
+        "leases",
+        "lines",
+        "several",
+    )
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """What a request adds to `parts` is 1, or its tokens."""
+        self._parts = tuple(parts)
+        self.counts_tokens = any(part.what is TOKENS for part in parts)
+        self.several = len({part.what for part in parts}) < len(parts)
+        self.counts = bool(parts)
+        self.leases: Any = None
+        self.leased_from = self.leased_until = 0
+        self.lines = b""
+
+    def parts(self, tokens: int) -> list[Part]:
+        """What a request with an estimate of `tokens` adds."""
+        # Of more than the limit the whole limit is held: in an empty window any request passes.
+        return [
+            part
+            if part.what is REQUESTS
+            else Part(
+                part.key, part.window_s, max(1, min(tokens, part.limit)), part.limit, TOKENS, part.whose
+            )
+            for part in self._parts
+        ]
+
+
 class Allowances:
-    """Who may ask how much: the defaults, and users' records."""
+    """Who may ask how much: the defaults, and users' records. `plans` are those that `plan` made last."""
 
     def __init__(self, default: Limits) -> None:
         self._default = default
         self._records: dict[str, UserRecord] = {}
+        self.plans: dict[tuple[str, str, Part | None], Plan] = {}
 
     @property
     def active(self) -> bool:
@@ -149,40 +200,49 @@ class Allowances:
 
     def put(self, user: str, record: UserRecord | None) -> None:
         """A user's record; None: there is none any more."""
+        self.plans.clear()
         if record is None:
             self._records.pop(user, None)
         else:
             self._records[user] = record
 
+    def plan(self, user: str, model: str, rate: Part | None = None) -> Plan:
+        """What requests of `user` (empty: nobody) for `model` add to, `rate` included; empty: no limit."""
+        key = user, model, rate
+        plan = self.plans.get(key)
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            parts = self._parts(user, model) if user else []
+            plan = self.plans[key] = Plan(parts if rate is None else [*parts, rate])
+        return plan
+
     def parts(self, user: str, model: str, tokens: int) -> list[Part]:
-        """What a request of `user` for `model` with an estimate of `tokens` adds to; empty: no limit."""
+        """What a request of `user` for `model` with an estimate of `tokens` adds."""
+        return self.plan(user, model).parts(tokens)
+
+    def _parts(self, user: str, model: str) -> list[Part]:
         record, default = self._records.get(user), self._default
         if record is None:
-            return _parts(f"{len(user)}:{user}", "user", default.rpm, default.tpm, tokens)
+            return _parts(f"{len(user)}:{user}", "user", default.rpm, default.tpm)
         rpm = default.rpm if record.rpm is None else record.rpm
         tpm = default.tpm if record.tpm is None else record.tpm
-        parts = _parts(f"{len(user)}:{user}", "user", rpm, tpm, tokens)
+        parts = _parts(f"{len(user)}:{user}", "user", rpm, tpm)
         limits = record.models.get(model)
         if limits is not None:
             # The length keeps a user and a model apart from a user with a longer name.
             key = f"{len(user)}:{user}:{model}"
-            parts += _parts(key, "user for this model", limits.rpm, limits.tpm, tokens)
+            parts += _parts(key, "user for this model", limits.rpm, limits.tpm)
         return parts
 
 
-def _parts(key: str, whose: str, rpm: int, tpm: int, tokens: int) -> list[Part]:
+def _parts(key: str, whose: str, rpm: int, tpm: int) -> list[Part]:
     parts = []
     if rpm:
         parts.append(Part(f"{key}|r", MINUTE_S, 1, rpm, REQUESTS, whose))
     if tpm:
-        # Of more than the limit the whole limit is held: in an empty window any request passes.
-        parts.append(Part(f"{key}|t", MINUTE_S, max(1, min(tokens, tpm)), tpm, TOKENS, whose))
+        parts.append(Part(f"{key}|t", MINUTE_S, 1, tpm, TOKENS, whose))
     return parts
-
-
-def estimate(prompt_tokens: int, max_tokens: int, *, generates: bool) -> int:
-    """Tokens to hold for a request."""
-    return prompt_tokens + ((max_tokens or OUTPUT_TOKENS) if generates else 0)
 
 
 def window(now: float, window_s: int) -> int:
@@ -195,17 +255,34 @@ def left_s(now: float, window_s: int) -> int:
     return max(1, math.ceil((window(now, window_s) + 1) * window_s - now))
 
 
-def rate_headers(parts: Sequence[Part], verdict: Verdict) -> str:
+def rate_headers(parts: Sequence[Part], verdict: Verdict) -> bytes:
     """The `x-ratelimit-*` lines, as OpenAI's; of several limits of one kind, the one with the least left."""
     tightest: dict[str, tuple[int, Part]] = {}
     for part, used in zip(parts, verdict.used, strict=True):
-        left = max(0, part.limit - used)
+        left = part.limit - used
         if part.what not in tightest or left < tightest[part.what][0]:
             tightest[part.what] = left, part
-    return "".join(
-        _HEADER_LINES.format(what, part.limit, left, _duration(left_s(verdict.now, part.window_s)))
-        for what, (left, part) in tightest.items()
+    return b"".join(
+        b"%b%d%b"
+        % (
+            lines_before(part.what, part.limit),
+            max(0, left),
+            lines_after(part.what, left_s(verdict.now, part.window_s)),
+        )
+        for left, part in tightest.values()
     )
+
+
+@lru_cache(4096)
+def lines_before(what: str, limit: int) -> bytes:
+    """The header lines of a limit up to what is left of it."""
+    return f"x-ratelimit-limit-{what}: {limit}\r\nx-ratelimit-remaining-{what}: ".encode()
+
+
+@lru_cache(1024)
+def lines_after(what: str, seconds: int) -> bytes:
+    """The header lines of a limit after what is left of it; all of it is there again after `seconds`."""
+    return f"\r\nx-ratelimit-reset-{what}: {_duration(seconds)}\r\n".encode()
 
 
 def refusal(parts: Sequence[Part], verdict: Verdict) -> GatewayError:
@@ -219,7 +296,7 @@ def refusal(parts: Sequence[Part], verdict: Verdict) -> GatewayError:
         f"{'second' if per_second else 'minute'}, {verdict.used[verdict.over]} are counted{asks}"
     )
     wait_s = left_s(verdict.now, part.window_s)
-    lines = f"x-error-{flag}-exceeded: true\r\n{rate_headers(parts, verdict)}"
+    lines = f"x-error-{flag}-exceeded: true\r\n{rate_headers(parts, verdict).decode()}"
     return GatewayError("rate_limit_exceeded", text, retry_after_s=wait_s, lines=lines)
 
 

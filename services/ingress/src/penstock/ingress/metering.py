@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from penstock.ingress.large_bodies import Facts
-from penstock.ingress.limits import Reservation
+from penstock.ingress.limits import Held
 from penstock.ingress.openai import asking_usage
 from penstock.ingress.outcomes import Outcome
 from penstock.ingress.request_body import InferenceRequest
@@ -20,27 +20,28 @@ ASKS_USAGE = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 LEAVING = frozenset({Outcome.CLIENT_GONE, Outcome.TIMED_OUT, Outcome.SHUTDOWN})
 
 
-def ask_for_usage(exchange: Exchange, held: Reservation, inference: InferenceRequest | Facts) -> None:
-    """Have the engine tell a stream's usage if tokens are limited, and remember to hide it from a client
-    that did not ask. A large body whose members' places are known stays as it is, or they would move."""
+def ask_for_usage(exchange: Exchange, held: Held, inference: InferenceRequest | Facts) -> None:
+    """Have the engine tell the usage of a stream whose tokens are limited, and remember to hide it from a
+    client that did not ask. A large body whose members' places are known stays as it is: they would move."""
     if isinstance(inference, Facts) and inference.members:
         return
-    if exchange.stream and held.counts_tokens and exchange.head.path in ASKS_USAGE:
+    if exchange.head.path in ASKS_USAGE:
         body = asking_usage(exchange.body)
         if body is not None:
             exchange.body, held.hide_usage = body, True
 
 
-def metered(exchange: Exchange, held: Reservation, relay: Relay) -> bytes:
+def metered(exchange: Exchange, held: Held, relay: Relay) -> bytes:
     """Have the events of a response counted that is about to begin; the header lines that it gets."""
-    relay.meter(hide=held.hide_usage, chunked=exchange.head.minor > 0)
+    if held.counts_tokens:
+        relay.meter(hide=held.hide_usage, chunked=exchange.head.minor > 0)
     return held.headers
 
 
 def settle(exchange: Exchange, outcome: Outcome, attempting: bool) -> None:
     """Settle what is held for a request that ends; `attempting`: before it was answered."""
     attempt, held = exchange.attempt, exchange.reservation
-    if held is not None:
+    if held is not None and held.counts_tokens:
         sent = attempting and attempt is not None and attempt.sent_at > 0
         held.settle(spent(exchange, left_at_work=sent and outcome in LEAVING))
 

@@ -37,7 +37,7 @@ class Relay:
 
     __slots__ = (
         *("_clean", "_clock", "_dechunker", "_downstream", "_filter", "_head", "_held", "_idle_s", "_last"),
-        *("_owner", "_previous", "_work", "bytes_out", "chunks", "first_byte_at"),
+        *("_owner", "_previous", "_usage", "_work", "bytes_out", "chunks", "first_byte_at"),
     )
 
     def __init__(
@@ -52,6 +52,7 @@ class Relay:
         self._clean = True
         self._dechunker: ChunkedBody | None = None
         self._filter: UsageFilter | None = None
+        self._usage: tuple[int, int, int] | None = None
 
     def dechunk(self) -> None:
         """Take the chunks apart, for a client that speaks HTTP/1.0; the connection's end is the body's."""
@@ -149,8 +150,10 @@ class Relay:
         return self.chunks if self._filter is None else self._filter.events
 
     def usage(self) -> tuple[int, int, int]:
-        """(prompt, completion, cached) tokens as the response's end tells; 0 if it does not."""
-        return usage_in(self.tail())
+        """(prompt, completion, cached) tokens as the response's end tells, once it came; 0 if it does not."""
+        if self._usage is None:
+            self._usage = usage_in(self.tail())
+        return self._usage
 
     def reports_cache(self) -> bool:
         """Whether the engine names a number of cached tokens, be it 0."""

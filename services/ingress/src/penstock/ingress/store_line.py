@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from penstock.common.telemetry import Metrics
 from penstock.ingress.leases import UNUSED_S, Leases
-from penstock.ingress.limits import Correction, Part, Verdict
+from penstock.ingress.limits import MINUTE_S, Correction, Part, Plan, Verdict
 from penstock.ingress.ports import LimitStore, StoreLost
 
 log = logging.getLogger(__name__)
@@ -27,8 +29,35 @@ Settled = Callable[[Verdict | None], None]
 
 
 class _Claim(NamedTuple):
+    plan: Plan
     parts: list[Part]
     settled: Settled
+
+
+class Leased(msgspec.Struct, gc=False):
+    """A claim granted by leases; fulfils `penstock.ingress.limits.Held`. `minute` numbers its window."""
+
+    line: StoreLine
+    plan: Plan
+    tokens: int
+    minute: int
+    headers: bytes
+    counts_tokens: bool
+    hide_usage: bool = False
+    settled: bool = False
+
+    def settle(self, tokens: int | None) -> None:
+        """As of `Held`."""
+        if tokens is None or tokens == self.tokens or self.settled:
+            return
+        self.settled = True
+        delta = tokens - self.tokens
+        first, last = self.plan.leases
+        lease = last if last.by_tokens else first
+        if self.minute == lease.number and 0 <= lease.left - delta <= lease.size and not lease.pending:
+            lease.left -= delta
+        else:
+            self.line.correct([Correction(lease.part.key, MINUTE_S, self.minute, delta)])
 
 
 class StoreLine:
@@ -46,6 +75,7 @@ class StoreLine:
         self._leases = Leases()
         # The store's clock less ours.
         self._ahead_s = 0.0
+        self._looked_at = 0.0
         self._woken = asyncio.Event()
         self._claims: list[_Claim] = []
         self._corrections: dict[tuple[str, int, int], int] = {}
@@ -60,19 +90,21 @@ class StoreLine:
         )
         self._by_lease, self._by_store = calls.labels("lease"), calls.labels("store")
 
-    def grant(self, parts: list[Part]) -> Verdict | None:
+    def grant(self, plan: Plan, tokens: int) -> Leased | None:
         """Decide by leases; None: the store has to be asked."""
-        verdict = self._leases.grant(parts, self._wall() + self._ahead_s)
-        if verdict is not None:
-            self._by_lease.value += 1
-            if self._leases.wanting:
-                self._woken.set()
-        return verdict
+        now = self._wall() + self._ahead_s
+        lines = self._leases.grant(plan, tokens, now)
+        if lines is None:
+            return None
+        self._by_lease.value += 1
+        if self._leases.wanting:
+            self._woken.set()
+        return Leased(self, plan, tokens, int(now // MINUTE_S), lines, plan.counts_tokens)
 
-    def ask(self, parts: list[Part], settled: Settled) -> None:
+    def ask(self, plan: Plan, parts: list[Part], settled: Settled) -> None:
         """Have the store decide; `settled` is called later."""
         self._by_store.value += 1
-        self._claims.append(_Claim(parts, settled))
+        self._claims.append(_Claim(plan, parts, settled))
         self._woken.set()
 
     def correct(self, corrections: Iterable[Correction]) -> None:
@@ -98,15 +130,24 @@ class StoreLine:
             while True:
                 await (asyncio.sleep(RETRY_S) if self.lost else self._something())
                 self._woken.clear()
-                for correction in self._leases.unused(self._wall() + self._ahead_s):
-                    self._add(correction)
+                self._give_back()
                 await self._turn()
         finally:
             await self._store.close()
 
+    def _give_back(self) -> None:
+        now = self._wall() + self._ahead_s
+        # A wall clock that was set back does not keep leases.
+        if not 0 <= self._looked_at + UNUSED_S - now <= UNUSED_S:
+            self._looked_at = now
+            for correction in self._leases.unused(now):
+                self._add(correction)
+
     async def _something(self) -> None:
+        if self._woken.is_set():
+            return
         try:
-            async with asyncio.timeout(UNUSED_S if len(self._leases) else None):
+            async with asyncio.timeout(UNUSED_S if self._leases.any else None):
                 await self._woken.wait()
         except TimeoutError:
             # Leases are looked at.
@@ -139,7 +180,7 @@ class StoreLine:
             self._leases.answered(part, verdict)
         for claim, verdict in zip(claims, verdicts, strict=False):
             if verdict.over < 0:
-                self._leases.counted(claim.parts, verdict)
+                self._leases.counted(claim.plan, claim.parts, verdict)
             claim.settled(verdict)
         if self._leases.wanting:
             self._woken.set()

@@ -138,10 +138,13 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._head is None and not self._buffer and (whole := self._heads.whole(data)) is not None:
             head, body = whole
-            if head.generates and self._gateway.api_keys is None and len(body) <= self._most_body_bytes:
-                # Most requests: nothing has to be remembered of them.
-                self._begin(head, body)
-                return
+            if head.generates and len(body) <= self._most_body_bytes:
+                keys = self._gateway.api_keys
+                admitted = head if keys is None else keys.known(head, self._heads)
+                if admitted is not None:
+                    # Most requests: nothing has to be remembered of them.
+                    self._begin(admitted, body)
+                    return
         self._advance(data)
 
     def _advance(self, data: bytes) -> None:

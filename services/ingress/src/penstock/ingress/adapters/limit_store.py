@@ -7,30 +7,25 @@ One server: the names of the counts hold the number of their window, which only 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ssl
 from collections.abc import Sequence
-from typing import Any
+from hashlib import sha1
+from urllib.parse import unquote, urlsplit
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
+from penstock.ingress.adapters.redis_connection import RedisConnection, RedisRefused, command
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.limits import Correction, Part, Verdict
 from penstock.ingress.ports import StoreLost
 
-PREFIX = "penstock:limits:"
-# What the client raises; the lower half where something answers that is no Redis.
-FAILURES = (
-    *(RedisError, OSError, TimeoutError, EOFError),
-    *(ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError),
-)
+PREFIX = b"penstock:limits:"
+DEFAULT_PORT = 6379
 
 # ARGV[1], MessagePack: corrections as [name, window, number of the window, delta], claims as lists of
 # [name, window, amount, limit]. Answers the clock, then for each claim the first part over its limit
-# (-1: none) and the counts. Counts outlive their window by another one, for late corrections.
+# (-1: none) and the counts, in MessagePack too. Counts outlive their window by another one, for late
+# corrections.
 SCRIPT = """
 local time = redis.call('TIME')
 local now = tonumber(time[1])
@@ -58,8 +53,14 @@ for _, parts in ipairs(claims) do
   answer[#answer + 1] = over
   for i = 1, #used do answer[#answer + 1] = used[i] end
 end
-return answer
+return cmsgpack.pack(answer)
 """
+
+
+_SCRIPT = SCRIPT.encode()
+# Only names the script; nothing depends on its strength.
+_DIGEST = sha1(_SCRIPT, usedforsecurity=False).hexdigest().encode()
+_decode = msgspec.msgpack.Decoder(list[int]).decode
 
 
 class RedisLimitStore:
@@ -67,37 +68,61 @@ class RedisLimitStore:
 
     def __init__(self, settings: LimitSettings) -> None:
         self._timeout_s = settings.limits_redis_timeout
-        self._redis: Redis = Redis.from_url(
-            settings.limits_redis_url,
-            username=settings.limits_redis_username or None,
-            password=settings.limits_redis_password.get_secret_value() or None,
-            socket_timeout=self._timeout_s,
-            socket_connect_timeout=self._timeout_s,
-            # A command whose answer is lost may have been counted: it is not sent again.
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
-        self._script = self._redis.register_script(SCRIPT)
+        url = urlsplit(settings.limits_redis_url)
+        self._host, self._port = unquote(url.hostname or ""), url.port or DEFAULT_PORT
+        self._tls = ssl.create_default_context() if url.scheme == "rediss" else None
+        self._greetings: list[list[bytes]] = []
+        user, password = settings.limits_redis_username, settings.limits_redis_password.get_secret_value()
+        if user or password:
+            # Without a name it is the default user's, as before Redis 6.
+            words = [b"AUTH", *([user.encode()] if user else []), password.encode()]
+            self._greetings.append(words)
+        if database := url.path.removeprefix("/"):
+            self._greetings.append([b"SELECT", database.encode()])
+        self._connection: RedisConnection | None = None
 
     async def settle(
         self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
     ) -> list[Verdict]:
-        """As of the port."""
+        """As of the port. A call whose answer is lost may have been counted: it is not sent again."""
         named = [[(part.key, part.window_s, part.amount, part.limit) for part in parts] for parts in claims]
         batch = msgspec.msgpack.encode(([tuple(one) for one in corrections], named))
         try:
-            async with asyncio.timeout(2 * self._timeout_s):
-                answer: Any = await self._script(keys=[PREFIX], args=[batch])
-            _heed_cancellation()
-            return _verdicts(claims, [int(number) for number in answer])
-        except FAILURES as exc:
-            _heed_cancellation()
+            async with asyncio.timeout(self._timeout_s):
+                return _verdicts(claims, _decode(await self._run(batch)))
+        except TimeoutError:
+            self._drop()
+            raise StoreLost(f"no answer within {self._timeout_s:g} s") from None
+        except (OSError, RedisRefused, msgspec.MsgspecError, LookupError, ValueError) as exc:
+            self._drop()
             raise StoreLost(str(exc)[:256] or type(exc).__name__) from exc
+        except asyncio.CancelledError:
+            # The answer, which would be taken for that to the next call, may still come.
+            self._drop()
+            raise
 
     async def close(self) -> None:
         """As of the port."""
-        with contextlib.suppress(*FAILURES):
-            await self._redis.aclose()
+        self._drop()
+
+    async def _run(self, batch: bytes) -> bytes:
+        connection = self._connection
+        if connection is None or connection.lost:
+            connection = self._connection = await RedisConnection.connect(
+                self._host, self._port, self._tls, self._greetings
+            )
+        try:
+            return await connection.ask(command(b"EVALSHA", _DIGEST, b"1", PREFIX, batch))
+        except RedisRefused as exc:
+            # Not run, and not counted.
+            if not str(exc).startswith("NOSCRIPT"):
+                raise
+        return await connection.ask(command(b"EVAL", _SCRIPT, b"1", PREFIX, batch))
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 def _verdicts(claims: Sequence[Sequence[Part]], answer: list[int]) -> list[Verdict]:
@@ -110,11 +135,3 @@ def _verdicts(claims: Sequence[Sequence[Part]], answer: list[int]) -> list[Verdi
     if at != len(answer):
         raise ValueError(f"{len(answer)} numbers in the answer to {len(claims)} claims")
     return verdicts
-
-
-def _heed_cancellation() -> None:
-    """The client writes within `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes as
-    the write ends: its task would never stop."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -1,0 +1,107 @@
+"""A connection to Redis that asks one thing at a time, in as few steps as there are (RESP 2).
+
+The client of the Redis project takes 120 us of CPU for a call of a script, more than the gateway for all the
+rest of a request; this takes a fifth of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from typing import cast
+
+MAX_REPLY_BYTES = 1024 * 1024
+
+
+class RedisRefused(Exception):
+    """An error that Redis answered; the text begins with its code."""
+
+
+class RedisConnection(asyncio.Protocol):
+    """Made by `connect`."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[bytes] | None = None
+        self._held = b""
+        self.lost = False
+
+    @classmethod
+    async def connect(
+        cls, host: str, port: int, context: ssl.SSLContext | None, greetings: Sequence[Sequence[bytes]]
+    ) -> RedisConnection:
+        """Connect, and have each of the commands `greetings` answered. Raises OSError, RedisRefused."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(cls, host, port, ssl=context)
+        try:
+            for words in greetings:
+                await connection.ask(command(*words))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def ask(self, sent: bytes) -> bytes:
+        """Send a command and wait for its answer, a simple or a bulk string. Raises OSError, RedisRefused."""
+        if self.lost or self._transport is None or self._answer is not None:
+            raise ConnectionError("the connection is closed, or in use")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+        self._transport.write(sent)
+        try:
+            return await answer
+        finally:
+            self._answer = None
+
+    def close(self) -> None:
+        """End it at once."""
+        self.lost = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(ConnectionError(f"connection lost: {exc or 'closed'}"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._held:
+            data, self._held = self._held + data, b""
+        end = data.find(b"\r\n")
+        kind = data[:1]
+        if end < 0:
+            self._hold(data)
+        elif self._answer is None or self._answer.done():
+            self._end(ConnectionError("bytes that nobody asked for"))
+        elif kind == b"$" and data[1:end].isdigit() and end < 16:
+            start, size = end + 2, int(data[1:end])
+            if size > MAX_REPLY_BYTES or len(data) > start + size + 2:
+                self._end(ConnectionError("a reply that is too long"))
+            elif len(data) < start + size + 2:
+                self._hold(data)
+            else:
+                self._answer.set_result(data[start : start + size])
+        elif kind in b"+-" and len(data) == end + 2:
+            if kind == b"+":
+                self._answer.set_result(data[1:end])
+            else:
+                self._answer.set_exception(RedisRefused(data[1:end].decode("utf-8", "replace")[:256]))
+        else:
+            self._end(ConnectionError("what answers is no Redis, or gives another answer than expected"))
+
+    def _hold(self, data: bytes) -> None:
+        self._held = data
+        if len(data) > MAX_REPLY_BYTES + 32:
+            self._end(ConnectionError("a reply that is too long"))
+
+    def _end(self, cause: Exception) -> None:
+        self.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(cause)
+
+
+def command(*words: bytes) -> bytes:
+    """A command as an array of bulk strings."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)

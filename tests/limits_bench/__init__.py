@@ -1,0 +1,1 @@
+"""What limits and API keys cost a request."""
