@@ -70,6 +70,12 @@ async def test_every_event_of_a_stack_is_valid_by_the_published_schema(stack: St
         assert not faults, (faults[:3], batch[:1])
         kinds |= {event["type"] for event in batch}
     assert {f"penstock.{kind}.v1" for kind in ("placement", "outcome", "instance", "degraded")} <= kinds
+    # A killed scheduler without a spool: the auditor is told.
+    argv = [sys.executable, "-m", "penstock.cli", "audit", "verify", "--nats-url", stack.users.url(AUDITOR)]
+    with Process(argv, name="audit") as audit:
+        assert await eventually(lambda: audit.exit_code is not None)
+        assert audit.exit_code in (0, 1), audit.stderr
+        assert audit.out[0].startswith("log ")
 
 
 async def logged(stack: StackOfUsers, last: Callable[[Stored], bool]) -> list[Stored]:

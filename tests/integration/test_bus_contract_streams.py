@@ -15,7 +15,8 @@ from integration.bus_labs import Lab, Member, collecting
 from integration.servers import eventually
 from penstock.common.bus import Bus, Stored
 from penstock.common.errors import BusError, BusUnavailable
-from penstock.common.event_log import BATCH_TYPE, INCARNATION, PREVIOUS, SEQUENCE, WRITER, EventWriter
+from penstock.common.event_batches import BATCH_TYPE, INCARNATION, PREVIOUS, SEQUENCE, WRITER
+from penstock.common.event_log import EventWriter
 from penstock.common.routing_events import OUTCOME, PLACEMENT, REJECTION, OutcomeEvent
 from penstock.common.subjects import EVENTS, Stream, event_filter, event_subject
 

@@ -18,14 +18,17 @@ from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Listing
 from penstock.common.permissions import ARCHIVE, AUDITOR, GRANTS, JOIN, REGISTER
 from penstock.common.routing_events import (
+    ADMITTED,
     COMPARISON,
     CONFIG_CHANGE,
     DEGRADED,
+    GAP,
     INSTANCE,
     MIRRORED,
     OUTCOME,
     PLACEMENT,
     REJECTION,
+    WRITER_CHANGE,
 )
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import (
@@ -99,7 +102,10 @@ PUBLISHING: dict[str, frozenset[str]] = {
     HEARTBEAT.name("impostor"): NOBODY,
     event_subject(PLACEMENT, "m"): who("ingress", "scheduler"),
     event_subject(REJECTION, "m"): who("ingress", "scheduler"),
-    event_subject(OUTCOME, "m"): who("ingress"),
+    event_subject(OUTCOME, "m"): who("ingress", "scheduler"),
+    event_subject(ADMITTED, ""): who("ingress"),
+    event_subject(GAP, ""): TRUSTED,
+    event_subject(WRITER_CHANGE, ""): TRUSTED,
     event_subject(INSTANCE, "m"): who("discovery"),
     event_subject(DEGRADED, ""): TRUSTED,
     event_subject(CONFIG_CHANGE, ""): who("ingress", "scheduler", "discovery", "mirror"),

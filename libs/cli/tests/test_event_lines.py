@@ -6,15 +6,20 @@ import pytest
 from penstock.cli import event_lines
 from penstock.cli.event_lines import BrokenEvent
 from penstock.common.routing_events import (
+    Admission,
+    AdmittedEvent,
     ComparisonEvent,
     ConfigEvent,
     DegradedEvent,
+    GapEvent,
     InstanceEvent,
     MirroredEvent,
     OutcomeEvent,
     PlacementEvent,
     RejectionEvent,
     ResponseFigures,
+    WriterChange,
+    WriterEvent,
 )
 
 BATCH, SINGLE = "application/cloudevents-batch+json", "application/cloudevents+json"
@@ -42,6 +47,26 @@ def facts(raw: bytes) -> str:
 @pytest.mark.parametrize(
     ("kind", "data", "line"),
     [
+        (
+            "admitted",
+            AdmittedEvent("i", [Admission("a.1", "r1", "m"), Admission("a.2", "r2", "m")]),
+            "admitted  req-1 a.1 of r1 a.2 of r2",
+        ),
+        (
+            "gap",
+            GapEvent("ingress/i", "run1", 3, 9, 7, "the buffer was full"),
+            "gap       req-1 run run1, events 3-9 7 missing the buffer was full",
+        ),
+        (
+            "writer",
+            WriterEvent("ingress/i", "run1", WriterChange.ADOPTED, "j", 9, "it was killed"),
+            "writer    req-1 adopted run run1 at event 9 by=j it was killed",
+        ),
+        (
+            "outcome",
+            OutcomeEvent("req-1", "m", "lost", 0, "", "i", ["a.1"], "sim-1", error="silent", witness="s1"),
+            "outcome   req-1 lost 0 from sim-1 witness=s1 0.0 ms silent",
+        ),
         (
             "placement",
             PlacementEvent("d1", "req-1", "m", "sim-1", "prefix-cache", "r1", blocks=4, matched_blocks=3),
@@ -110,6 +135,10 @@ def facts(raw: bytes) -> str:
         ),
     ],
     ids=[
+        "admitted",
+        "gap",
+        "writer",
+        "lost",
         "placement",
         "disaggregated",
         "rejection",

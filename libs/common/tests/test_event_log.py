@@ -15,7 +15,8 @@ from integration.servers import eventually
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.bus import Stored
 from penstock.common.errors import BusTimeout
-from penstock.common.event_log import PREVIOUS, SEQUENCE, WINDOW_BYTES, WINDOW_MESSAGES, EventWriter
+from penstock.common.event_batches import PREVIOUS, SEQUENCE
+from penstock.common.event_log import WINDOW_BYTES, WINDOW_MESSAGES, EventWriter
 from penstock.common.routing_events import OUTCOME, PLACEMENT, OutcomeEvent
 from penstock.common.subjects import EVENTS, event_subject
 from penstock.common.telemetry import Metrics
@@ -132,8 +133,11 @@ async def test_an_event_that_no_stream_would_take_is_dropped_and_leaves_a_visibl
         assert await desk.writer.flush(5)
         desk.emit(1, error="x" * EVENTS.max_message_bytes)
         assert await desk.writer.flush(5)
-    assert [m.headers[SEQUENCE] for m in desk.stored] == ["1-2", "4-6"]
-    assert (desk.count("acknowledged"), desk.count("dropped")) == (5, 2)
+    assert [m.headers[SEQUENCE] for m in desk.stored] == ["1-2", "4-6", "7-7", "9-9"]
+    assert (desk.count("acknowledged"), desk.count("dropped")) == (7, 2)
+    gaps = [event["data"] for message in desk.stored[2:] for event in msgspec.json.decode(message.payload)]
+    assert [(gap["first"], gap["last"], gap["count"]) for gap in gaps] == [(3, 3, 1), (8, 8, 1)]
+    assert all(gap["cause"] == "too large for the stream" for gap in gaps)
 
 
 async def test_what_waits_for_the_bus_is_packed_and_stored_as_it_was_written() -> None:
@@ -178,7 +182,7 @@ async def test_over_the_bound_of_memory_the_oldest_go_are_counted_and_leave_a_vi
     desk.broker.set_up(True)
     async with desk.running():
         assert await desk.writer.flush(5)
-    assert desk.count("acknowledged") == 50 - dropped + 2
+    assert desk.count("acknowledged") == 50 - dropped + 3
     began, ended = (
         event["data"]
         for message in desk.stored
@@ -186,6 +190,15 @@ async def test_over_the_bound_of_memory_the_oldest_go_are_counted_and_leave_a_vi
         if event["type"] == "penstock.degraded.v1"
     )
     assert (began["what"], began["active"], ended["active"]) == ("losing events", True, False)
+    (gap,) = (
+        event["data"]
+        for message in desk.stored
+        for event in msgspec.json.decode(message.payload)
+        if event["type"] == "penstock.gap.v1"
+    )
+    assert (gap["writer"], gap["incarnation"]) == ("ingress/1", "run1")
+    assert (gap["first"], gap["last"], gap["count"]) == (1, dropped, dropped)
+    assert gap["since"] == gap["until"] == "2001-09-09T01:46:40.250Z"
     assert ended["cause"] == f"of incarnation run1, events 1 to {dropped} were dropped"
     first, *rest = desk.stored
     assert first.headers[SEQUENCE].startswith(f"{dropped + 1}-")
@@ -282,8 +295,8 @@ async def test_an_acknowledgement_of_what_was_dropped_meanwhile_makes_no_differe
         await eventually(lambda: bus.under_way)
         desk.emit(40, error=text)
         desk.writer.close_batches()
-        # One event more says that some are dropped, and one which.
-        while desk.count("acknowledged") + desk.count("dropped") < 82:
+        # One event more says that some are dropped, and two which.
+        while desk.count("acknowledged") + desk.count("dropped") < 83:
             await eventually(lambda: bus.under_way)
             await bus.store(len(bus.under_way))
             await asyncio.sleep(0)
@@ -292,5 +305,5 @@ async def test_an_acknowledgement_of_what_was_dropped_meanwhile_makes_no_differe
         await eventually(lambda: bus.under_way)
         await bus.store(1)
         assert await desk.writer.flush(5)
-    assert desk.count("acknowledged") + desk.count("dropped") == 83
+    assert desk.count("acknowledged") + desk.count("dropped") == 84
     assert desk.count("dropped") > 40

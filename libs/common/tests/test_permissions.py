@@ -82,7 +82,7 @@ def test_a_bucket_is_written_by_discovery_and_whoever_joins_as_it_and_some_by_ot
     [
         ("placement", {"ingress", "scheduler"}),
         ("rejection", {"ingress", "scheduler"}),
-        ("outcome", {"ingress"}),
+        ("outcome", {"ingress", "scheduler"}),
         ("instance", {"discovery"}),
         ("degraded", {"ingress", "scheduler", "discovery", "mirror"}),
         ("config", {"ingress", "scheduler", "discovery", "mirror"}),

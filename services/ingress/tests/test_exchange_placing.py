@@ -381,7 +381,7 @@ class HopelessAsker:
     waiting = True
 
     def __init__(self, request: ScheduleRequest) -> None:
-        self.request = request
+        self.request, self.decisions = request, [request.decision_id]
         self.ended = asyncio.Event()
 
     def placed(self, placement: Placement, instance: Instance) -> None:

@@ -325,3 +325,43 @@ def test_prompt_tokens_are_pending_from_the_placement_until_a_first_answer() -> 
     ledger.report(LoadReport("i", "1", 4, (), ("d1", "d2")), 0.4)
     assert ledger.full_load("a") == ("a", 0, 0, 0)
     assert ledger.full_load("b") == ("b", 0, 0, 0)
+
+
+def left(ledger: InFlightLedger) -> list[tuple[str, str, str]]:
+    return [(one.incarnation, one.decision_id, one.instance) for one in ledger.orphans(100)]
+
+
+def test_a_silent_ingress_leaves_what_it_had_in_hand_and_what_it_never_confirmed() -> None:
+    ledger = InFlightLedger()
+    ledger.report(snapshot(1, work("a"), work("b+p", "p"), work("b", "d")), now=0.0)
+    ledger.place(placed("c", "x"), 1.0, now=0.0)
+    ledger.report(report(2, finished=("a",)), now=0.5)
+    ledger.expire(2.0)
+    assert left(ledger) == []
+    ledger.expire(10.0)
+    assert left(ledger) == [("1", "", ""), ("1", "c", "x"), ("1", "b", "d")]
+    assert left(ledger) == []
+
+
+def test_an_ingress_that_is_started_again_leaves_what_it_had_and_one_that_says_goodbye_nothing() -> None:
+    ledger = InFlightLedger()
+    ledger.report(snapshot(1, work("a")), now=0.0)
+    ledger.report(snapshot(1, work("b"), incarnation="2"), now=0.1)
+    assert left(ledger) == [("1", "", ""), ("1", "a", "a")]
+    ledger.report(report(2, incarnation="2", pieces=1, leaving=True), now=0.2)
+    ledger.expire(20.0)
+    assert left(ledger) == []
+
+
+def test_what_is_left_is_bounded_and_what_is_over_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_ORPHANS", 3)
+    monkeypatch.setattr(bounds, "MAX_UNCONFIRMED", 2)
+    ledger = InFlightLedger()
+    ledger.report(snapshot(1), now=0.0)
+    for name in "abcd":
+        ledger.place(placed(name), 1.0, now=0.0)
+    ledger.expire(2.0)
+    ledger.report(snapshot(2, work("e"), work("f")), now=2.0)
+    ledger.expire(10.0)
+    assert left(ledger) == [("1", "", ""), ("1", "c", "a"), ("1", "d", "a")]
+    assert ledger.dropped["orphans"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -385,3 +386,29 @@ async def test_speeds_that_an_ingress_reports_reach_the_decisions() -> None:
         running.clock.now += 2.0
         reply = await ask(client, *(request(f"d{n}", prompt_tokens=10_000) for n in range(4)))
         assert instances_of(reply) == {"fast": 4}
+
+
+async def test_requests_of_an_ingress_that_fell_silent_are_told_lost_under_an_id_of_their_decision() -> None:
+    broker, client = wire()
+    await register(client, "a")
+    async with replica(broker) as first, replica(broker, "s2") as second:
+        await eventually(lambda: first.serving and second.serving)
+        reply = await ask(client, request("d1"))
+        work = InFlight("d1", "a", 10), InFlight("unheard-of", "a", 10)
+        client.publish(LOAD, report(1, *work, pieces=1), "i")
+        await eventually(lambda: first.ledger.in_flight == second.ledger.in_flight == 2)
+        for one in (first, second):
+            one.clock.now += 10.0
+        lost = await events_of(client, "outcome", 4)
+        gone = await events_of(client, "writer", 2)
+    assert reply.outcomes[0].decision_id == "d1"
+    assert Counter((event["source"], event["id"]) for event in lost) == {
+        ("/penstock/ingress/i", "lost/d1"): 2,
+        ("/penstock/ingress/i", "lost/unheard-of"): 2,
+    }
+    assert {event["data"]["witness"] for event in lost} == {"s1", "s2"}
+    told = [event["data"] for event in lost if event["subject"] == "r-d1"]
+    assert told
+    for data in told:
+        assert (data["outcome"], data["instance"], data["decisions"]) == ("lost", "a", ["d1"])
+    assert {(event["data"]["writer"], event["data"]["change"]) for event in gone} == {("ingress/i", "silent")}

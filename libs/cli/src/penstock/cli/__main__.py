@@ -17,6 +17,7 @@ COMMANDS = {
     "sim": ("penstock.sim.__main__", "simulated engines with an OpenAI-compatible API"),
     "tap": ("penstock.cli.tap", "follow the routing events"),
     "top": ("penstock.cli.top.__main__", "live view of instances, load, prefix matches, decisions"),
+    "audit": ("penstock.cli.audit.__main__", "whether the routing log is whole; the log as a file"),
     "explain": ("penstock.cli.explain", "why a request went where it went"),
     "replay": ("penstock.cli.replay.__main__", "a trace under several policies, on simulated engines"),
 }

@@ -14,7 +14,7 @@ import msgspec
 
 from penstock.cli.event_lines import BATCH_TYPE
 from penstock.common import subjects
-from penstock.common.event_log import INCARNATION, PREVIOUS, SEQUENCE, WRITER
+from penstock.common.event_batches import INCARNATION, PREVIOUS, SEQUENCE, WRITER
 from penstock.common.routing_events import TYPES, type_of
 from penstock.common.subjects import EVENTS, event_subject
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from penstock.cli import event_lines
 from penstock.cli.asyncapi import asyncapi_document, events_schema
+from penstock.cli.audit.settings import ExportSettings, VerifySettings
 from penstock.cli.explain import ExplainSettings
 from penstock.cli.nats_accounts import accounts_config
 from penstock.cli.replay.settings import ReplaySettings
@@ -22,7 +23,7 @@ from penstock.cli.tap import TapSettings
 from penstock.cli.top.__main__ import TopSettings
 from penstock.cli.up_settings import SERVICES, UpSettings
 from penstock.common import (
-    event_log,
+    event_batches,
     instances,
     live_config,
     messages,
@@ -147,6 +148,8 @@ def _flags() -> Iterator[str]:
     yield from _flag_section("penstock replay", ReplaySettings, _own(ReplaySettings))
     yield from _flag_section("penstock tap", TapSettings, _own(TapSettings))
     yield from _flag_section("penstock top", TopSettings, _own(TopSettings))
+    yield from _flag_section("penstock audit verify", VerifySettings, _own(VerifySettings))
+    yield from _flag_section("penstock audit export", ExportSettings, _own(ExportSettings))
     yield from _flag_section("penstock explain REQUEST_ID", ExplainSettings, _own(ExplainSettings))
     yield "Also the `--nats-` flags of every service."
 
@@ -259,15 +262,18 @@ def _users() -> Iterator[str]:
 def _events() -> Iterator[str]:
     yield "# Routing events\n"
     yield f"{_prose(routing_events)}\n"
-    single, batch = event_lines.SINGLE_TYPE, event_log.BATCH_TYPE
+    single, batch = event_lines.SINGLE_TYPE, event_batches.BATCH_TYPE
     yield f"Events are CloudEvents 1.0 in JSON, in the stream `{subjects.EVENTS.name}`. A message holds one"
     yield f"event (`content-type: {single}`) or an array of them (`{batch}`) of the"
     yield "same type and model. Its headers:\n"
     headers = (
-        (event_log.WRITER, "service and id of the process that wrote it"),
-        (event_log.INCARNATION, "which run of that process"),
-        (event_log.SEQUENCE, "`first-last`: numbers of its events; a jump between two messages is a gap"),
-        (event_log.PREVIOUS, "SHA-256 of the writer's message before it, over that one's hash and payload"),
+        (event_batches.WRITER, "service and id of the process that wrote it"),
+        (event_batches.INCARNATION, "which run of that process"),
+        (event_batches.SEQUENCE, "`first-last`: numbers of its events; a jump between two messages is a gap"),
+        (
+            event_batches.PREVIOUS,
+            "SHA-256 over the hash and the payload of the writer's message before it",
+        ),
     )
     yield from _table(("header", "meaning"), ((_code(name), text) for name, text in headers))
     yield "Fields that hold their default are left out.\n"

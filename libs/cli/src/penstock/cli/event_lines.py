@@ -9,11 +9,14 @@ import msgspec
 
 from penstock.cli.terminal import CYAN, GREEN, GREY, MAGENTA, RED, YELLOW, paint, plain
 from penstock.common.routing_events import (
+    LOST,
+    AdmittedEvent,
     BreakerEvent,
     ComparisonEvent,
     ConfigEvent,
     DegradedEvent,
     FallbackEvent,
+    GapEvent,
     InstanceEvent,
     MirroredEvent,
     OutcomeEvent,
@@ -23,6 +26,7 @@ from penstock.common.routing_events import (
     ResponseFigures,
     RetryEvent,
     RouteEvent,
+    WriterEvent,
 )
 
 SINGLE_TYPE, BATCH_TYPE = "application/cloudevents+json", "application/cloudevents-batch+json"
@@ -38,6 +42,9 @@ Data = (
     | MirroredEvent
     | ComparisonEvent
     | ConfigEvent
+    | AdmittedEvent
+    | GapEvent
+    | WriterEvent
 )
 
 _KINDS: dict[str, tuple[type[Data], str]] = {
@@ -54,6 +61,9 @@ _KINDS: dict[str, tuple[type[Data], str]] = {
     "breaker": (BreakerEvent, RED),
     "mirrored": (MirroredEvent, GREY),
     "comparison": (ComparisonEvent, GREY),
+    "admitted": (AdmittedEvent, GREY),
+    "gap": (GapEvent, RED),
+    "writer": (WriterEvent, YELLOW),
 }
 MAX_SHOWN_DATA = 200
 # penstock.ingress.outcomes.Outcome.COMPLETED; importing the ingress costs a command line tool too much.
@@ -158,6 +168,14 @@ def _facts(data: Data) -> list[str]:
             return [f"{data.service}/{data.id}", data.what, state, data.cause]
         case RouteEvent() | RetryEvent() | FallbackEvent() | QueuedEvent() | BreakerEvent():
             return _detour(data)
+        case AdmittedEvent():
+            return [f"{one.decision_id} of {one.request_id}" for one in data.requests]
+        case GapEvent():
+            numbers = f"run {data.incarnation}, events {data.first}-{data.last}"
+            return [numbers, f"{data.count} missing" if data.count else "how many is not known", data.cause]
+        case WriterEvent():
+            last = f"at event {data.last}" if data.last else ""
+            return [data.change, f"run {data.incarnation}", last, f"by={data.by}", data.cause]
         case ConfigEvent():
             return [data.change, f"version={data.version}", f"by={data.by}", f"origin={data.origin}"]
         case MirroredEvent():
@@ -204,6 +222,7 @@ def _outcome(data: OutcomeEvent) -> list[str]:
         str(data.status),
         f"from {data.instance}" if data.instance else "",
         f"route={data.route}" if data.route else "",
+        f"witness={data.witness}" if data.outcome == LOST else "",
         f"{data.e2e_ms:.1f} ms",
         f"ttft={data.ttft_ms:.1f}" if data.ttft_ms else "",
         f"scheduling={data.scheduling_ms:.2f}" if data.scheduling_ms else "",

@@ -22,6 +22,7 @@ from penstock.common.identity import new_identity
 from penstock.common.messages import ExplainRequest
 from penstock.common.permissions import EXPLAINS
 from penstock.common.routing_events import (
+    LOST,
     OUTCOME,
     PLACEMENT,
     REJECTION,
@@ -157,8 +158,11 @@ def _take(message: Stored, story: Story) -> None:
                 rejection = msgspec.json.decode(event.data, type=RejectionEvent)
                 if story.name in (rejection.request_id, rejection.decision_id):
                     story.logged(Explained("", None, rejection))
-            elif event.kind == OUTCOME and event.subject == story.name:
-                story.outcome = msgspec.json.decode(event.data, type=OutcomeEvent)
+            elif event.kind == OUTCOME:
+                outcome = msgspec.json.decode(event.data, type=OutcomeEvent)
+                told = event.subject == story.name or story.name in outcome.decisions
+                if told and (story.outcome is None or outcome.outcome != LOST):
+                    story.outcome = outcome
     except (event_lines.BrokenEvent, msgspec.MsgspecError, UnicodeDecodeError):
         return
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -17,20 +16,19 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from penstock.cli import event_lines
+from penstock.cli.durations import seconds_of
 from penstock.cli.event_lines import BrokenEvent
 from penstock.cli.gaps import GapTracker, parse_range
 from penstock.cli.terminal import RED, paint, plain, wants_colour, when_nobody_reads
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Bus, Stored
-from penstock.common.event_log import INCARNATION, SEQUENCE, WRITER
+from penstock.common.event_batches import INCARNATION, SEQUENCE, WRITER
 from penstock.common.identity import new_identity
 from penstock.common.settings import BusSettings, load_or_exit
 from penstock.common.subjects import EVENTS, event_filter
 from penstock.common.telemetry import Metrics
 
 PROG = "penstock tap"
-_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])")
 
 EventType = Literal[
     "placement",
@@ -46,6 +44,9 @@ EventType = Literal[
     "config",
     "mirrored",
     "comparison",
+    "admitted",
+    "gap",
+    "writer",
 ]
 
 with warnings.catch_warnings():
@@ -66,10 +67,7 @@ with warnings.catch_warnings():
         @field_validator("since", mode="before")
         @classmethod
         def _seconds(cls, value: object) -> object:
-            match = _DURATION.fullmatch(str(value))
-            if value is not None and match is None:
-                raise ValueError("give a number and its unit, as in 30s, 10m, 2h or 1d")
-            return float(match[1]) * _UNITS_S[match[2]] if match else None
+            return None if value is None else seconds_of(str(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,6 +153,16 @@ class Bus(Protocol):
         """Messages stored under the filter `subject`: those of the last `since_s` seconds (None: of none),
         then every one to come, across reconnects."""
 
+    def read(
+        self, stream: Stream, subject: str, since_s: float | None, after: int = 0
+    ) -> AsyncGenerator[Stored, None]:
+        """What the stream holds under the filter `subject`, oldest first, up to its end: of the last
+        `since_s` seconds, or (None) of those with a sequence above `after`.
+
+        Raises:
+            BusError: it cannot be read, or not on.
+        """
+
     def take(self, stream: Stream, subject: Subject[M]) -> AsyncGenerator[Taken[M], None]:
         """Messages of `subject` out of the stream that holds them, each to one process of the subject's queue
         group, at most once, oldest first. The next one is asked for when this is advanced: what nobody has

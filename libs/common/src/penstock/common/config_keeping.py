@@ -11,7 +11,7 @@ from typing import Any
 from penstock.common.bus import Bus, WatchEvent
 from penstock.common.errors import BusError, BusUnavailable, PenstockError, RevisionConflict
 from penstock.common.event_log import EventWriter
-from penstock.common.live_config import Changed, Document, LiveConfig, config_key, successor
+from penstock.common.live_config import USER, Changed, Document, LiveConfig, config_key, successor
 from penstock.common.routing_events import CONFIG_CHANGE, ConfigEvent
 from penstock.common.subjects import CONFIG
 
@@ -106,9 +106,11 @@ class ConfigWriter:
         config: LiveConfig,
         events: EventWriter | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        users: Callable[[str], str] | None = None,
     ) -> None:
-        """`config` has to keep, and to be followed."""
+        """`config` has to keep, and to be followed; `users` gives what stands for a user in the log."""
         self._bus, self._config, self._events, self._clock = bus, config, events, clock
+        self._users = users
 
     async def put(
         self, kind: str, name: str, value: Any, by: str, origin: str, expected_version: int | None = None
@@ -177,6 +179,8 @@ class ConfigWriter:
             await asyncio.sleep(SEEN_CHECK_S)
 
     def _tell(self, kind: str, name: str, document: Document, change: str) -> None:
+        if kind == USER and self._users is not None:
+            name = self._users(name)
         event = ConfigEvent(kind, name, change, document.version, document.by, document.origin)
         if self._events is not None:
             self._events.emit(CONFIG_CHANGE, "", f"{kind}/{name}", event)

@@ -7,6 +7,10 @@ class PenstockError(Exception):
     """Base of everything raised on purpose."""
 
 
+class SpoolFault(PenstockError):
+    """The spool of routing events cannot be written or read."""
+
+
 class BusError(PenstockError):
     """The bus did not do what was asked."""
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.common.routing_events import (
+    ADMITTED,
     BREAKER,
     COMPARISON,
     CONFIG_CHANGE,
     DEGRADED,
     FALLBACK,
+    GAP,
     INSTANCE,
     MIRRORED,
     OUTCOME,
@@ -28,6 +30,7 @@ from penstock.common.routing_events import (
     REJECTION,
     RETRY,
     ROUTED,
+    WRITER_CHANGE,
 )
 from penstock.common.subjects import (
     CONFIG,
@@ -87,7 +90,7 @@ class Grant:
 def _process(service: str, *events: str) -> Grant:
     """What every process does: hear its answers, be listed, send heartbeats, write events of these types."""
     log = (f"$JS.API.STREAM.{call}.{EVENTS.name}" for call in ("INFO", "CREATE", "UPDATE"))
-    types = (event_filter(event) for event in (*events, DEGRADED))
+    types = (event_filter(event) for event in (*events, DEGRADED, GAP, WRITER_CHANGE))
     return Grant(
         (HEARTBEAT.name(service), *types, *log, *_TOOLS),
         (f"{_INBOX}.{service}.>", _DIRECTORY),
@@ -145,7 +148,7 @@ def _consuming(stream: Stream) -> Grant:
 SERVICES: Mapping[str, Grant] = {
     "ingress": _process(
         "ingress",
-        *(PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE, MIRRORED),
+        *(ADMITTED, PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE, MIRRORED),
         *(ROUTED, RETRY, FALLBACK, QUEUED, BREAKER),
     )
     + _watching(INSTANCES)
@@ -157,7 +160,7 @@ SERVICES: Mapping[str, Grant] = {
     )
     + _adding(LIMITS)
     + Grant((MIRROR.pattern, MIRROR_PRIMARY.pattern, EXPLAIN.request.pattern, EXPLAIN_NOW.request.pattern)),
-    "scheduler": _process("scheduler", PLACEMENT, REJECTION, CONFIG_CHANGE)
+    "scheduler": _process("scheduler", PLACEMENT, REJECTION, OUTCOME, CONFIG_CHANGE)
     + _watching(INSTANCES)
     + _watching(CONFIG)
     + _replaying(PLACEMENTS)
@@ -208,7 +211,7 @@ GRANTS: Mapping[str, Grant] = {
     REGISTER: _SIDECAR,
     JOIN: sum(SERVICES.values(), _SIDECAR) + _READING + Grant((_DIRECTORY,), (f"{_INBOX}.>",)),
     AUDITOR: _READING + Grant((), (f"{_INBOX}.>",)),
-    ARCHIVE: _READING + _consuming(EVENTS),
+    ARCHIVE: Grant((_READ_LOG,), EVENTS.subjects) + _consuming(EVENTS),
 }
 
 

@@ -6,6 +6,8 @@ target for `breaker`, kind and name for `config`).
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import msgspec
 
 from penstock.common.messages import ScheduleRequest
@@ -21,6 +23,9 @@ PLACEMENT, REJECTION, OUTCOME, INSTANCE, DEGRADED, CONFIG_CHANGE = (
 )
 ROUTED, RETRY, FALLBACK, QUEUED, BREAKER = "route", "retry", "fallback", "queued", "breaker"
 MIRRORED, COMPARISON = "mirrored", "comparison"
+ADMITTED, GAP, WRITER_CHANGE = "admitted", "gap", "writer"
+# The `outcome` of a request whose ingress cannot tell how it ended.
+LOST = "lost"
 
 
 class CandidateTerms(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -122,10 +127,14 @@ class Explained(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms.
-    `waited_ms` of them the request waited for capacity.
+    `waited_ms` of them the request waited for capacity. `undecided`: it ended while its last decision was
+    asked for, which may therefore not be in the log. `user` is a hash, with --audit-user-salt.
 
     Of one that was divided: how long prefill took to answer, how long its answer waited for decode to be
-    asked, and decode took to its first piece."""
+    asked, and decode took to its first piece.
+
+    `lost`, status 0, is told by a `witness` for an ingress that is dead, as far as is known. Its id is made
+    of the last decision's, so that what two witnesses say is one event; any other outcome beats it."""
 
     request_id: str
     model: str
@@ -152,6 +161,9 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_ms: float = 0.0
     transfer_wait_ms: float = 0.0
     decode_ttft_ms: float = 0.0
+    user: str = ""
+    undecided: bool = False
+    witness: str = ""
 
 
 class RouteEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -284,6 +296,56 @@ class ComparisonEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     shadow: ResponseFigures
 
 
+class Admission(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request that a decision is asked for; `after` is the one before it of the same request."""
+
+    decision_id: str
+    request_id: str
+    model: str
+    after: str = ""
+
+
+class AdmittedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Decisions are asked for, for requests of one moment. Written with --audit-spool, before they are."""
+
+    ingress: str
+    requests: list[Admission]
+
+
+class GapEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`count` events between `first` and `last` of a writer are not in the log and never will be. `since` and
+    `until` are when they were given up. 0: their number is not known."""
+
+    writer: str
+    incarnation: str
+    first: int
+    last: int
+    count: int
+    cause: str
+    since: str = ""
+    until: str = ""
+
+
+class WriterChange(StrEnum):
+    """What became of a writer of the log."""
+
+    ENDED = "ended"
+    SILENT = "silent"
+    ADOPTED = "adopted"
+
+
+class WriterEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A run of a process writes no more: it `ended` by itself, and this is its last event; or it fell
+    `silent`, as `by` sees it; or its spool was `adopted` by `by`, who put all up to `last` into the log."""
+
+    writer: str
+    incarnation: str
+    change: WriterChange
+    by: str
+    last: int = 0
+    cause: str = ""
+
+
 # Every event type and what its data is: what the writers write, tools read, and the documents describe.
 TYPES: dict[str, type[msgspec.Struct]] = {
     PLACEMENT: PlacementEvent,
@@ -299,6 +361,9 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     CONFIG_CHANGE: ConfigEvent,
     MIRRORED: MirroredEvent,
     COMPARISON: ComparisonEvent,
+    ADMITTED: AdmittedEvent,
+    GAP: GapEvent,
+    WRITER_CHANGE: WriterEvent,
 }
 
 

@@ -102,6 +102,23 @@ class ServiceSettings(BusSettings):
         description="MiB of routing events that a process (a worker of the ingress) keeps until they are "
         "stored; beyond it the oldest are dropped, and the log says which",
     )
+    audit_spool: Path | None = Field(
+        None,
+        description="folder on a local disk that keeps routing events until they are stored, so that none is "
+        "missing when a process or NATS is killed; none if empty",
+    )
+    audit_spool_mib: int = Field(
+        256,
+        ge=4,
+        le=1_048_576,
+        description="MiB that a process (a worker of the ingress) may have there; beyond it the oldest "
+        "events go, and the log says which",
+    )
+    audit_spool_fsync: Literal["never", "second", "always"] = Field(
+        "second",
+        description="when the disk has to hold what is spooled, which counts if the machine crashes: never, "
+        "within a second, or always at once, for which each write waits",
+    )
     event_retention_hours: float = Field(
         168.0,
         gt=0,

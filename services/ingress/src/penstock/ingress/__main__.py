@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from penstock.common.adapters.host import event_writer
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
-from penstock.common.identity import new_identity
+from penstock.common.adapters.routing_log import RoutingLog
+from penstock.common.identity import Identity, new_identity
 from penstock.common.lifecycle import Lifecycle, run_service
 from penstock.common.live_config import expose_config
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.settings import exit_with_faults, load_or_exit, read_token
 from penstock.common.telemetry import Metrics, configure_logging
+from penstock.common.user_hashes import UserHashes
 from penstock.ingress.adapters.admin_http import mount
 from penstock.ingress.adapters.listening import reserve_port
 from penstock.ingress.admin.access import Access
@@ -60,8 +61,13 @@ async def serve(settings: IngressSettings) -> None:
         identity = new_identity("ingress", settings.ingress_id)
         writer, metrics = f"{identity.writer}-admin", Metrics()
         bus = NatsBus(settings, writer, metrics)
-        events = event_writer(bus, writer, identity.incarnation, metrics, settings)
-        api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings))
+        written = RoutingLog(
+            bus, Identity("ingress", f"{identity.id}-admin", identity.incarnation), metrics, settings
+        )
+        events = written.events
+        salt = settings.audit_user_salt.get_secret_value()
+        users = UserHashes(salt) if salt else None
+        api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings), users)
         parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
         expose_config(api.config, parent.metrics)
         if certificates is not None:
@@ -92,16 +98,18 @@ async def serve(settings: IngressSettings) -> None:
         await bus.start()
         for name, loop in api.loops():
             lifecycle.add_loop(name, loop)
-        lifecycle.add_loop("admin-events", events.run())
+        for name, loop in written.loops():
+            lifecycle.add_loop(name, loop)
 
         async def drain() -> None:
             await parent.drain()
-            await events.flush(FLUSH_S if bus.connected else 0)
+            await written.end(FLUSH_S)
 
         try:
             await lifecycle.run(drain)
         finally:
             await bus.close()
+            written.close()
             await admin.close()
 
 

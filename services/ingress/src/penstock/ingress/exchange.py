@@ -39,8 +39,8 @@ class Exchange:
     __slots__ = (
         *("_downstream", "_gateway", "_keep_alive", "_paused", "attempt", "body", "copied", "deadline"),
         *("decisions", "detours", "divided", "error", "head", "local_body", "placed_at", "policy", "profile"),
-        *("received_at", "relay", "request", "request_id", "reservation", "state", "status", "stream"),
-        *("ticket", "waited_ms"),
+        *("received_at", "rejected_id", "relay", "request", "request_id", "reservation", "state", "status"),
+        *("stream", "ticket", "waited_ms"),
     )
 
     request: ScheduleRequest
@@ -58,7 +58,7 @@ class Exchange:
         self.relay: Relay | None = None
         self.detours: Detours | None = None
         self.divided: Divided | None = None
-        self.policy = self.profile = self.error = ""
+        self.policy = self.profile = self.error = self.rejected_id = ""
         self.placed_at = 0.0
         self.stream = False
         self.copied: Copied | None = None
@@ -181,6 +181,7 @@ class Exchange:
 
     def rejected(self, rejection: Rejection) -> None:
         """No instance. Where none has room, it waits."""
+        self.rejected_id = rejection.decision_id
         if rejection.reason is _SATURATED:
             self._gateway.waiting.hold(self)
         else:
@@ -203,7 +204,9 @@ class Exchange:
     def _submit(self) -> None:
         """Ask for a placement, behind those who wait for the same instances."""
         waiting = self._gateway.waiting
-        if not waiting.busy or not waiting.queued(self):
+        if waiting.busy and waiting.queued(self):
+            self._gateway.placer.admit((self,))
+        else:
             self._gateway.placer.submit(self)
 
     def broken(self) -> None:
@@ -387,6 +390,7 @@ class Exchange:
         if self.state is _DONE:
             return
         relaying, attempting = self.state is _RELAYING, self.state is _ATTEMPTING
+        undecided = self.state is _PLACING and self.decisions[-1:] not in ([], [self.rejected_id])
         self.state = _DONE
         gateway = self._gateway
         if self.ticket is not None:
@@ -400,7 +404,7 @@ class Exchange:
         gateway.exchanges.discard(self)
         if self.divided is not None:
             self.divided.close()
-        report(gateway, self, outcome)
+        report(gateway, self, outcome, undecided)
         if self.reservation is not None:
             settle(self, outcome, attempting)
         # They know this exchange: a cycle would wait for the garbage collector, body and all.

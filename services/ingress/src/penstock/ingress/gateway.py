@@ -17,6 +17,7 @@ from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance, InstanceId
 from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.telemetry import Cell, Metrics
+from penstock.common.user_hashes import UserHashes
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.api_keys import ApiKeys, Caller
 from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, of_tenant
@@ -96,6 +97,9 @@ class Gateway:
         self.owners = Owners(table)
         self.speeds = Speeds()
         self.draining = False
+        # What stands for users in the log, if they are to.
+        salt = settings.audit_user_salt.get_secret_value()
+        self.user_hashes = UserHashes(salt) if salt else None
         # Whether requests are divided that do not ask for it: all that the others look at.
         self.divides = bool(settings.pd_disagg_protocol)
         self._decision_numbers = itertools.count(1)

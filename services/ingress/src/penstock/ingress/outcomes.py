@@ -31,8 +31,9 @@ _TEXTS = {outcome: outcome.value for outcome in Outcome}
 _COMPLETED, _NEUTRAL = Outcome.COMPLETED, Mode.NEUTRAL
 
 
-def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
-    """Count one exchange that ends; log it if it ever asked for a placement."""
+def report(gateway: Gateway, exchange: Exchange, outcome: Outcome, undecided: bool) -> None:
+    """Count one exchange that ends; log it if it ever asked for a placement. `undecided`: it has an answer to
+    none, or not to its last one."""
     now, relay, attempt = gateway.clock(), exchange.relay, exchange.attempt
     status, received_at, detours = exchange.status, exchange.received_at, exchange.detours
     first_byte_at = relay.first_byte_at if relay is not None else 0.0
@@ -93,6 +94,10 @@ def report(gateway: Gateway, exchange: Exchange, outcome: Outcome) -> None:
             transfer_wait_ms=round(divided.transfer_wait_ms, 3),
             decode_ttft_ms=round(divided.decode_ttft_ms, 3),
         )
+    if gateway.user_hashes is not None:
+        event = msgspec.structs.replace(event, user=gateway.user_hashes(request.user))
+    if undecided:
+        event = msgspec.structs.replace(event, undecided=True)
     gateway.events.emit(OUTCOME, request.model, exchange.request_id, event)
     gateway.access_log.add(event)
     if exchange.copied is not None:

@@ -30,9 +30,12 @@ from penstock.common.messages import (
 )
 from penstock.common.model import Instance, Role
 from penstock.common.routing_events import (
+    ADMITTED,
     DEGRADED,
     PLACEMENT,
     REJECTION,
+    Admission,
+    AdmittedEvent,
     DegradedEvent,
     PlacementEvent,
     RejectionEvent,
@@ -58,6 +61,8 @@ class Asker(Protocol):
     """What waits for a placement."""
 
     request: ScheduleRequest
+    # Of the same request, this one's last.
+    decisions: list[str]
 
     @property
     def waiting(self) -> bool:
@@ -139,12 +144,28 @@ class Placer:
             askers = [asker for asker in pending[start : start + MAX_BATCH] if asker.waiting]
             if not askers:
                 continue
+            self.admit(askers)
             connected = self._bus.connected
             if connected and self._breaker.may_ask(time.monotonic()):
                 self._guarded(_Batch(askers), self._ask)
             else:
                 cause = "schedulers do not answer" if connected else "no bus"
                 self._locally(askers, cause, certain=not connected)
+
+    def admit(self, askers: Sequence[Asker]) -> None:
+        """Where there is a spool: have on disk whom a decision is asked for, before it is."""
+        if self._events.spools:
+            requests = [
+                Admission(
+                    asker.request.decision_id,
+                    asker.request.request_id,
+                    asker.request.model,
+                    asker.decisions[-2] if len(asker.decisions) > 1 else "",
+                )
+                for asker in askers
+            ]
+            self._events.emit(ADMITTED, "", self._identity.id, AdmittedEvent(self._identity.id, requests))
+            self._events.settle()
 
     def _guarded(self, batch: _Batch, step: Callable[[_Batch], None]) -> None:
         """A fault of ours ends the requests of the batch instead of leaving them waiting."""
@@ -266,6 +287,7 @@ class Placer:
             except Exception:
                 log.exception("placing a request failed")
                 self._break(asker)
+        self._events.settle()
 
     def _locally_one(self, asker: Asker) -> None:
         request = asker.request
@@ -281,11 +303,11 @@ class Placer:
         instance = self._table.get(placement.instance) if placement is not None else None
         if placement is None and len(open_) < len(usable) and self._find(usable, request) is not None:
             # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
-            asker.rejected(saturated(request))
+            asker.rejected(self._tell(request, saturated(request)))
         elif placement is None or instance is None:
             # A scheduler may have reserved something in an answer that came too late, or was of no use.
             self._release(request)
-            asker.rejected(self._reject(request, bool(pool)))
+            asker.rejected(self._tell(request, no_candidate(request, bool(pool))))
         else:
             self._by_self.value += 1
             self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, placement))
@@ -335,8 +357,7 @@ class Placer:
             blocks=len(request.block_hashes) // HASH_BYTES,
         )
 
-    def _reject(self, request: ScheduleRequest, known: bool) -> Rejection:
-        rejection = no_candidate(request, known)
+    def _tell(self, request: ScheduleRequest, rejection: Rejection) -> Rejection:
         event = RejectionEvent(
             decision_id=request.decision_id,
             request_id=request.request_id,

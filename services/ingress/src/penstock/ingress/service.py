@@ -138,7 +138,9 @@ class IngressService:
             await asyncio.sleep(REPORT_EVERY_S)
 
     def publish(self, reports: Iterable[LoadReport]) -> None:
-        """Send reports; one that is lost leaves a gap in the sequence, which the next snapshot heals."""
+        """Send reports; one that is lost leaves a gap in the sequence, which the next snapshot heals. What
+        they say has ended has its outcome on disk, where there is a spool."""
+        self._gateway.events.settle()
         for report in reports:
             try:
                 self._bus.publish(LOAD, report, report.ingress)

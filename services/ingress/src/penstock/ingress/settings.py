@@ -141,6 +141,11 @@ class IngressSettings(
         True, description="tell clients routing-strategy, target-pod and target-pod-ip"
     )
     access_log: bool = Field(True, description="one log line per request")
+    audit_user_salt: SecretStr = Field(
+        SecretStr(""),
+        description="put users into outcome events and access log lines, as hashes salted with this, the "
+        "same on every ingress; without it no user is named",
+    )
 
     @field_validator("tokenizer_path")
     @classmethod

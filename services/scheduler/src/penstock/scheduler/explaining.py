@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -18,6 +18,7 @@ from penstock.common.messages import (
 )
 from penstock.common.routing_events import CandidateTerms, Explained, Inputs, ViewAge
 from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN, EXPLAIN_NOW
+from penstock.scheduler.ledger import Orphan
 from penstock.scheduler.policies.custom import Policy, PolicyFault
 from penstock.scheduler.recording import (
     BadInputs,
@@ -30,7 +31,7 @@ from penstock.scheduler.recording import (
 )
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
-from penstock.scheduler.telling import Reasons, placement_event, rejection_event
+from penstock.scheduler.telling import Reasons, Teller, placement_event, rejection_event
 
 OFF, SAMPLED, FULL = "off", "sampled", "full"
 # One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.
@@ -62,6 +63,23 @@ class Explaining:
         if decision.seed % SAMPLE_EVERY and self._mode != FULL and not self._is_told(decision, now):
             return None
         return fitting(inputs_of(recording))
+
+    def tell_lost(self, orphans: Sequence[Orphan], teller: Teller) -> None:
+        """What ingresses that are gone leave, with what this replica knows of the requests."""
+        if not orphans:
+            return
+        known = self.ring.requests()
+        for orphan in orphans:
+            if not orphan.decision_id:
+                teller.gone(orphan.ingress, orphan.incarnation, orphan.cause)
+                continue
+            request = known.get(orphan.decision_id)
+            instance = self._replica.table.get(orphan.instance)
+            model = instance.models[0] if instance is not None and instance.models else ""
+            if request is None:
+                teller.lost(orphan, "", model)
+            else:
+                teller.lost(orphan, request.request_id, request.model)
 
     def _is_told(self, decision: Decision, now: float) -> bool:
         """Whether it is a rejection or a fallback, and one of the first of this second."""

@@ -18,6 +18,7 @@ import msgspec
 
 from penstock.common.messages import LoadReport, Placed
 from penstock.common.model import InstanceId
+from penstock.scheduler.dividing import PREFILL_SUFFIX
 from penstock.scheduler.sums import InFlightSums, InstanceLoad, Work
 
 SILENCE_S = 5.0
@@ -32,6 +33,22 @@ MAX_IN_FLIGHT = 1_048_576
 # Of each of two generations; past it they live shorter than TOMBSTONE_S.
 MAX_TOMBSTONES = 131_072
 MAX_PIECES = 64
+# Of placements that an ingress never confirmed, per ingress; of what dead ones leave, until it is told.
+MAX_UNCONFIRMED = 1024
+MAX_ORPHANS = 65_536
+SILENT = f"its ingress has said nothing for {SILENCE_S:g} s"
+REPLACED = "its ingress was started again"
+
+
+class Orphan(msgspec.Struct, frozen=True):
+    """A decision of an ingress that is gone and had not finished it, as far as is known; without a decision:
+    the ingress itself."""
+
+    ingress: str
+    incarnation: str
+    cause: str
+    decision_id: str = ""
+    instance: str = ""
 
 
 class _Ingress(msgspec.Struct):
@@ -48,6 +65,8 @@ class _Ingress(msgspec.Struct):
     floor: int = 0
     open: int = 0
     open_pieces: int = 0
+    # Instances by decisions that it was answered and did not report, the last ones: it may have died first.
+    unconfirmed: dict[str, str] = {}
 
 
 class InFlightLedger:
@@ -65,6 +84,7 @@ class InFlightLedger:
         self._standstill_s = 0.0
         # What is not counted, or not any more, by reason: the outcome of every bound.
         self.dropped: Counter[str] = Counter()
+        self._orphans: list[Orphan] = []
 
     # Reading
 
@@ -183,9 +203,14 @@ class InFlightLedger:
             if work is not None and not work.sequence and work.deadline <= deadline:
                 self._sums.drop(source.work.pop(decision))
                 self.dropped["not confirmed"] += 1
+                if len(source.unconfirmed) >= MAX_UNCONFIRMED:
+                    del source.unconfirmed[next(iter(source.unconfirmed))]
+                source.unconfirmed[decision] = work.instance
         silent = [i for i, source in self._ingresses.items() if moment - source.heard_at >= SILENCE_S]
         for ingress in silent:
-            self._release(self._ingresses.pop(ingress))
+            source = self._ingresses.pop(ingress)
+            self._orphan(ingress, source, SILENT)
+            self._release(source)
         if moment - self._turned_at >= TOMBSTONE_S or len(self._over) >= MAX_TOMBSTONES:
             self._over_before, self._over, self._turned_at = self._over, {}, moment
         return silent
@@ -273,6 +298,7 @@ class InFlightLedger:
             return None
         other = self._ingresses.get(ingress)
         if other is not None:
+            self._orphan(ingress, other, REPLACED)
             self._end(ingress, other)
         elif len(self._ingresses) >= MAX_INGRESSES:
             self.dropped["too many ingresses"] += 1
@@ -291,6 +317,23 @@ class InFlightLedger:
     def _release(self, source: _Ingress) -> None:
         for work in source.work.values():
             self._sums.drop(work)
+
+    def orphans(self, count: int) -> list[Orphan]:
+        """What ingresses that are gone have left, to be told once; at most so many at a time."""
+        some, self._orphans = self._orphans[:count], self._orphans[count:]
+        return some
+
+    def _orphan(self, ingress: str, source: _Ingress, cause: str) -> None:
+        """Both shares of a pair are one decision. One that was not confirmed may have ended otherwise: its
+        own outcome then beats this."""
+        left = {**source.unconfirmed, **{d: work.instance for d, work in source.work.items()}}
+        decisions = {d.removesuffix(PREFILL_SUFFIX): instance for d, instance in left.items()}
+        room = MAX_ORPHANS - len(self._orphans)
+        self.dropped["orphans"] += max(0, len(decisions) + 1 - room)
+        self._orphans += [
+            Orphan(ingress, source.incarnation, cause),
+            *(Orphan(ingress, source.incarnation, cause, *left) for left in decisions.items()),
+        ][:room]
 
     def _has_room(self, source: _Ingress) -> bool:
         if (

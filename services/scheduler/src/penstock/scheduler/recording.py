@@ -115,6 +115,10 @@ class Ring:
         while len(recordings) > self._most or self.held_bytes > self._max_bytes:
             self.held_bytes -= recordings.popleft().held_bytes
 
+    def requests(self) -> dict[str, ScheduleRequest]:
+        """By decision id; a millisecond for 10,000."""
+        return {one.request.decision_id: one.request for one in self._recordings}
+
     def of(self, name: str) -> list[Recording]:
         """The decisions of a request, or the one of this id; oldest first. A millisecond for 10,000."""
         return [one for one in self._recordings if name in (one.request.request_id, one.request.decision_id)]

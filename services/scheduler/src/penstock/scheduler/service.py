@@ -64,6 +64,8 @@ WARM_UP_S = 1.5
 # By then each living process has sent a heartbeat, so that silence means nobody.
 HEARTBEAT_ROUND_S = 1.1
 TICK_S = 0.1
+# Outcomes of dead ingresses' requests told in one tick.
+MAX_LOST_AT_ONCE = 500
 # A replica that stood still for so long is warmed again.
 REWARM_S = 5.0
 # How often at most a snapshot makes up for placements that were missed.
@@ -165,6 +167,7 @@ class SchedulerService:
             started = ended
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)
+        self._teller.settle()
         return ScheduleReply(self._own.id, tuple(outcomes[one.decision_id] for one in batch.requests))
 
     def _on_snapshot(self, request: SnapshotRequest) -> SnapshotPiece:
@@ -224,6 +227,7 @@ class SchedulerService:
             if silent := self.replica.expire(self._clock()):
                 fields = {"ingresses": len(silent), "ids": silent[:LOGGED_IDS]}
                 log.warning("ingresses are silent, their work is released", extra={"fields": fields})
+            self._explaining.tell_lost(self.replica.ledger.orphans(MAX_LOST_AT_ONCE), self._teller)
             self._absences.listen(self._hears())
             self._faults.expire(self._clock())
             for change in self.replica.kv_feeds.changes():

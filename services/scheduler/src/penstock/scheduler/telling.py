@@ -10,11 +10,14 @@ from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.live_config import PROFILE
 from penstock.common.messages import Placement, Rejection, ScheduleBatch, ScheduleRequest
+from penstock.common.open_requests import lost_outcome
 from penstock.common.routing_events import (
     CONFIG_CHANGE,
     DEGRADED,
+    OUTCOME,
     PLACEMENT,
     REJECTION,
+    WRITER_CHANGE,
     CandidateTerms,
     ConfigEvent,
     DegradedEvent,
@@ -22,12 +25,17 @@ from penstock.common.routing_events import (
     PlacementEvent,
     RejectionEvent,
     ViewAge,
+    WriterChange,
+    WriterEvent,
 )
 from penstock.scheduler.kv_feeds import TrustChange
+from penstock.scheduler.ledger import Orphan
 from penstock.scheduler.precision import WINDOW
 from penstock.scheduler.scheduler import HASH_BYTES, Decision
 
 log = logging.getLogger(__name__)
+
+INGRESS = "ingress"
 
 
 class Teller:
@@ -63,6 +71,29 @@ class Teller:
         else:
             rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
             self._events.emit(REJECTION, request.model, request.request_id, rejection)
+
+    def settle(self) -> None:
+        """Have decisions on disk before anybody acts on them, where there is a spool."""
+        self._events.settle()
+
+    def lost(self, orphan: Orphan, request_id: str, model: str) -> None:
+        """An ingress is gone with this request in hand; what is not known of the request is empty."""
+        outcome = lost_outcome(
+            [orphan.decision_id],
+            request_id,
+            model,
+            orphan.ingress,
+            self._own.id,
+            orphan.cause,
+            orphan.instance,
+        )
+        self._events.emit(OUTCOME, model, request_id or orphan.decision_id, outcome)
+
+    def gone(self, ingress: str, incarnation: str, cause: str) -> None:
+        """An ingress is gone that had not said that it leaves."""
+        writer = f"{INGRESS}/{ingress}"
+        event = WriterEvent(writer, incarnation, WriterChange.SILENT, self._own.id, cause=cause)
+        self._events.emit(WRITER_CHANGE, "", writer, event)
 
     def trust(self, change: TrustChange) -> None:
         """The KV-cache events of an instance are not used from here on, or are again."""

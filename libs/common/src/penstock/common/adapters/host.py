@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener, GetSnapshot, local
-from penstock.common.bus import Bus
-from penstock.common.event_log import EventWriter
+from penstock.common.adapters.routing_log import RoutingLog
 from penstock.common.identity import Identity
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.messages import Heartbeat
 from penstock.common.settings import ServiceSettings, exit_with_faults, unknown_variables
-from penstock.common.subjects import EVENTS, HEARTBEAT, MIB
+from penstock.common.subjects import HEARTBEAT
 from penstock.common.telemetry import Metrics, configure_logging
 
 log = logging.getLogger(__name__)
@@ -23,25 +21,6 @@ log = logging.getLogger(__name__)
 VERSION = "0.1.0"
 HEARTBEAT_EVERY_S = 1.0
 FLUSH_DEADLINE_S = 3.0
-
-
-def event_writer(
-    bus: Bus, writer: str, incarnation: str, metrics: Metrics, settings: ServiceSettings
-) -> EventWriter:
-    """A writer of the routing log as the settings want it."""
-    stream = replace(
-        EVENTS,
-        max_bytes=settings.event_stream_mib * MIB,
-        max_age_s=settings.event_retention_hours * 3600,
-    )
-    return EventWriter(
-        bus,
-        writer,
-        incarnation,
-        metrics,
-        max_kept_bytes=settings.event_buffer_mib * MIB,
-        stream=stream,
-    )
 
 
 class Host:
@@ -55,7 +34,8 @@ class Host:
         self.metrics = Metrics()
         self.lifecycle = Lifecycle()
         self.bus = NatsBus(settings, identity.writer, self.metrics)
-        self.events = event_writer(self.bus, identity.writer, identity.incarnation, self.metrics, settings)
+        self._log = RoutingLog(self.bus, identity, self.metrics, settings)
+        self.events = self._log.events
         self.metrics.gauge(
             "penstock_loop_lag_seconds",
             "Delay of the event loop, last probe",
@@ -85,17 +65,19 @@ class Host:
             await self._listen(admin)
         await self.bus.start()
         await self.bus.register(self.identity.service, self.identity.id, VERSION, {})
-        self.lifecycle.add_loop("event-log", self.events.run())
+        for name, loop in self._log.loops():
+            self.lifecycle.add_loop(name, loop)
         self.lifecycle.add_loop("heartbeat", self._heartbeat())
 
         async def drain_and_flush() -> None:
             await drain()
-            await self.events.flush(FLUSH_DEADLINE_S if self.bus.connected else 0)
+            await self._log.end(FLUSH_DEADLINE_S)
 
         try:
             await self.lifecycle.run(drain_and_flush)
         finally:
             await self.bus.close()
+            self._log.close()
             if admin is not None:
                 await admin.close()
 

@@ -282,6 +282,14 @@ class MemoryBus:
             future.set_result(sequence)
         return future
 
+    async def read(
+        self, stream: Stream, subject: str, since_s: float | None, after: int = 0
+    ) -> AsyncGenerator[Stored, None]:
+        if not self._broker.up:
+            raise BusUnavailable(stream.name, "no connection")
+        async for stored in self._broker.stored.read(stream.name, subject, since_s, after):
+            yield stored
+
     async def follow(
         self, stream: Stream, subject: str, since_s: float | None
     ) -> AsyncGenerator[Stored, None]:

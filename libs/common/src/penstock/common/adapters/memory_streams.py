@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 
 from penstock.common.bus import Stored
+from penstock.common.errors import BusUnavailable
 from penstock.common.subjects import Stream
 
 
@@ -102,6 +103,19 @@ class MemoryStreams:
                 await arrived.wait()
         finally:
             self._waiting.discard(arrived)
+
+    async def read(
+        self, name: str, subject: str, since_s: float | None, after: int
+    ) -> AsyncGenerator[Stored, None]:
+        """As the port's `read`; a stream that does not exist cannot be read."""
+        start = time.time() - since_s if since_s is not None else None
+        if (held := self.by_name.get(name)) is None:
+            raise BusUnavailable(name, "there is no such stream")
+        for message in held.messages:
+            if (message.time_s >= start if start is not None else message.sequence > after) and (
+                fnmatch.fnmatchcase(message.subject, subject)
+            ):
+                yield message
 
     async def stored(self) -> None:
         """Return after the next `wake`."""

@@ -10,6 +10,7 @@ import base64
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import msgspec
 
 from penstock.common.adapters.nats_connection import NatsConnection, RawSubscription
 from penstock.common.adapters.nats_directory import Directory
-from penstock.common.adapters.nats_log import follow
+from penstock.common.adapters.nats_log import follow, read
 from penstock.common.adapters.nats_streams import api, watch_bucket
 from penstock.common.adapters.nats_taking import take
 from penstock.common.adapters.nats_wire import Message
@@ -283,6 +284,13 @@ class NatsBus:
     async def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
         async for event in watch_bucket(self._connection, bucket):
             yield event
+
+    async def read(
+        self, stream: Stream, subject: str, since_s: float | None, after: int = 0
+    ) -> AsyncGenerator[Stored, None]:
+        async with aclosing(read(self._connection, stream, subject, since_s, after)) as messages:
+            async for stored in messages:
+                yield stored
 
     async def follow(
         self, stream: Stream, subject: str, since_s: float | None

@@ -34,6 +34,8 @@ GATHER_S = 0.02
 SETTLE_S = 0.1
 CHECK_EVERY_S = 2.0
 RETRY_S = 0.25
+# What is read to its end is given up after so many failures in a row.
+READ_RETRIES = 20
 # Fields that the server adds to the message's own.
 _ADDED = frozenset(
     f"Nats-{name}" for name in ("Stream", "Subject", "Sequence", "Time-Stamp", "Num-Pending", "Last-Sequence")
@@ -75,20 +77,54 @@ async def follow(
         await live.close()
 
 
+async def read(
+    connection: NatsConnection, stream: Stream, subject: str, since_s: float | None, after: int
+) -> AsyncGenerator[Stored, None]:
+    """Messages of a stream in order, up to its end. Raises BusError."""
+    reader = _Reader(connection, stream, subject, since_s, after + 1)
+    failures = 0
+    try:
+        await reader.open()
+        while True:
+            try:
+                page = await reader.page()
+            except BusError:
+                failures += 1
+                if failures > READ_RETRIES:
+                    raise
+                await asyncio.sleep(RETRY_S)
+                continue
+            failures = 0
+            if not page:
+                return
+            for stored in page:
+                yield stored
+    finally:
+        await reader.close()
+
+
 class _Reader:
     """Where one follower is in its stream. Every page begins with the last message it has seen: another one
     in its place is of another stream under the same name."""
 
     def __init__(
-        self, connection: NatsConnection, stream: Stream, subject: str, since_s: float | None
+        self,
+        connection: NatsConnection,
+        stream: Stream,
+        subject: str,
+        since_s: float | None,
+        first: int = 0,
     ) -> None:
+        """Without `since_s` it begins with the message `first`, or (0) after the last one there is."""
         self._connection, self._subject = connection, subject
         self._call = f"$JS.API.DIRECT.GET.{stream.name}"
         self._inbox = f"{connection.inbox}.pages.{next(_readers):x}"
         self._arrived: asyncio.Queue[Message | None] = asyncio.Queue(2 * PAGE_MESSAGES)
         self._pages = itertools.count(1)
         self._opened_at = time.time()
-        self._from = {} if since_s is None else _since(self._opened_at - since_s)
+        self._from: dict[str, Any] = {"seq": first} if first else {}
+        if since_s is not None:
+            self._from = _since(self._opened_at - since_s)
         self._seen: Stored | None = None
         self._answers: RawSubscription | None = None
 

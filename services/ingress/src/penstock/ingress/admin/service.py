@@ -13,6 +13,7 @@ from penstock.common.event_log import EventWriter
 from penstock.common.instances import InstanceTable
 from penstock.common.live_config import LiveConfig
 from penstock.common.subjects import INSTANCES
+from penstock.common.user_hashes import UserHashes
 from penstock.ingress.admin.access import Access
 from penstock.ingress.admin.discovering import Discovering
 from penstock.ingress.admin.documents import ROOT, Documents
@@ -38,10 +39,12 @@ class AdminService:
         events: EventWriter | None,
         access: Access,
         hashing: Hashing = Hashing(),  # noqa: B008  # frozen
+        users: UserHashes | None = None,
     ) -> None:
+        """`users` gives what stands for a user in the log."""
         self._bus, self.hashing = bus, hashing
         self.table, self.config = InstanceTable(), LiveConfig(keeps=True)
-        self.writer = ConfigWriter(bus, self.config, events)
+        self.writer = ConfigWriter(bus, self.config, events, users=users)
         self.router = Router(list(operations(self)), access)
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:

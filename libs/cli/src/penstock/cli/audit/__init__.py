@@ -1,0 +1,1 @@
+"""`penstock audit`: whether the routing log is whole, and the log as a file."""
