@@ -133,6 +133,8 @@ def test_the_end_of_a_writer_that_nobody_told_is_not_known() -> None:
     (fault,) = chains.faults(whole=True)
     assert (fault.kind, fault.incarnation, fault.first, fault.count) == ("tail", "run1", 4, 0)
     assert fault.cause.endswith("; the process was started again")
+    assert chains.unsent("scheduler") == ["scheduler/s1 run run1"]
+    assert chains.unsent("ingress") == []
 
 
 def test_memory_is_bounded_and_what_is_forgotten_is_still_reported(monkeypatch: pytest.MonkeyPatch) -> None:

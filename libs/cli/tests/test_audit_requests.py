@@ -39,6 +39,9 @@ class Writers:
     def holed(self, name: Name, since: float) -> bool:
         return self.gap_at >= since
 
+    def unsent(self, service: str) -> list[str]:
+        return ["scheduler/s1 run x"] if self.dead else []
+
 
 def judged(requests: Requests, *, dead: bool = True, whole: bool = True, since: float = 0.0) -> list[Fault]:
     return list(requests.faults(NOW, since, SETTLE_S, Writers(dead), whole))
@@ -94,6 +97,7 @@ def test_an_outcome_whose_decision_is_not_there_names_it() -> None:
     requests.decide("a.1", "r", "i", 10.0)
     requests.end(ended("a.1", "a.2"), "e", routed=False)
     assert kinds(requests, dead=False) == [("undecided", ("a.2",))]
+    assert judged(requests)[0].cause.endswith("; scheduler/s1 run x may have taken it along")
 
 
 def test_a_request_that_ended_while_it_was_asked_for_need_not_be_decided() -> None:

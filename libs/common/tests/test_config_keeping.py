@@ -18,6 +18,7 @@ from penstock.common.event_log import EventWriter
 from penstock.common.live_config import DRAIN, USER, Changed, ConfigRecord, LiveConfig, config_key
 from penstock.common.subjects import CONFIG, EVENTS
 from penstock.common.telemetry import Metrics
+from penstock.common.user_hashes import UserHashes
 
 
 class Process:
@@ -164,6 +165,21 @@ async def test_marks_of_deleted_documents_go_after_their_time() -> None:
         await one.writer.delete(USER, "fresh", "me", "admin")
         await config_keeping._sweep(one.bus, one.config)
         assert list(broker.buckets[CONFIG.name].entries) == [config_key(USER, "fresh")]
+
+
+async def test_a_user_whose_configuration_changes_is_a_hash_in_the_log_if_that_is_asked_for() -> None:
+    broker = MemoryBroker()
+    process = Process(broker)
+    events, users = EventWriter(process.bus, "ingress/i", "run", Metrics()), UserHashes("salt")
+    process.writer = ConfigWriter(process.bus, process.config, events, users=users)
+    async with process.running():
+        log = asyncio.create_task(events.run())
+        await process.writer.put(USER, "alice", {"key": "secret"}, "ops", "admin")
+        assert await events.flush(5)
+        log.cancel()
+    text = b"".join(stored.payload for stored in broker.streams[EVENTS.name].messages)
+    assert f"user/{users('alice')}".encode() in text
+    assert b"alice" not in text
 
 
 async def test_a_change_is_an_event_that_says_who_and_not_what() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from integration.servers import eventually
 
+from penstock.common.adapters.event_spool import DiskSpool
 from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.bus import Entry, Listing, Position
 from penstock.common.codec import encode_record
@@ -278,7 +279,10 @@ class Lab:
         self.bus = SlowBus(self.broker, self.metrics)
         identity = Identity("ingress", "lab", "1")
         self.account = InFlightAccount(identity.id, identity.incarnation)
-        self.writer = EventWriter(self.bus, identity.writer, identity.incarnation, self.metrics)
+        root, spool = self.settings.audit_spool, None
+        if root is not None:
+            spool = DiskSpool(root, identity.writer, identity.incarnation, 64 * 1024 * 1024, "never")
+        self.writer = EventWriter(self.bus, identity.writer, identity.incarnation, self.metrics, spool=spool)
         self.access_lines: list[bytes] = []
         self.gateway = Gateway(
             self.settings,

@@ -329,14 +329,16 @@ class GapEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 class WriterChange(StrEnum):
     """What became of a writer of the log."""
 
+    BEGAN = "began"
     ENDED = "ended"
     SILENT = "silent"
     ADOPTED = "adopted"
 
 
 class WriterEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A run of a process writes no more: it `ended` by itself, and this is its last event; or it fell
-    `silent`, as `by` sees it; or its spool was `adopted` by `by`, who put all up to `last` into the log."""
+    """A run of a process `began`: this is its first event. Or it writes no more: it `ended` by itself, and
+    this is its last event; or it fell `silent`, as `by` sees it; or its spool was `adopted` by `by`, who put
+    all up to `last` into the log."""
 
     writer: str
     incarnation: str

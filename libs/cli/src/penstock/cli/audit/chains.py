@@ -136,6 +136,14 @@ class Chains:
         writer = self.writers.get(name)
         return writer is not None and bool(writer.missing) and writer.gap_at >= since
 
+    def unsent(self, service: str) -> list[str]:
+        """Writers of a service that died, and nobody knows what they had not sent."""
+        return [
+            f"{writer} run {run}"
+            for (writer, run), one in self.writers.items()
+            if writer.startswith(f"{service}/") and one.began and not one.told and self.gone((writer, run))
+        ]
+
     def faults(self, *, whole: bool) -> Iterator[Fault]:
         """What is missing, once all is read; `whole`: the log was read from its very first message, so that
         what writers wrote before is missing too."""

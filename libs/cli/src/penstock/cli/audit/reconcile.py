@@ -15,7 +15,7 @@ from penstock.common.routing_events import LOST
 # Decisions that wait for their other events; past it the oldest is reported. Names of ended requests, of ids
 # that are not numbered, and of lost ones, that are remembered.
 MAX_OPEN, MAX_REMEMBERED = 1_000_000, 262_144
-SHOWN_IDS = 20
+SHOWN_IDS, SHOWN_WRITERS = 20, 5
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -90,6 +90,9 @@ class Writers(Protocol):
     def holed(self, name: Name, since: float) -> bool:
         """Whether events are missing that a writer wrote after a moment."""
 
+    def unsent(self, service: str) -> list[str]:
+        """Writers of a service that died, and nobody knows what they had not sent."""
+
 
 class Requests:
     """Told every event once, in any order; times are Unix seconds of the events."""
@@ -148,13 +151,14 @@ class Requests:
         yield from self._twice
         unfinished: dict[tuple[Name, str], list[str]] = {}
         undecided: dict[tuple[Name, str], list[str]] = {}
-        lost = self._lost_requests()
+        lost, dead = self._lost_requests(), writers.unsent("scheduler")
+        suspects = f"; {', '.join(dead[:SHOWN_WRITERS])} may have taken it along" if dead else ""
         for decision, held in [*self._given_up, *self._open.items()]:
             name = f"ingress/{held.ingress}", _split(decision)[0]
             if held.time > now - settle_s or (held.time < since and not whole):
                 continue
             if held.closed and not (held.decided or held.excused):
-                cause = "its outcome names it, the event of the decision is not in the log"
+                cause = f"its outcome names it, the event of the decision is not in the log{suspects}"
                 undecided.setdefault((name, cause), []).append(decision)
             elif held.closed or (name[1], held.request_id) in lost:
                 continue

@@ -46,6 +46,7 @@ class RoutingLog:
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What goes on for as long as the process lives, by name."""
+        self._say(WriterChange.BEGAN)
         yield "event-log", self.events.run()
         root, service = self._settings.audit_spool, self._identity.service
         if self._spool is not None and root is not None:
@@ -57,10 +58,13 @@ class RoutingLog:
 
     async def end(self, deadline_s: float) -> None:
         """The last event of this process, and a chance to be stored."""
-        writer = self._identity.writer
-        ended = WriterEvent(writer, self._identity.incarnation, WriterChange.ENDED, writer)
-        self.events.emit(WRITER_CHANGE, "", writer, ended)
+        self._say(WriterChange.ENDED)
         self._stored = await self.events.flush(deadline_s if self._bus.connected else 0)
+
+    def _say(self, change: WriterChange) -> None:
+        writer = self._identity.writer
+        event = WriterEvent(writer, self._identity.incarnation, change, writer)
+        self.events.emit(WRITER_CHANGE, "", writer, event)
 
     def close(self) -> None:
         """Let go of the spool, which stays for others if the stream does not hold all of it."""
