@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from integration.servers import eventually
 
 from penstock.ingress.adapters import shared_pools
 from penstock.ingress.adapters.connection_limit import counts_bytes, counts_file
-from penstock.ingress.adapters.shared_pools import CONNECTIONS, PENDING, REQUESTS, SharedPools, Slot
+from penstock.ingress.adapters.shared_pools import (
+    CONNECTIONS,
+    PENDING,
+    REQUESTS,
+    Claim,
+    SharedPools,
+    Slot,
+)
 
 from .conftest import LabOf
 from .ingress_lab import Engine, Lab, Peer, Response
@@ -220,14 +229,16 @@ def test_workers_see_what_the_others_have_and_not_their_own() -> None:
     pools = regions(3)
     slots = [claimed(worker, ("h", 1, "http")) for worker in pools]
     elsewhere = claimed(pools[1], ("h", 2, "http"))
-    elsewhere.publish(100, 100, 100, 100)
+    elsewhere.publish(100, 100, 100)
+    elsewhere.claim(100)
     for number, slot in enumerate(slots):
-        slot.publish(10**number, 2 * 10**number, 0, 0)
+        slot.publish(10**number, 0, 0)
+        slot.claim(2 * 10**number)
     assert [slot.others(CONNECTIONS) for slot in slots] == [110, 101, 11]
     assert [slot.others(REQUESTS) for slot in slots] == [220, 202, 22]
     pools[0].clear(2)
     assert [slot.others(CONNECTIONS) for slot in slots[:2]] == [10, 1]
-    claimed(pools[2], ("h", 1, "http")).publish(5, 0, 7, 0)
+    claimed(pools[2], ("h", 1, "http")).publish(5, 7, 0)
     assert (slots[0].others(CONNECTIONS), slots[0].others(PENDING)) == (15, 7)
 
 
@@ -236,8 +247,8 @@ def test_places_are_used_again_once_nobody_is_counted_there() -> None:
     # More addresses than there are places, a few at a time.
     for number in range(3 * shared_pools.SLOTS):
         mine, theirs = claimed(one, number), claimed(other, number)
-        mine.publish(number, 0, 0, 0)
-        theirs.publish(1, 0, 0, 0)
+        mine.publish(number, 0, 0)
+        theirs.publish(1, 0, 0)
         assert theirs.others(CONNECTIONS) == number
         assert mine.others(CONNECTIONS) == 1
         one.give_back(mine)
@@ -250,3 +261,28 @@ def test_where_every_place_is_taken_there_is_none() -> None:
     assert None in slots
     held = [slot.at for slot in slots if slot is not None]
     assert len(set(held)) == len(held) <= shared_pools.SLOTS
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 64, 1024, 5000])
+def test_workers_never_have_more_requests_than_the_bound_and_nearly_all_of_it(most: int) -> None:
+    """Whoever asks in whatever order; at most a sixteenth lies idle, and of small bounds nothing."""
+    count, random = 4, Random(most)
+    claims = [Claim(claimed(worker, "a"), most, count) for worker in regions(count)]
+    held = [0] * count
+    for _ in range(20 * most + 200):
+        worker = random.randrange(count)
+        if random.random() < 0.6:
+            if claims[worker].reaches(held[worker] + 1):
+                held[worker] += 1
+            else:
+                assert sum(held) >= most - most // 16
+        elif held[worker]:
+            held[worker] -= 1
+            claims[worker].fit(held[worker])
+        assert sum(held) <= most
+    # One alone may have nearly all, once the others let go.
+    for worker in range(1, count):
+        claims[worker].fit(0)
+    claims[0].fit(0)
+    assert claims[0].reaches(most - most // 16)
+    assert not claims[1].reaches(most // 16 + 1)

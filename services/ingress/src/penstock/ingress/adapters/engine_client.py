@@ -75,6 +75,9 @@ class ConnectionPools:
         bound = None
         if self._bounds.connections >= self._bounds.least or listener.retry:
             bound = self._bounds.refuses(pool, listener.retry)
+        elif not pool.waiting and (connection := pool.take()) is not None:
+            connection.attach(listener, reused=True)
+            return
         if bound is None and (pool.waiting or not self._serve(pool, listener)):
             bound = self._bounds.refuses_to_wait(pool)
             if bound is None:
@@ -94,6 +97,7 @@ class ConnectionPools:
         connection = pool.take()
         if connection is not None:
             if listener.retry:
+                connection.retry = True
                 pool.count_retry(1)
             connection.attach(listener, reused=True)
             return True
@@ -143,6 +147,7 @@ class ConnectionPools:
             pool.failed(retry=listener.retry)
             raise
         else:
+            connection.retry = listener.retry
             pool.connected(connection)
             self._connects.inc("connected")
             connection.attach(listener, reused=False)

@@ -82,7 +82,6 @@ class EngineConnection(asyncio.Protocol):
     def attach(self, listener: UpstreamListener, *, reused: bool) -> None:
         """Serve `listener`."""
         self._listener, self.reused = listener, reused
-        self.retry = listener.retry
         self._buffer = b""
         self._interim = 0
         self._head_done = False

@@ -14,8 +14,8 @@ from penstock.ingress.adapters.shared_pools import (
     ALL,
     CONNECTIONS,
     PENDING,
-    REQUESTS,
     RETRIES,
+    Claim,
     SharedPools,
     Slot,
 )
@@ -57,6 +57,7 @@ class Bounds:
         # Of this process, at all addresses.
         self.connections = self.idle = self.pending = self.retries = 0
         self._all = shared.claim(ALL) if shared is not None else None
+        self._claim = self.claim(self._all, self._requests)
 
     @property
     def requests(self) -> int:
@@ -67,6 +68,13 @@ class Bounds:
         """Where other workers see what is open at an address."""
         return self.shared.claim(address) if self.shared is not None else None
 
+    def claim(self, slot: Slot | None, most: int = 0) -> Claim | None:
+        """What counts the requests of this worker against a bound, that of one address unless it is given;
+        None where it shares nothing."""
+        if self.shared is None or slot is None:
+            return None
+        return Claim(slot, most or self._parallel, self.shared.workers)
+
     def give_back(self, slot: Slot | None) -> None:
         """Nothing is open there any more."""
         if self.shared is not None and slot is not None:
@@ -74,9 +82,10 @@ class Bounds:
 
     def refuses(self, pool: Pool, retry: bool) -> Bound | None:
         """What keeps another request from an address."""
-        if pool.active + pool.others(REQUESTS) >= self._parallel:
+        here, everywhere = pool.active + 1, self.requests + 1
+        if here > self._parallel or (pool.claim is not None and not pool.claim.reaches(here)):
             return Bound.PARALLEL_REQUESTS
-        if self.requests + self._others(REQUESTS) >= self._requests:
+        if everywhere > self._requests or (self._claim is not None and not self._claim.reaches(everywhere)):
             return Bound.ALL_REQUESTS
         if retry and pool.retries + pool.others(RETRIES) >= self.settings.backend_max_parallel_retries:
             return Bound.PARALLEL_RETRIES
@@ -113,9 +122,16 @@ class Bounds:
         """Something changed: other workers are to see it."""
         if self._all is None:
             return
-        self._all.publish(self.connections, self.requests, self.pending, self.retries)
+        self._all.publish(self.connections, self.pending, self.retries)
         if pool.slot is not None:
-            pool.slot.publish(pool.connections, pool.active, len(pool.waiting), pool.retries)
+            pool.slot.publish(pool.connections, len(pool.waiting), pool.retries)
+
+    def fewer(self, pool: Pool) -> None:
+        """A request ended: other workers may have what is not needed here."""
+        if self._claim is not None:
+            self._claim.fit(self.requests)
+        if pool.claim is not None:
+            pool.claim.fit(pool.active)
 
     def _others(self, field: int) -> int:
         return self._all.others(field) if self._all is not None else 0
@@ -151,6 +167,7 @@ class Pool:
         """`of`: what there is at the address, of kinds that are counted apart."""
         self._keeper, self._bounds, self.address = keeper, bounds, address
         self.slot, self._shared = bounds.slot((*address, of)), bounds.shared is not None
+        self.claim = bounds.claim(self.slot)
         self.idle: list[EngineConnection] = []
         self.open: set[EngineConnection] = set()
         self.connecting = self.retries = 0
@@ -199,6 +216,7 @@ class Pool:
         """One more retry is under way, or one less."""
         self.retries += change
         self._bounds.retries += change
+        self._bounds.publish(self)
 
     def wait(self, listener: UpstreamListener) -> Place:
         """Wait for a connection."""
@@ -227,8 +245,10 @@ class Pool:
         if connection.retry:
             connection.retry = False
             self.count_retry(-1)
-        if self._shared or self._bounds.pending:
-            self._changed()
+        if self._shared:
+            self._bounds.fewer(self)
+        if self._bounds.pending:
+            self._keeper.freed()
 
     def take(self) -> EngineConnection | None:
         """An idle connection."""
@@ -236,8 +256,6 @@ class Pool:
             connection = self.idle.pop()
             self._bounds.idle -= 1
             if connection.usable:
-                if self._shared:
-                    self._bounds.publish(self)
                 return connection
             self.forget(connection)
         return None
@@ -271,5 +289,6 @@ class Pool:
 
     def _changed(self) -> None:
         self._bounds.publish(self)
+        self._bounds.fewer(self)
         if self._bounds.pending:
             self._keeper.freed()

@@ -28,7 +28,7 @@ class SharedPools:
     def __init__(self, fd: int, offset: int, workers: int, index: int) -> None:
         """`fd`: a file that is `offset` + `workers` * REGION_BYTES long."""
         self._numbers = memoryview(mmap.mmap(fd, offset + workers * REGION_BYTES))[offset:].cast("q")
-        self._workers, self._index = workers, index
+        self.workers, self._index = workers, index
         self._live: set[int] = set()
 
     def claim(self, address: Hashable) -> Slot | None:
@@ -50,7 +50,7 @@ class SharedPools:
         self._live.add(empty)
         self._numbers[empty : empty + _FIELDS] = memoryview(bytes(_FIELDS * 8)).cast("q")
         self._numbers[empty] = key
-        others = [worker for worker in range(self._workers) if worker != self._index]
+        others = [worker for worker in range(self.workers) if worker != self._index]
         return Slot(self, self._numbers, empty, key, [(worker, first) for worker in others])
 
     def give_back(self, slot: Slot) -> None:
@@ -84,11 +84,15 @@ class Slot:
         # Where the others were seen last, to look there first.
         self._others = [(worker, first, -1) for worker, first in others]
 
-    def publish(self, connections: int, requests: int, pending: int, retries: int) -> None:
+    def publish(self, connections: int, pending: int, retries: int) -> None:
         """This worker's numbers."""
         numbers, at = self._numbers, self.at
-        numbers[at + CONNECTIONS], numbers[at + REQUESTS] = connections, requests
-        numbers[at + PENDING], numbers[at + RETRIES] = pending, retries
+        numbers[at + CONNECTIONS], numbers[at + PENDING] = connections, pending
+        numbers[at + RETRIES] = retries
+
+    def claim(self, requests: int) -> None:
+        """As many requests this worker takes for its own."""
+        self._numbers[self.at + REQUESTS] = requests
 
     def others(self, field: int) -> int:
         """The sum over all other workers."""
@@ -101,6 +105,36 @@ class Slot:
             if at >= 0:
                 total += numbers[at + field]
         return total
+
+
+class Claim:
+    """The part of a bound of requests that this worker has taken for its own: a little more than it has under
+    way, so that most requests need not look at the numbers of the others, nor change its own."""
+
+    def __init__(self, slot: Slot, most: int, workers: int) -> None:
+        self._slot, self._most = slot, most
+        # What may lie idle at all workers together: a sixteenth of the bound, and nothing of a small one.
+        self._step = max(1, most // (16 * workers))
+        self._held = 0
+
+    def reaches(self, requests: int) -> bool:
+        """Whether there may be so many; more is taken if need be."""
+        if requests <= self._held:
+            return True
+        free = self._most - self._slot.others(REQUESTS)
+        if requests > free:
+            return False
+        self._hold(min(free, requests + self._step - 1))
+        return True
+
+    def fit(self, requests: int) -> None:
+        """There are so many: let go of what is far beyond."""
+        if self._held - requests >= 2 * self._step - 1:
+            self._hold(requests + self._step - 1)
+
+    def _hold(self, requests: int) -> None:
+        self._held = requests
+        self._slot.claim(requests)
 
 
 def _place(worker: int, slot: int) -> int:
