@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from penstock.common.model import EngineLoad
 from penstock.discovery import engine_metrics
-from penstock.discovery.engine_metrics import parse_engine_load
+from penstock.discovery.engine_metrics import absurd_figures, parse_engine_load
 
 VLLM = b"""\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -46,12 +46,15 @@ vllm:request_success_total{finished_reason="stop"} 5.0
 )
 def test_load_is_read_from_an_engines_own_names(text: bytes, load: EngineLoad) -> None:
     assert parse_engine_load(text) == load
+    assert absurd_figures(text) == []
 
 
 @pytest.mark.parametrize("value", [b"NaN", b"+Inf", b"-Inf", b"-1", b"1e300", b"2e9", b"x", b"", b"0x10"])
 def test_a_figure_that_is_no_load_is_unknown(value: bytes) -> None:
     text = b"vllm:num_requests_running " + value + b"\nvllm:num_requests_waiting 2\n"
     assert parse_engine_load(text) == EngineLoad(waiting=2)
+    # Without a value it is not a sample at all.
+    assert absurd_figures(text) == (["vllm:num_requests_running"] if value else [])
 
 
 def test_one_bad_engine_does_not_hide_the_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -23,7 +24,7 @@ from penstock.common.instances import InstanceTable, encode_instance, instance_k
 from penstock.common.live_config import DRAIN, MAPPING, LiveConfig
 from penstock.common.messages import DiscoverRequest, EngineStatus
 from penstock.common.model import Endpoint, EngineLoad, Instance, Role
-from penstock.common.subjects import DISCOVER, INSTANCES, STATUS
+from penstock.common.subjects import DISCOVER, EVENTS, INSTANCES, STATUS
 from penstock.common.telemetry import Metrics
 from penstock.discovery.adapters.prober import http_prober
 from penstock.discovery.adapters.static_source import StaticSource
@@ -796,6 +797,29 @@ async def test_an_instance_whose_metrics_alone_say_its_engine_is_told_once(
     await stage.until(lambda: engine.hits.get("/metrics", 0) > 3 and not replica.discovery.missing())
     assert (stage.record(instance).engine, stage.record(instance).owner) == ("vllm", "vllm")
     await stage.until(lambda: stage.told() == [(instance.id, "added", "")])
+
+
+def told_degraded(stage: Stage) -> list[tuple[str, bool, str]]:
+    """What the routing log holds of things that are missing."""
+    held = stage.broker.streams.get(EVENTS.name)
+    events = [event for message in (held.messages if held else ()) for event in json.loads(message.payload)]
+    data = [event["data"] for event in events if event["type"] == "penstock.degraded.v1"]
+    return [(one["what"], one["active"], one.get("cause", "")) for one in data]
+
+
+async def test_figures_that_are_none_are_counted_and_told_once_until_they_make_sense_again(
+    stage: Stage, engine: Engine
+) -> None:
+    engine.metrics = "vllm:num_requests_running NaN\nvllm:num_requests_waiting -3\n"
+    replica = await stage.replica(listed(engine))
+    await stage.until(
+        lambda: replica.count("penstock_discovery_absurd_figures_total", "vllm:num_requests_waiting") > 2
+    )
+    engine.metrics = "vllm:num_requests_running 1\n"
+    await stage.until(lambda: len(told_degraded(stage)) == 2)
+    what = f"load of {listed(engine).id}"
+    cause = "no number of requests or share: vllm:num_requests_running, vllm:num_requests_waiting"
+    assert told_degraded(stage) == [(what, True, cause), (what, False, "")]
 
 
 async def test_an_owner_is_said_by_record_label_model_list_or_engine(

@@ -20,6 +20,7 @@ from penstock.common.messages import (
     ScheduleRequest,
 )
 from penstock.common.model import Endpoint, Instance, InstanceState
+from penstock.scheduler import feed as feed_module
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.precision import TRIAL_AFTER, WINDOW, Trust, Window
@@ -74,6 +75,11 @@ class Lab:
             changes.append(KvChange(False, PROMPT[::-1][:removed].tobytes()))
         self.replica.kv_events(KvEvents(name, feed, sequence, changes=tuple(changes), **fields), 0.0)
 
+    def slot(self, name: str) -> int:
+        slot = self.replica.view.slot(name)
+        assert slot is not None
+        return slot
+
     def matched(self, name: str = A) -> int:
         """Blocks that a request which may only go to `name` finds there."""
         excluded = tuple({A, B} - {name})
@@ -106,6 +112,38 @@ def test_stored_blocks_match_and_removed_ones_no_longer() -> None:
     assert lab.matched() == 5
     lab.say(3, cleared=True)
     assert lab.matched() == 0
+
+
+def test_what_engines_say_while_a_snapshot_comes_in_is_applied_after_it_and_once() -> None:
+    lab = Lab()
+    lab.say(1, stored=4)
+    lab.replica.hold()
+    lab.say(2, removed=2)
+    lab.say(3, stored=8)
+    lab.say(4, removed=3)
+    # The sibling had heard the first of them when it told the prompt.
+    lab.replica.index.restore([int(block) >> 4 for block in PROMPT], 1 << lab.slot(A))
+    assert (lab.matched(), lab.replica.behind) == (8, 0)
+    assert lab.replica.catch_up(0.0, 2)
+    assert not lab.replica.catch_up(0.0, 2)
+    assert lab.matched() == 5
+    assert lab.replica.kv_feeds.results == {
+        **dict.fromkeys(lab.replica.kv_feeds.results, 0),
+        "applied": 4,
+    }
+    lab.say(5, removed=8)
+    assert lab.matched() == 0
+
+
+def test_of_what_waits_for_a_snapshot_the_oldest_is_applied_when_there_is_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed_module, "MAX_BACKLOG", 2)
+    lab = Lab()
+    lab.replica.hold()
+    for sequence in range(1, 6):
+        lab.say(sequence, stored=sequence)
+    assert (lab.matched(), lab.replica.kv_feeds.results["applied"]) == (3, 3)
 
 
 @pytest.mark.parametrize(("feed", "sequence"), [("f", 3), ("f", 1), ("g", 1), ("g", 2)])

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
-from penstock.common.model import Endpoint, Instance, InstanceState, Role
+from penstock.common.model import Endpoint, EngineLoad, Instance, InstanceState, Role
 from penstock.scheduler.bench import table_of
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import STRATEGIES, Thresholds
@@ -200,6 +200,32 @@ def test_an_instance_at_its_limit_takes_no_more(
     desk.view.take([("a", in_flight[0], 0, 0), ("b", in_flight[1], 0, 0)])
     for _ in range(20):
         assert places(desk, strategy=policy) <= expected, why
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "dropped"),
+    [((800, 100), 200, 0), ((801, 100), 200, 1), ((801, 1000), 200, 2), ((0, 1), 5000, 1)],
+)
+def test_an_instance_takes_no_more_tokens_than_its_kv_cache_holds(
+    tokens: tuple[int, int], prompt: int, dropped: int
+) -> None:
+    desk = Desk(instance("a"), instance("b"), instance("unknown"), thresholds=Thresholds(max_kv_ratio=1.0))
+    for name, held in zip("ab", tokens, strict=True):
+        desk.view.take_status(name, EngineLoad(kv_blocks=100, block_size=10), 0.0)
+        desk.view.take([(name, min(1, held), held, 0)])
+    desk.view.take([("unknown", 1, 10**6, 0)])
+    decision = desk.decide(request(prompt_tokens=prompt))
+    assert decision.excluded.get("saturated", 0) == dropped
+
+
+def test_with_no_room_for_its_tokens_a_request_is_refused_as_saturated() -> None:
+    desk = Desk(instance("a"), thresholds=Thresholds(max_kv_ratio=0.5))
+    desk.view.take_status("a", EngineLoad(kv_blocks=100, block_size=10), 0.0)
+    desk.view.take([("a", 1, 400, 0)])
+    decision = desk.decide(request(prompt_tokens=101))
+    assert isinstance(decision.outcome, Rejection)
+    assert (decision.outcome.reason, decision.excluded) == (Reason.SATURATED, {"saturated": 1})
+    assert places(desk, prompt_tokens=100) == {"a"}
 
 
 def test_with_everybody_at_the_limit_the_request_is_refused_as_saturated() -> None:

@@ -137,6 +137,12 @@ class ConfigProfile(_Written):
     max_requests_per_instance: int | None = Field(
         None, ge=0, le=1_000_000, description="requests that an instance may have in flight; 0: no limit"
     )
+    max_kv_ratio_per_instance: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="tokens that an instance may have in flight, as a share of its KV cache; 0: no limit",
+    )
     imbalance_requests: float | None = Field(None, gt=0, le=100_000, description="see --imbalance-requests")
     imbalance_ratio: float | None = Field(None, ge=0, le=100, description="see --imbalance-ratio")
     prefix_weight: float | None = Field(

@@ -73,6 +73,14 @@ def parse_engine_load(text: bytes) -> EngineLoad:
     )
 
 
+def absurd_figures(text: bytes) -> list[str]:
+    """The names of those figures of load that are there with a value that is none: negative, not finite, no
+    number, or beyond MAX_VALUE."""
+    prefix = next((prefix for prefix in PREFIXES if _has(text, prefix)), b"-")
+    names = (name for names in (RUNNING, WAITING, KV_USAGE) for name in _of(prefix, names))
+    return [name.decode() for name in names if any(_number(raw) is None for _, raw in _samples(text, name))]
+
+
 def _total(values: list[float] | list[int]) -> int | None:
     return int(sum(values)) if values else None
 

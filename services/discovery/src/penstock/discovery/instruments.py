@@ -20,6 +20,11 @@ class Instruments:
             "Readings of engine load: read, absent, or skipped because too many were under way",
             "result",
         )
+        self.absurd_figures = metrics.counter(
+            "penstock_discovery_absurd_figures_total",
+            "Figures of engine load that were not used: negative, not finite, no number, or far too large",
+            "figure",
+        )
         self.writes = metrics.counter(
             "penstock_discovery_registry_writes_total",
             "Writes to the registry: written, deleted, conflict (another writer was first), failed",

@@ -60,10 +60,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """What an engine's metrics say: its load, and which engine it is; None and empty if nothing."""
+    """What an engine's metrics say: its load, and which engine it is; None and empty if nothing. `absurd`
+    names figures of load whose value was none."""
 
     load: EngineLoad | None = None
     engine: str = ""
+    absurd: tuple[str, ...] = ()
 
 
 class Prober(Protocol):

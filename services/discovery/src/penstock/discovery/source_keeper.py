@@ -13,6 +13,7 @@ from penstock.common.errors import BusError
 from penstock.common.instances import complete_key, instance_key
 from penstock.common.messages import CompleteMarker, EngineStatus
 from penstock.common.model import Endpoint, Instance, InstanceId
+from penstock.common.routing_events import DEGRADED, DegradedEvent
 from penstock.common.subjects import INSTANCES, STATUS
 from penstock.discovery.claims import Claims
 from penstock.discovery.flaps import Flaps
@@ -22,6 +23,7 @@ from penstock.discovery.ports import Reading, Source
 from penstock.discovery.probing import Probing
 from penstock.discovery.reconcile import Fleet, Verdict
 from penstock.discovery.registry import Write, plan
+from penstock.discovery.screening import printable
 from penstock.discovery.source_reader import SourceReader
 from penstock.discovery.surroundings import Surroundings
 
@@ -54,6 +56,8 @@ class SourceKeeper:
         # Everything stood in the registry at some moment since then, the marker included.
         self._stood = False
         self._leaving: Mapping[InstanceId, Instance] = {}
+        # Instances some of whose figures are none.
+        self._absurd: set[InstanceId] = set()
         self._dirty, self._lease_moved, self._relisted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_lock, self._write_lock = asyncio.Lock(), asyncio.Lock()
         self._bridging = Bridging(
@@ -147,6 +151,7 @@ class SourceKeeper:
         if self._active:
             self._desire(now)
         self._probing.keep(self._fleet.endpoints())
+        self._absurd &= self._fleet.endpoints().keys()
         self._bridging.keep(self._fleet.records())
         self._lease_moved.set()
         self._dirty.set()
@@ -187,8 +192,24 @@ class SourceKeeper:
         if event is not None:
             self._shared.tell([event])
             self._dirty.set()
+        self._tell_absurd(instance_id, reading.absurd)
         if reading.load is not None:
             self._shared.bus.publish(STATUS, EngineStatus(instance_id, reading.load, age_s), instance_id)
+
+    def _tell_absurd(self, instance_id: InstanceId, figures: Sequence[str]) -> None:
+        """Count each, say it when it begins and when it ends."""
+        shared, name = self._shared, printable(instance_id)
+        for figure in figures:
+            shared.instruments.absurd_figures.inc(figure)
+        if bool(figures) == (instance_id in self._absurd):
+            return
+        self._absurd ^= {instance_id}
+        cause = f"no number of requests or share: {', '.join(figures)}" if figures else ""
+        log.warning("load of %s %s", name, f"is not used: {cause}" if figures else "makes sense again")
+        event = DegradedEvent(
+            shared.identity.service, shared.identity.id, f"load of {name}", bool(figures), cause
+        )
+        shared.events.emit(DEGRADED, "", shared.identity.service, event)
 
     async def _keep_lease(self) -> None:
         tick_s = self._shared.timing.lease_renew_s / 4

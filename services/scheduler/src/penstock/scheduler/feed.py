@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from penstock.common.identity import Identity
-from penstock.common.messages import MAX_BATCH, MAX_WRITERS, Placed, PlacedFeed, WriterPosition
+from penstock.common.messages import MAX_BATCH, MAX_WRITERS, KvEvents, Placed, PlacedFeed, WriterPosition
 
 # Half of what the subject allows: one placement is at most 17 KiB, its names included.
 MAX_FEED_BYTES = 128 * 1024
 # Placements that wait for a snapshot; with 64 new blocks each they take 35 MB.
 MAX_BACKLOG = 65_536
+PLACEMENT_BYTES = 512
 
 
 class FeedWriter:
@@ -82,27 +83,44 @@ class FeedReader:
 
 
 class Backlog:
-    """Messages of the feed that wait until a snapshot is in; past the bound the oldest wait no longer."""
+    """What tells of prompts and waits until a snapshot is in: placements of siblings, and what engines say of
+    their KV caches. Past the bound the oldest wait no longer."""
 
     def __init__(self) -> None:
-        self._waiting: deque[PlacedFeed] = deque()
-        self.placements = 0
+        self._waiting: deque[PlacedFeed | KvEvents] = deque()
+        # Of siblings; and with what engines say, in placements that take as much room.
+        self.placements = self._size = 0
 
-    def put(self, feed: PlacedFeed) -> Iterator[PlacedFeed]:
-        """Let `feed` wait; those that cannot any more."""
-        self._waiting.append(feed)
-        self.placements += len(feed.placed)
-        while self.placements > MAX_BACKLOG:
+    def __len__(self) -> int:
+        """Messages that wait."""
+        return len(self._waiting)
+
+    def put(self, message: PlacedFeed | KvEvents) -> Iterator[PlacedFeed | KvEvents]:
+        """Let it wait; those that cannot any more."""
+        self._waiting.append(message)
+        self._count(message, 1)
+        while self._size > MAX_BACKLOG:
             yield self._next()
 
-    def take(self, placements: int) -> Iterator[PlacedFeed]:
-        """The oldest, until they hold so many placements."""
+    def take(self, placements: int) -> Iterator[PlacedFeed | KvEvents]:
+        """The oldest, until they are as many placements, or as much work."""
         while self._waiting and placements > 0:
-            feed = self._next()
-            placements -= len(feed.placed)
-            yield feed
+            message = self._next()
+            placements -= _size(message)
+            yield message
 
-    def _next(self) -> PlacedFeed:
-        feed = self._waiting.popleft()
-        self.placements -= len(feed.placed)
-        return feed
+    def _next(self) -> PlacedFeed | KvEvents:
+        message = self._waiting.popleft()
+        self._count(message, -1)
+        return message
+
+    def _count(self, message: PlacedFeed | KvEvents, sign: int) -> None:
+        self._size += sign * _size(message)
+        if isinstance(message, PlacedFeed):
+            self.placements += sign * len(message.placed)
+
+
+def _size(message: PlacedFeed | KvEvents) -> int:
+    if isinstance(message, PlacedFeed):
+        return max(1, len(message.placed))
+    return 1 + sum(len(change.hashes) for change in message.changes) // PLACEMENT_BYTES

@@ -148,10 +148,19 @@ class Replica:
         if self._reader.is_own(feed):
             self._echo.came_back(len(feed.placed))
         elif self._holds:
-            for one in self._backlog.put(feed):
-                self._follow(one, now)
+            self._hold(feed, now)
         else:
             self._follow(feed, now)
+
+    def _hold(self, message: PlacedFeed | KvEvents, now: float) -> None:
+        for one in self._backlog.put(message):
+            self._apply(one, now)
+
+    def _apply(self, message: PlacedFeed | KvEvents, now: float) -> None:
+        if isinstance(message, PlacedFeed):
+            self._follow(message, now)
+        else:
+            self.kv_feeds.take(message)
 
     def _follow(self, feed: PlacedFeed, now: float) -> None:
         self._age.fed(now)
@@ -193,14 +202,15 @@ class Replica:
         return self._backlog.placements + self.missing
 
     def hold(self) -> None:
-        """A snapshot comes in: what siblings place from here on waits for it."""
+        """A snapshot comes in: what siblings place and engines say from here on waits for it, since it may be
+        older than that."""
         self._holds, self.missing = True, 0
 
     def catch_up(self, now: float, placements: int) -> bool:
         """Apply so many of the placements held back; False once none are left, and no more are held."""
-        for feed in self._backlog.take(placements):
-            self._follow(feed, now)
-        self._holds = self._backlog.placements > 0
+        for message in self._backlog.take(placements):
+            self._apply(message, now)
+        self._holds = len(self._backlog) > 0
         return self._holds
 
     def stood_still(self, seconds: float, now: float) -> None:
@@ -223,7 +233,10 @@ class Replica:
 
     def kv_events(self, events: KvEvents, now: float) -> None:
         """Take what an engine says of its KV cache."""
-        self.kv_feeds.take(events)
+        if self._holds:
+            self._hold(events, now)
+        else:
+            self.kv_feeds.take(events)
 
     def registry(self, event: WatchEvent) -> tuple[list[str], list[str]] | None:
         """Follow the registry: (ids added, ids gone), None if no instance changed."""

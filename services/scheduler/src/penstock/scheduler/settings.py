@@ -77,6 +77,13 @@ class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, ServiceSett
         description="seconds after which prompt blocks that were neither placed nor announced are forgotten, "
         "at the earliest after half of it; 0: only for want of room",
     )
+    max_kv_ratio_per_instance: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="tokens that an instance may have in flight, as a share of the KV cache that its engine "
+        "reports; with all at their limit further requests wait; 0: no limit",
+    )
     prefix_index_kv_factor: float = Field(
         2.5,
         ge=0,
@@ -125,7 +132,12 @@ class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, ServiceSett
     @property
     def thresholds(self) -> Thresholds:
         """What the policies are built with."""
-        return Thresholds(self.imbalance_requests, self.imbalance_ratio, self.max_requests_per_instance)
+        return Thresholds(
+            self.imbalance_requests,
+            self.imbalance_ratio,
+            self.max_requests_per_instance,
+            max_kv_ratio=self.max_kv_ratio_per_instance,
+        )
 
     @property
     def custom_policies(self) -> Mapping[str, Policy]:

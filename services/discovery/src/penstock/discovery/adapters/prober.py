@@ -16,7 +16,12 @@ from penstock.common.codec import DecodeError, decode_record, encode_record
 from penstock.common.model import Endpoint, EngineLoad, Name
 from penstock.discovery.adapters.engine_link import Dialer, HostRefused, Link
 from penstock.discovery.allowed import AllowedHosts
-from penstock.discovery.engine_metrics import engine_of_metrics, engine_of_owner, parse_engine_load
+from penstock.discovery.engine_metrics import (
+    absurd_figures,
+    engine_of_metrics,
+    engine_of_owner,
+    parse_engine_load,
+)
 from penstock.discovery.http_answer import MAX_ANSWER_BYTES, BadAnswer
 from penstock.discovery.ports import Reading
 from penstock.discovery.reconcile import Verdict
@@ -99,7 +104,8 @@ class HttpProber:
         """GET /metrics."""
         text = await self.read(endpoint, "/metrics") or b""
         load = parse_engine_load(text)
-        return Reading(load if load != EngineLoad() else None, engine_of_metrics(text))
+        absurd = tuple(absurd_figures(text))
+        return Reading(load if load != EngineLoad() else None, engine_of_metrics(text), absurd)
 
     async def read(self, endpoint: Endpoint, path: str) -> bytes | None:
         """The body of a GET; None if it fails, for whatever reason."""

@@ -56,7 +56,7 @@ class Catalog:
             scorers = ((Custom(name, policy), 1.0),)
             member = Shortfall(scorers, by_prefix=True)
             self._strategies[name] = Strategy(Best(0.02, by_block=True), scorers, member, by_prefix=True)
-        self._filters = NotExcluded(), NotSaturated(thresholds.max_requests)
+        self._filters = NotExcluded(), NotSaturated(thresholds.max_requests, thresholds.max_kv_ratio)
         self._profiles: dict[str, Profile] = {}
         # Takes the decisions that one of the operator's own policies cannot.
         self.fallback = self.find(LEAST_REQUEST)

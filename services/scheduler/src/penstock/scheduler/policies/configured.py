@@ -110,6 +110,7 @@ class ConfiguredCatalog(Catalog):
             _or(one.max_requests_per_instance, base.max_requests),
             _or(one.prefix_weight, base.prefix_weight),
             _or(one.wait_weight, base.wait_weight),
+            _or(one.max_kv_ratio_per_instance, base.max_kv_ratio),
         )
         variant = self._variants.get(thresholds)
         if variant is None:

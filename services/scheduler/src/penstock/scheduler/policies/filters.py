@@ -102,12 +102,24 @@ class InSoundDomain:
 @dataclass(frozen=True)
 class NotSaturated:
     """Drops instances with as many requests in flight as their label `penstock/max-requests` allows, else
-    `max_requests` (0: no limit). In flight is the ledger's: an engine's own count is seconds old."""
+    `max_requests` (0: no limit); and those whose tokens in flight would, with the request's own, be more than
+    `kv_ratio` (0: no limit) of the KV cache that the engine reports. One that has nothing in flight takes any
+    request. In flight is the ledger's: an engine's own count is seconds old."""
 
     max_requests: int = 0
+    kv_ratio: float = 0.0
     name: str = SATURATED
 
     def keep(self, case: Case, candidates: Candidates) -> Flags | None:
+        fewer = self._fewer(candidates)
+        if not self.kv_ratio:
+            return fewer
+        loads, slots = candidates.loads, candidates.kept.slots
+        sizes, tokens = loads.kv_tokens.take(slots), loads.tokens.take(slots) + case.request.prompt_tokens
+        room: Flags = (sizes == 0) | (tokens <= self.kv_ratio * sizes) | (loads.requests.take(slots) == 0)
+        return room if fewer is None else fewer & room
+
+    def _fewer(self, candidates: Candidates) -> Flags | None:
         kept, limits = candidates.kept, candidates.kept.pool.limits
         if limits is None:
             if not self.max_requests:

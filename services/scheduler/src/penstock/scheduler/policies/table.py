@@ -31,8 +31,8 @@ _BAND = 0.05
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When prefix-cache takes an instance for overloaded, see PrefixMatch and Headroom; how many requests an
-    instance may have in flight, see NotSaturated; what the match counts against headroom in prefix-cache, and
+    """When prefix-cache takes an instance for overloaded, see PrefixMatch and Headroom; how much an instance
+    may have in flight, see NotSaturated; what the match counts against headroom in prefix-cache, and
     waiting against computing in cache-aware, see ExpectedTtft."""
 
     imbalance_requests: float = 16.0
@@ -40,6 +40,7 @@ class Thresholds:
     max_requests: int = 0
     prefix_weight: float = 2 / 3
     wait_weight: float = 1.0
+    max_kv_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
