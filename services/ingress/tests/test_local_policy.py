@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Endpoint, Instance
+from penstock.common.profiles import ModelProfiles
 from penstock.ingress.local_policy import SLACK_REQUESTS, place_locally
+from penstock.ingress.local_profiles import LocalProfiles
 
 FLEET = [Instance(id=f"i{n}", endpoint=Endpoint("127.0.0.1", 9000 + n), models=("m",)) for n in range(8)]
 
@@ -76,3 +79,39 @@ def test_equal_loads_are_spread_evenly(by: str) -> None:
     )
     assert set(counts) == {instance.id for instance in FLEET}
     assert max(counts.values()) < 150
+
+
+@pytest.mark.parametrize(
+    ("profile", "strategy", "kept_by", "most"),
+    [
+        ("", "", b"12345678", 7),
+        ("", "prefix-cache", b"12345678", 7),
+        ("", "Least-Request", b"", 7),
+        ("", "of-my-own", b"12345678", 7),
+        ("", "prefix-cache:6,least-request:1", b"12345678", 7),
+        ("batch", "", b"", 64),
+        ("batch", "cache-aware", b"12345678", 64),
+        ("strict", "cache-aware", b"", 0),
+        ("none such", "", b"12345678", 7),
+    ],
+)
+def test_profiles_and_strategies_are_honoured_as_far_as_an_ingress_can(
+    profile: str, strategy: str, kept_by: bytes, most: int
+) -> None:
+    profiles = LocalProfiles(7)
+    request = ScheduleRequest(
+        "d", "r", "m", strategy=strategy, profile=profile, prompt_tokens=9, block_hashes=b"1234567890123456"
+    )
+    if not profile:
+        assert profiles.of(request) == (kept_by, most)
+    document = {
+        "profiles": {
+            "batch": {"routing_strategy": "throughput", "max_requests_per_instance": 64},
+            "strict": {"routing_strategy": "random", "locked": True, "max_requests_per_instance": 0},
+        }
+    }
+    profiles.configure({"m": ModelProfiles.model_validate(document)})
+    assert profiles.of(request) == (kept_by, most)
+    other = ScheduleRequest("d", "r", "other", strategy=strategy, session="s")
+    assert profiles.of(other)[1] == 7
+    assert profiles.of(other)[0] in (b"s", b"")

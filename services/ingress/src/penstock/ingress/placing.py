@@ -46,13 +46,13 @@ from penstock.ingress.breaker import BusBreaker
 from penstock.ingress.in_flight import InFlightAccount, of_prefill_id
 from penstock.ingress.local_pairs import LOCAL, place_pair_locally
 from penstock.ingress.local_policy import place_locally
+from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
 from penstock.ingress.replicas import ANY, Replicas
 
 log = logging.getLogger(__name__)
 
 # Attempts that may go unanswered before the request is placed here.
 MAX_ATTEMPTS = 2
-HASH_BYTES = 8
 # An enum's member costs 0.1 us where it is read from its class.
 _NEUTRAL = Mode.NEUTRAL
 
@@ -105,6 +105,7 @@ class Placer:
         """`max_requests`: of this process on one instance that has no such label; 0: any number."""
         self._bus, self._table, self._account, self._events = bus, table, account, events
         self._identity, self._attempt_s, self._max_requests = identity, attempt_s, max_requests
+        self.profiles = LocalProfiles(max_requests)
         self._pending: list[Asker] = []
         # By model and owner, in one version of the table.
         self._usual: dict[tuple[str, str], tuple[Sequence[Instance], bool]] = {}
@@ -296,12 +297,19 @@ class Placer:
             return
         pool = self._table.serving(request.model)
         usable, bounded = self._usable(pool, request)
-        open_, most = usable, self._max_requests
-        if bounded:
+        affinity, most = request.session.encode() or request.block_hashes[:HASH_BYTES], self._max_requests
+        if request.strategy or self.profiles.active:
+            affinity, most = self.profiles.of(request)
+        open_ = usable
+        if bounded or most:
             open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
-        placement = self._find(open_, request)
+        placement = self._find(open_, request, affinity)
         instance = self._table.get(placement.instance) if placement is not None else None
-        if placement is None and len(open_) < len(usable) and self._find(usable, request) is not None:
+        if (
+            placement is None
+            and len(open_) < len(usable)
+            and self._find(usable, request, affinity) is not None
+        ):
             # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
             asker.rejected(self._tell(request, saturated(request)))
         elif placement is None or instance is None:
@@ -329,8 +337,9 @@ class Placer:
                 self._usual[key] = known
         return known
 
-    def _find(self, usable: Sequence[Instance], request: ScheduleRequest) -> Placement | None:
-        affinity = request.session.encode() or request.block_hashes[:HASH_BYTES]
+    def _find(
+        self, usable: Sequence[Instance], request: ScheduleRequest, affinity: bytes
+    ) -> Placement | None:
         if request.mode is not _NEUTRAL:
             return place_pair_locally(usable, self._account.on, affinity, request)
         instance = place_locally(usable, self._account.on, affinity, request.decision_id)

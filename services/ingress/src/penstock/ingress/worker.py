@@ -131,7 +131,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     gateway.large_bodies = large_bodies = BodyHelper(
         setup, host.metrics, gateway.degraded, keep=tokenizer is not None
     )
-    gateway.placer = Placer(
+    gateway.placer = placer = Placer(
         host.bus,
         table,
         account,
@@ -165,6 +165,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
 
     def configure(models: Mapping[str, ModelProfiles]) -> None:
         gateway.dividing.configure(models)
+        placer.profiles.configure(models)
         limiter.rates.configure(models)
         gateway.limits = limiter.if_active
 
