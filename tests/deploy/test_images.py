@@ -70,7 +70,7 @@ def build_code(folder: Path) -> str:
     return code.replace("/penstock/", f"{folder}/").replace("./${package}", f"{TREE}/${{package}}")
 
 
-def told_pip(service: str, folder: Path) -> list[list[str]]:
+def told_pip(service: str, folder: Path, extras: str = "") -> list[list[str]]:
     """What the code tells pip, call by call."""
     for program in ("pip", "python"):
         stub = folder / "bin" / program
@@ -78,7 +78,10 @@ def told_pip(service: str, folder: Path) -> list[list[str]]:
         stub.write_text(f'#!/bin/sh\necho "{program}" "$@" >> {folder}/calls\n')
         stub.chmod(0o755)
     subprocess.run(
-        ["sh", "-c", build_code(folder)], env={**os.environ, "SERVICE": service}, check=True, timeout=30
+        ["sh", "-c", build_code(folder)],
+        env={**os.environ, "SERVICE": service, "EXTRAS": extras},
+        check=True,
+        timeout=30,
     )
     calls = (folder / "calls").read_text().splitlines()
     return [call.split()[1:] for call in calls if call.startswith("pip ")]
@@ -154,6 +157,15 @@ def test_what_is_installed_starts_and_brings_nothing_of_other_services(service: 
     }
     for other in others:
         assert started(python, other, "--help").returncode != 0, other
+
+
+def test_an_image_of_the_ingress_can_bring_its_tokenizer(tmp_path: Path) -> None:
+    installed, _ = told_pip("ingress", tmp_path, "tokenizer")
+    assert installed == ["install", f"{TREE}/libs/common", f"{TREE}/services/ingress[tokenizer]"]
+    extras = tomllib.loads((TREE / "services/ingress/pyproject.toml").read_text())["project"]
+    pinned = (TREE / "constraints.txt").read_text()
+    for name in extras["optional-dependencies"]["tokenizer"]:
+        assert re.search(rf"^{name}==", pinned, re.MULTILINE | re.IGNORECASE), name
 
 
 def test_the_image_of_discovery_brings_the_sidecar(tmp_path: Path) -> None:
