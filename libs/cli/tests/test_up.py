@@ -153,6 +153,26 @@ def test_engines_that_prefill_and_decode_are_listed_with_all_that_their_protocol
     assert len(made.engine_urls) == 3
 
 
+def test_simulated_engines_publish_their_kv_cache_events_where_they_are_asked_for() -> None:
+    made = plan("--sim", "2", "--kv-events", "clears")
+    sim = flags(commands(made)["sim"])
+    events, replay = int(sim["kv-events-port"]), int(sim["kv-events-replay-port"])
+    assert made.listing is not None
+    listed = [json.loads(line)["instances"][0] for line in made.listing.text.splitlines()]
+    assert [one["id"] for one in listed] == [url.removeprefix("http://") for url in made.engine_urls]
+    assert [one["labels"] for one in listed] == [
+        {"penstock/kv-events": str(events + place), "penstock/kv-events-replay": str(replay + place)}
+        for place in range(2)
+    ]
+    assert flags(commands(made)["discovery"])["llm-backend-endpoints"] == "@/data/engines"
+    for silent in (
+        plan(),
+        plan("--kv-events", "off"),
+        plan("--kv-events", "clears", "--sim-kv-events-port", "1"),
+    ):
+        assert silent.listing is None
+
+
 def test_simulated_pairs_speak_what_a_current_vllm_ships_unless_told_otherwise() -> None:
     made = commands(plan("--sim-prefill", "1", "--sim-decode", "1", "--sim", "1"))
     assert flags(made["ingress"])["pd-disagg-protocol"] == "vllm-nixl"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from pydantic import SecretStr
 
 from penstock.cli.nats_server import NatsServer, find_program, new_passwords
@@ -18,6 +19,7 @@ from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.permissions import AUDITOR, JOIN, REGISTER
 from penstock.common.records import PENSTOCK, write_record
 from penstock.common.settings import ENV_PREFIX, flag_of
+from penstock.discovery.kv_targets import EVENTS_LABEL, REPLAY_LABEL
 from penstock.discovery.settings import NATS
 
 LOOPBACK = "127.0.0.1"
@@ -116,7 +118,7 @@ class _Planner:
         sims = [self._sim(role, count) for role, count in settings.simulated.items()]
         engines = [engine for sim in sims for engine in sim.engines]
         listing = None
-        if settings.sim_protocol:
+        if settings.sim_protocol or any(engine.labels for engine in engines):
             lines = [write_record((engine,), 0, PENSTOCK) for engine in engines]
             listing = Listing(folder / "engines", b"\n".join(lines))
         return Plan(
@@ -147,7 +149,10 @@ class _Planner:
         settings, divided = self.settings, role is not Role.NEUTRAL
         first = self.ports.take_row(count)
         values = {**settings.for_sim(), "host": LOOPBACK, "port": first, "count": count}
-        kv_port = 0
+        kv_port, publishers = 0, 0
+        if settings.simulated_publish and not divided:
+            publishers = self.ports.take_row(2 * count)
+            values |= {"kv_events_port": publishers, "kv_events_replay_port": publishers + count}
         if divided:
             kv_port = self.ports.take_row(count)
             connector = _CONNECTORS[settings.sim_protocol]
@@ -156,6 +161,11 @@ class _Planner:
             _engine(role, first + place, kv_port + place if divided else 0, settings.sim_protocol)
             for place in range(count)
         ]
+        if publishers:
+            engines = [
+                _publishing(engine, publishers + place, publishers + count + place)
+                for place, engine in enumerate(engines)
+            ]
         return _Sim(self._python("sim", f"sim-{role}" if divided else "sim", values), engines)
 
     def _members(self, port: int, engine_list: list[Instance], listing: Listing | None) -> list[Member]:
@@ -225,6 +235,11 @@ def _engine(role: Role, port: int, kv_port: int, protocol: str) -> Instance:
         bootstrap_port=kv_port,
         labels={"kv_connector": protocol},
     )
+
+
+def _publishing(engine: Instance, port: int, replay_port: int) -> Instance:
+    """The same, with where its KV-cache events are."""
+    return msgspec.structs.replace(engine, labels={EVENTS_LABEL: str(port), REPLAY_LABEL: str(replay_port)})
 
 
 def reachable(host: str) -> str:

@@ -133,6 +133,12 @@ class UpSettings(  # type: ignore[misc]  # the plugin's own model_construct diff
         return (ENDPOINTS, NATS) if self.simulated else (NATS,)
 
     @property
+    def simulated_publish(self) -> bool:
+        """Whether simulated engines publish their KV-cache events: asked for, and not arranged otherwise."""
+        arranged = SIM_PREFIX + "kv_events_port" in self.model_fields_set
+        return "kv_events" in self.model_fields_set and self.kv_events != "off" and not arranged
+
+    @property
     def simulated(self) -> dict[Role, int]:
         """How many simulated engines of which role to start."""
         if "llm_backend_endpoints" in self.model_fields_set:
