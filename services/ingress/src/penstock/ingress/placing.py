@@ -297,19 +297,15 @@ class Placer:
             return
         pool = self._table.serving(request.model)
         usable, bounded = self._usable(pool, request)
-        affinity, most = request.session.encode() or request.block_hashes[:HASH_BYTES], self._max_requests
+        kept_by, most = request.session.encode() or request.block_hashes[:HASH_BYTES], self._max_requests
         if request.strategy or self.profiles.active:
-            affinity, most = self.profiles.of(request)
+            kept_by, most = self.profiles.of(request)
         open_ = usable
         if bounded or most:
             open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
-        placement = self._find(open_, request, affinity)
+        placement = self._find(open_, request, kept_by)
         instance = self._table.get(placement.instance) if placement is not None else None
-        if (
-            placement is None
-            and len(open_) < len(usable)
-            and self._find(usable, request, affinity) is not None
-        ):
+        if placement is None and len(open_) < len(usable) and self._find(usable, request, kept_by):
             # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
             asker.rejected(self._tell(request, saturated(request)))
         elif placement is None or instance is None:
@@ -337,12 +333,10 @@ class Placer:
                 self._usual[key] = known
         return known
 
-    def _find(
-        self, usable: Sequence[Instance], request: ScheduleRequest, affinity: bytes
-    ) -> Placement | None:
+    def _find(self, usable: Sequence[Instance], request: ScheduleRequest, kept_by: bytes) -> Placement | None:
         if request.mode is not _NEUTRAL:
-            return place_pair_locally(usable, self._account.on, affinity, request)
-        instance = place_locally(usable, self._account.on, affinity, request.decision_id)
+            return place_pair_locally(usable, self._account.on, kept_by, request)
+        instance = place_locally(usable, self._account.on, kept_by, request.decision_id)
         return None if instance is None else Placement(request.decision_id, instance.id, policy=LOCAL)
 
     def _release(self, request: ScheduleRequest) -> None:
