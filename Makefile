@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check bench bench-discovery bench-limits bench-mirror bench-replicas fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-replicas fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ contracts: sync ## the arrows between packages
 	$(BIN)/lint-imports
 
 check: lint types contracts unit ## what a change must pass before review
+
+compile: sync ## the ingress's data path as machine code, for its workers' next start (needs a C compiler)
+	@$(BIN)/python services/ingress/compile.py
+
+compiled: compile ## the ingress's tests on its data path as machine code
+	$(BIN)/python -m penstock.ingress.machine_code pytest services/ingress $(ARGS)
 
 bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
 	$(BIN)/python -m penstock.cli.bench $(ARGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from penstock.ingress.api_keys import Caller
@@ -132,14 +132,13 @@ class RequestHead:
         value = self.read.get(name)
         return value.decode("utf-8", "replace") if value else ""
 
-    def with_length(self, length: int) -> RequestHead:
+    def with_length(self, length: int) -> Self:
         """The same head before a body of `length` bytes."""
-        head = RequestHead.__new__(RequestHead)
-        head.method, head.target, head.minor = self.method, self.target, self.minor
-        head.origin_form, head.path, head.block = self.origin_form, self.path, self.block
-        head.read, head.wishes, head.first_line = self.read, self.wishes, self.first_line
-        head.path_text = self.path_text
-        head.content_type, head.given_id, head.generates = self.content_type, self.given_id, self.generates
+        head = type(self)(self.method, self.target, self.minor)
+        head.origin_form, head.path, head.path_text = self.origin_form, self.path, self.path_text
+        head.block, head.read, head.wishes = self.block, self.read, self.wishes
+        head.first_line, head.content_type = self.first_line, self.content_type
+        head.given_id, head.generates = self.given_id, self.generates
         head.length, head.keep_alive, head.caller = length, self.keep_alive, self.caller
         return head
 
@@ -163,15 +162,21 @@ class ResponseHead:
         self.keep_alive = minor == 1
         self.event_stream = self.encoded = False
 
-    def with_length(self, length: int) -> ResponseHead:
+    def with_length(self, length: int) -> Self:
         """The same head before a body of `length` bytes."""
-        head = ResponseHead.__new__(ResponseHead)
-        head.status, head.reason, head.block, head.length = self.status, self.reason, self.block, length
+        head = type(self)(self.status, self.reason, 1)
+        head.block, head.length = self.block, length
         head.keep_alive, head.event_stream, head.encoded = self.keep_alive, self.event_stream, self.encoded
         return head
 
 
-H = TypeVar("H", RequestHead, ResponseHead)
+class _Head(Protocol):
+    length: int
+
+    def with_length(self, length: int) -> Self: ...
+
+
+H = TypeVar("H", bound=_Head)
 # The fields of a head, the keys that its key was looked up in, and the head as it goes on.
 Admitted = tuple[Mapping[bytes, bytes], object, RequestHead]
 

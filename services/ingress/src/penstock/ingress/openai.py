@@ -58,8 +58,8 @@ def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceR
         missing = re.search(r"missing required field `(\w+)`", text)
         param = field[1] if field else missing[1] if missing else None
         raise GatewayError("invalid_request", f"The request body is not valid: {text}", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise GatewayError("invalid_request", f"The request body is not valid JSON: {exc}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise GatewayError("invalid_request", f"The request body is not valid JSON: {error}") from None
     if not 0 < len(parsed.model) <= MAX_MODEL_LENGTH:
         text = f"'model' must have 1 to {MAX_MODEL_LENGTH} characters, has {len(parsed.model)}"
         raise GatewayError("invalid_request", text, param="model")

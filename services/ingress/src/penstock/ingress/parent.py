@@ -150,6 +150,7 @@ class Parent:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
+                "penstock.ingress.machine_code",
                 "penstock.ingress.worker",
                 str(theirs.fileno()),
                 str(counts),
