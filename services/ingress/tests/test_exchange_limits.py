@@ -345,3 +345,35 @@ async def test_while_the_store_is_away(mode: str, statuses: list[int]) -> None:
         loop.cancel()
         await asyncio.gather(loop, return_exceptions=True)
         await lab.close()
+
+
+HOSTILE = [
+    (b"user: u\r\nuser: v\r\n", {400, 404, 429}),
+    (b"user: " + b"x" * 70_000 + b"\r\n", {431}),
+    (b"user: a\x00b\r\n", {400}),
+    (b"user: a\rb\r\n", {400}),
+    (b"user : u\r\n", {400}),
+    (b"user:\r\n", {404}),
+    (b"user: \xed\xa0\x80\xff\r\n", {404}),
+    (b"user: ../../etc/passwd\r\n", {404}),
+    (b"user: " + b"%0d%0a" * 80 + b"\r\n", {404}),
+    (b"config-profile: " + b"p" * 513 + b"\r\n", {400}),
+    (b"x-ratelimit-remaining-requests: 9\r\nx-error-rpm-exceeded: true\r\n", {404}),
+    (b"authorization: Bearer " + b"k" * 5000 + b"\r\nauthorization: Bearer j\r\n", {400, 404}),
+]
+
+
+@pytest.mark.parametrize(("lines", "statuses"), HOSTILE, ids=range(len(HOSTILE)))
+async def test_what_no_honest_client_sends_is_refused_or_counted_and_the_next_is_served(
+    lab: Lab, lines: bytes, statuses: set[int]
+) -> None:
+    with limited(lab, rpm=1) as (limiter, _):
+        limiter.rates.configure({"x": read_document({"profiles": {"default": {"requests_per_second": 1}}})})
+        client = await lab.client()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n"
+        client.send(head % (lines, len(BODY)) + BODY)
+        response = await client.response()
+        # There is no instance: whoever passes gets a 404.
+        assert response.status in statuses
+        assert response.error["message"].isprintable()
+        assert (await (await lab.client()).ask(user="next")).status == 404

@@ -227,8 +227,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     )
     if settings.profiles_file is not None:
         host.lifecycle.add_loop("profiles-file", profiles.follow_file())
-    if store is not None:
-        host.lifecycle.add_loop("limits", limiter.run())
+    host.lifecycle.add_loop("limits", limiter.run())
     for name, loop in (
         ("registry-watch", service.watch(profiles)),
         ("load-report", service.report()),
@@ -244,14 +243,12 @@ async def serve(channel: Channel, counts_fd: int) -> None:
 
 def limit_store(
     settings: IngressSettings, bus: Bus, channel: Channel
-) -> tuple[LimitStore | None, ParentLimitStore | None]:
-    """Where limits are counted, None for this process itself; and the same again if it is the parent."""
+) -> tuple[LimitStore, ParentLimitStore | None]:
+    """Where limits are counted, and the same again if that is the parent."""
     if settings.limits_store == "redis":
         return RedisLimitStore(settings), None
     if settings.limits_store == "nats":
         return BusLimitStore(bus, settings.limits_nats_timeout), None
-    if settings.workers == 1:
-        return None, None
     of_parent = ParentLimitStore(channel.send)
     return of_parent, of_parent
 
