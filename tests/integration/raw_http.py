@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -106,8 +107,8 @@ class Client:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def connect(cls, port: int) -> Self:
-        return cls(*await asyncio.open_connection(HOST, port))
+    async def connect(cls, port: int, tls: ssl.SSLContext | None = None) -> Self:
+        return cls(*await asyncio.open_connection(HOST, port, ssl=tls))
 
     async def send(self, *pieces: bytes) -> None:
         """Each piece in a write of its own. A gateway that has hung up by then has answered already."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
@@ -14,7 +16,7 @@ import pytest_asyncio
 from integration.http_cases import CASES, SLOW, Case
 from integration.http_engine_cases import ENGINE_CASES, EVENT, TIMEOUTS, EngineCase
 from integration.raw_http import HEALTH, Answer, Client, HostileEngine, read_answer, sized
-from integration.servers import eventually
+from integration.servers import eventually, http_status
 from integration.stack import Stack, metric, running_stack
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -27,6 +29,11 @@ class Range:
 
     stack: Stack
     engine: HostileEngine
+    # What clients trust, of a gateway that speaks HTTPS.
+    tls: ssl.SSLContext | None = None
+
+    async def connect(self) -> Client:
+        return await Client.connect(self.port, self.tls)
 
     @property
     def port(self) -> int:
@@ -35,7 +42,7 @@ class Range:
     async def alive(self) -> None:
         """A fresh client gets the answer to its own request."""
         nonce = b"%d" % next(_nonces)
-        async with await Client.connect(self.port) as client:
+        async with await self.connect() as client:
             await client.send(sized(b"X-Nonce: " + nonce))
             answer = await read_answer(client.reader)
         assert (answer.status, answer.body) == (200, b'{"nonce":"%b"}' % nonce)
@@ -52,8 +59,9 @@ class Range:
             await eventually(idle)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def attacked() -> AsyncIterator[Range]:
+@asynccontextmanager
+async def running_range(*flags: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Range]:
+    """Everything of it, checked at the end."""
     engine = HostileEngine({case.name: case.behaviour for case in (*ENGINE_CASES, *TIMEOUTS)})
     address = await engine.start()
     with running_stack() as stack:
@@ -62,10 +70,12 @@ async def attacked() -> AsyncIterator[Range]:
         stack.start_scheduler()
         stack.start_ingress(
             "--header-timeout", "1", "--idle-timeout", "1.5", "--request-timeout", "2",
-            "--stream-idle-timeout", "1",
+            "--stream-idle-timeout", "1", *flags,
         )  # fmt: skip
-        await stack.ready()
-        attacked = Range(stack, engine)
+        port = stack.ingresses[0].admin_port
+        await eventually(lambda: http_status(f"http://127.0.0.1:{port}/readyz") == 200)
+        attacked = Range(stack, engine, tls)
+        await eventually(lambda: by_a_scheduler(attacked))
         yield attacked
         await attacked.nothing_is_held()
         await engine.close()
@@ -74,9 +84,23 @@ async def attacked() -> AsyncIterator[Range]:
         assert "Traceback" not in stack.ingresses[0].process.stderr
 
 
+async def by_a_scheduler(attacked: Range) -> bool:
+    """Whether requests are placed by one."""
+    async with await attacked.connect() as client:
+        await client.send(sized(b"X-Nonce: 0"))
+        answer = await read_answer(client.reader)
+    return answer.headers.get("routing-strategy", "local") != "local"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def attacked() -> AsyncIterator[Range]:
+    async with running_range() as attacked:
+        yield attacked
+
+
 async def play(attacked: Range, case: Case) -> list[Answer]:
     """Send the case and compare what comes back, and what becomes of the connection."""
-    async with await Client.connect(attacked.port) as client:
+    async with await attacked.connect() as client:
         sending = asyncio.create_task(client.send(*case.sent), name=case.name)
         answers = [await read_answer(client.reader, bodiless=case.bodiless) for _ in case.statuses]
         assert tuple(answer.status for answer in answers) == case.statuses, answers
@@ -101,7 +125,7 @@ async def test_what_a_client_sends_has_one_defined_answer(attacked: Range, case:
 
 
 async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(attacked: Range) -> None:
-    async with await Client.connect(attacked.port) as client:
+    async with await attacked.connect() as client:
         head, body = sized(b"Expect: 100-Continue").split(b"\r\n\r\n", 1)
         await client.send(head + b"\r\n\r\n")
         assert (await read_answer(client.reader)).status == 100
@@ -117,7 +141,7 @@ async def test_clients_that_send_nothing_more_are_ended(attacked: Range) -> None
 
 async def ask(attacked: Range, case: EngineCase) -> None:
     """Have the engine misbehave, and compare what its client gets."""
-    async with await Client.connect(attacked.port) as client:
+    async with await attacked.connect() as client:
         await client.send(sized(b"X-Case: " + case.name.encode()))
         if case.broken:
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

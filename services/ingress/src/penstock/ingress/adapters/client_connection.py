@@ -279,10 +279,10 @@ class ClientConnection(asyncio.Protocol):
         self._body.clear()
         self.deadline = self._gateway.clock() + LINGER_S
         transport = self._transport
-        # Closing with bytes unread would reset the connection and take the answer with it. Under TLS there is
-        # no half of an end: the client has LINGER_S to read the answer and leave.
-        if transport is not None and not transport.is_closing() and transport.can_write_eof():
-            transport.write_eof()
+        if transport is not None and not transport.is_closing():
+            # Closing with bytes unread would reset the connection and take the answer with it; not under TLS,
+            # whose end is a message, after which what comes is read and dropped.
+            transport.write_eof() if transport.can_write_eof() else transport.close()
 
     # -- the exchange's side -----------------------------------------------------------------------
 
