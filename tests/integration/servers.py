@@ -274,6 +274,11 @@ class NatsServer:
         return f"nats://127.0.0.1:{self.port}"
 
     @property
+    def folder(self) -> Path:
+        """Where its store is."""
+        return self._folder
+
+    @property
     def process(self) -> Process:
         assert self._process is not None, "the server is not started"
         return self._process

@@ -11,10 +11,22 @@ import aiohttp
 import nats
 import pytest
 
-from integration.audit_drill import CLEAN, GAPS, UNREAD, audit, drill, ingress_killed, settled, start
+from integration.audit_drill import (
+    CLEAN,
+    GAPS,
+    KINDS,
+    UNREAD,
+    audit,
+    drill,
+    ingress_killed,
+    settled,
+    start,
+)
 from integration.servers import eventually, free_port
-from integration.stack import Stack, chat, running_stack
+from integration.stack import MODEL, Stack, chat, running_stack
 from penstock.cli.audit.verifying import Verdict
+from penstock.common.routing_events import OUTCOME
+from penstock.common.subjects import EVENTS, event_subject
 
 pytestmark = pytest.mark.integration
 
@@ -28,7 +40,7 @@ def stack() -> Iterator[Stack]:
 async def test_with_a_spool_nothing_is_missing_whatever_is_killed(stack: Stack, tmp_path: Path) -> None:
     start(stack, "--audit-spool", str(tmp_path), schedulers=2, workers=2)
     await stack.ready()
-    done = await drill(stack, 11, 3, tmp_path)
+    done = await drill(stack, 11, KINDS[:3], tmp_path)
     await stack.ready()
     verdict = await settled(stack)
     assert verdict.faults == [], (done, verdict.faults[:5])
@@ -36,8 +48,8 @@ async def test_with_a_spool_nothing_is_missing_whatever_is_killed(stack: Stack, 
     assert verdict.whole
     assert verdict.admitted >= done["answered"]
     assert verdict.finished + verdict.lost >= done["answered"]
-    code, _ = await audit(stack)
-    assert code == CLEAN
+    code, since = await audit(stack, "--since", "1h")
+    assert (code, since["faults"]) == (CLEAN, [])
 
 
 async def test_requests_of_an_ingress_that_died_during_an_outage_are_lost_and_nothing_else(
@@ -110,18 +122,29 @@ async def test_without_a_spool_what_is_missing_is_named_with_writer_range_and_ca
 
 
 async def test_a_message_that_was_changed_is_found(stack: Stack) -> None:
-    """Somebody who may write stores it a second time, beyond the server's de-duplication."""
     start(stack)
     await stack.ready()
     async with aiohttp.ClientSession() as session:
         for number in range(20):
-            await chat(session, stack.url, f"request {number}")
+            await chat(session, stack.url, f"request {number}", headers={"x-request-id": f"request-{number}"})
     assert (await settled(stack)).clean
+    await stored_again_and_changed(stack)
+    code, verdict = await audit(stack, "--settle", "0")
+    assert (code, [fault["kind"] for fault in verdict["faults"]]) == (GAPS, ["altered"])
+    # And in the server's own file.
+    await asyncio.to_thread(stack.nats.kill)
+    assert change(stack.nats.folder, b'"request_id":"request-7"', b'"request_id":"request-x"')
+    await asyncio.to_thread(stack.nats.start)
+    await stack.ready()
+    again = await settled(stack)
+    assert {fault.kind for fault in again.faults} & {"chain", "sequence"}, again
+
+
+async def stored_again_and_changed(stack: Stack) -> None:
+    """Somebody who may write stores a message a second time, beyond the server's de-duplication."""
     client = await nats.connect(stack.nats.url)
     try:
-        message = await client.jetstream().get_last_msg(
-            "PENSTOCK_ROUTING", "penstock.v1.events.outcome.sim-model"
-        )
+        message = await client.jetstream().get_last_msg(EVENTS.name, event_subject(OUTCOME, MODEL))
         assert message.headers is not None
         assert message.data is not None
         headers = {name: value for name, value in message.headers.items() if name != "Nats-Msg-Id"}
@@ -130,9 +153,17 @@ async def test_a_message_that_was_changed_is_found(stack: Stack) -> None:
         await client.jetstream().publish(message.subject or "", forged, headers=headers)
     finally:
         await client.close()
-    code, verdict = await audit(stack, "--settle", "0")
-    assert code == GAPS
-    assert [fault["kind"] for fault in verdict["faults"]] == ["altered"]
+
+
+def change(folder: Path, old: bytes, new: bytes) -> int:
+    """Replace bytes in the files of the log's stream; how many there were."""
+    found = 0
+    for path in folder.rglob("*.blk"):
+        if EVENTS.name in path.parts:
+            content = path.read_bytes()
+            found += content.count(old)
+            path.write_bytes(content.replace(old, new))
+    return found
 
 
 async def test_what_cannot_be_read_is_another_exit_code(stack: Stack) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.audit_drill import CLEAN, GAPS, audit, drill, settled, start
+from integration.audit_drill import CLEAN, GAPS, KINDS, audit, drill, settled, start
 from integration.stack import Stack, running_stack
 
 pytestmark = [
@@ -36,7 +36,7 @@ async def test_kills_at_random_moments_cost_nothing_or_nothing_unnamed(
     await stack.ready()
     done, seed, until = Counter[str](), SEED, time.monotonic() + SECONDS
     while time.monotonic() < until:
-        done += await drill(stack, seed, 3, spool)
+        done += await drill(stack, seed, KINDS, spool)
         await stack.ready()
         seed += 1
     verdict = await settled(stack)

@@ -30,8 +30,9 @@ ATTRIBUTES: Json = {
     "id": {
         "type": "string",
         "minLength": 1,
-        "description": "writer, incarnation and number; with `source` unique for good, and the same when "
-        "an event is stored more than once: de-duplicate by it",
+        "description": "writer, incarnation and number, or for an outcome `lost` the request's last "
+        "decision; with `source` unique for good, and the same when an event is stored more than once or "
+        "told by several witnesses: de-duplicate by both",
     },
     "source": {"type": "string", "format": "uri-reference", "minLength": 1, "description": "who it is about"},
     "type": {"type": "string", "description": "kind and version"},
