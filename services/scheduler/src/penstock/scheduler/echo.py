@@ -39,7 +39,6 @@ class Echo:
         self._ranks: dict[int, int] = {}
         # Decided while nothing was on its way: alone as far as is known.
         self._first: object = None
-        self._first_at = 0.0
 
     def rank(self, slots: Iterable[int], own: int, replicas: int) -> None:
         """`slots` in an order that all replicas share, this one the `own`-th (from 0) of `replicas`."""
@@ -54,9 +53,8 @@ class Echo:
         if len(self._under_way) >= MAX_ECHOES:
             self._end(1)
         if not self._under_way:
-            self._first, self._first_at = message, now
-        # On virtual time, requests of one instant are one message's.
-        burst = message is not self._first and now != self._first_at
+            self._first = message
+        burst = message is not self._first
         expected = (self._replicas - 1) * burst
         ms_each = uncached_tokens * self._loads.ms_per_token.item(slot)
         self._mean_ms += (ms_each - self._mean_ms) * (_LAST if self._mean_ms else 1.0)

@@ -73,7 +73,7 @@ class Schedulers:
         ]
         # Draws apart, so that every policy meets the same requests at the same ingress.
         self._to_ingress, self._to_replica = Random(f"{seed} ingress"), Random(f"{seed} replica")
-        self._asked: dict[SimIngress, tuple[float, Replica]] = {}
+        self._asked: dict[SimIngress, tuple[float, Replica, ScheduleBatch]] = {}
         self._open: dict[str, SimIngress] = {}
         self._decisions = 0
         # Prompt tokens that placements took for cached.
@@ -118,8 +118,7 @@ class Schedulers:
 
     def _place(self, ingress: SimIngress, wanted: ScheduleRequest, now: float) -> Placement:
         """Ask a replica, have it count its answer, and let its siblings know."""
-        replica = self._replica_for(ingress, now)
-        batch = ScheduleBatch(ingress.name, INCARNATION, BUDGET_MS, (wanted,))
+        replica, batch = self._asked_by(ingress, wanted, now)
         decision = replica.decide(wanted, now)
         placement = decision.outcome
         if not isinstance(placement, Placement):
@@ -128,15 +127,18 @@ class Schedulers:
             raise ReplayFailed(f"request {wanted.request_id}: {decision.fault}")
         placed = replica.reserve(batch, wanted, decision, now)
         for feed in replica.feed(batch, placed):
-            self._tell_siblings(replica, feed, now)
+            self._tell_all(feed, now)
         return placement
 
-    def _replica_for(self, ingress: SimIngress, now: float) -> Replica:
-        at_s, replica = self._asked.get(ingress, (-1.0, self.replicas[0]))
-        if at_s != now:
-            replica = self._to_replica.choice(self.replicas)
-            self._asked[ingress] = now, replica
-        return replica
+    def _asked_by(
+        self, ingress: SimIngress, wanted: ScheduleRequest, now: float
+    ) -> tuple[Replica, ScheduleBatch]:
+        """Who is asked in which message: one message stands for all requests of an instant."""
+        asked = self._asked.get(ingress)
+        if asked is None or asked[0] != now:
+            batch = ScheduleBatch(ingress.name, INCARNATION, BUDGET_MS, (wanted,))
+            asked = self._asked[ingress] = now, self._to_replica.choice(self.replicas), batch
+        return asked[1:]
 
     def _start(self) -> None:
         listing = _listing(self._names)
@@ -146,10 +148,10 @@ class Schedulers:
         self._timeline.every(KEEP_EVERY_S, self._keep_house)
         self._timeline.every(PROBE_EVERY_S, self._probe)
 
-    def _tell_siblings(self, writer: Replica, feed: PlacedFeed, now: float) -> None:
+    def _tell_all(self, feed: PlacedFeed, now: float) -> None:
+        """The writer too: what comes back to it has reached the others."""
         for replica in self.replicas:
-            if replica is not writer:
-                self._timeline.at(now + self._delay_s, lambda at, to=replica: to.follow(feed, at))  # type: ignore[misc]
+            self._timeline.at(now + self._delay_s, lambda at, to=replica: to.follow(feed, at))  # type: ignore[misc]
 
     def _report(self, report: LoadReport, now: float) -> None:
         for replica in self.replicas:
