@@ -36,7 +36,7 @@ integration: sync ## services as processes, real servers
 	$(BIN)/pytest -n 4 --dist loadfile tests/integration $(ARGS)
 
 soak: sync ## outages for a minute each, then at random for a minute (PENSTOCK_SOAK_SECONDS=600 PENSTOCK_SEED=1)
-	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/deploy/test_images.py tests/integration/test_failures.py tests/integration/test_outages.py tests/integration/test_scaling.py tests/integration/test_etcd_failover.py tests/integration/test_leaks.py tests/integration/test_limits.py tests/integration/test_disaggregation.py $(ARGS)
+	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/deploy/test_images.py tests/integration/test_failures.py tests/integration/test_outages.py tests/integration/test_scaling.py tests/integration/test_etcd_failover.py tests/integration/test_leaks.py tests/integration/test_limits.py tests/integration/test_limit_stores.py tests/integration/test_disaggregation.py $(ARGS)
 
 lint: sync ## style, the one place for subjects, no stray __init__.py, generated docs in step
 	$(BIN)/ruff check .
