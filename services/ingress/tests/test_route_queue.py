@@ -156,18 +156,24 @@ async def test_a_drain_leaves_nobody_in_the_queue_without_an_answer(
 
 
 class Stormy(Endpoint):
-    """Answers 429 to the first two calls of each request; counts the further calls under way at once."""
+    """Answers 429 to the first two calls of each request, to the first ones when all have come; counts the
+    further calls under way at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int) -> None:
         super().__init__("ok")
         self.calls: dict[str, int] = {}
+        self.waiting: list[Peer] = []
+        self.expected = requests
         self.at_once = self.highest = 0
 
     def play(self, peer: Peer) -> None:
         request_id = self.requests[-1][1]["x-request-id"]
         self.calls[request_id] = call = self.calls.get(request_id, 0) + 1
         if call == 1:
-            peer.answer(ERROR, SLOW)
+            self.waiting.append(peer)
+            if len(self.waiting) == self.expected:
+                for waiting in self.waiting:
+                    waiting.answer(ERROR, SLOW)
             return
         self.at_once += 1
         self.highest = max(self.highest, self.at_once)
@@ -182,7 +188,7 @@ class Stormy(Endpoint):
 
 
 async def test_a_storm_of_429_with_a_thousand_waiting_clients_is_answered_whole(lab_of: LabOf) -> None:
-    member = Stormy()
+    member = Stormy(1000)
     await member.start()
     lab = await lab_of(
         route_policy="prefix",

@@ -164,7 +164,7 @@ def batch(*requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleBatch:
 
 async def ask(client: MemoryBus, *requests: ScheduleRequest, budget_ms: float = 50.0) -> ScheduleReply:
     one = batch(*requests, budget_ms=budget_ms)
-    return await client.request(SCHEDULE, one, DEFAULT_SHARD, deadline_s=1.0)
+    return await client.request(SCHEDULE, one, DEFAULT_SHARD, deadline_s=30.0)
 
 
 def report(sequence: int, *work: InFlight, finished: tuple[str, ...] = (), pieces: int = 0) -> LoadReport:
