@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-replicas fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-pd bench-replicas fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-discovery: sync ## what discovery costs with 2,000 engines, and how soon a
 
 bench-mirror: sync ## what clients notice of the mirror, off, on and in trouble (ARGS="--rate 200 --rounds 3")
 	PYTHONPATH=tests $(BIN)/python -m mirror_bench $(ARGS)
+
+bench-pd: sync ## pairs of prefill and decode against neutral instances, and what the gateway adds (ARGS="--trace FILE --no-live")
+	PYTHONPATH=tests $(BIN)/python -m pd_bench $(ARGS)
 
 bench-replicas: sync ## schedulers over the bus, and sessions through 8 ingress workers and 32 engines (ARGS="--no-bus")
 	PYTHONPATH=tests $(BIN)/python -m replica_bench $(ARGS)

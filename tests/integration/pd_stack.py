@@ -53,7 +53,7 @@ class PdStack:
                 assert await metric(session, port, "penstock_registry_taking_work") == expected
             return True
 
-        await eventually(partial(retried, known), 30.0)
+        await eventually(partial(retried, known))
 
     async def settled(self, session: aiohttp.ClientSession) -> None:
         """Nobody holds anything, nobody broke a protocol, nothing is in flight."""
@@ -69,6 +69,8 @@ class PdStack:
             return True
 
         await eventually(quiet)
+        for port in self.stack.scheduler_ports:
+            await eventually(partial(_is_zero, session, port, "penstock_scheduler_in_flight_requests"))
         for port in self.admin_ports.values():
             async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
                 page = await response.text()
@@ -117,6 +119,14 @@ def pd_stack(
             ingress = stack.start_ingress("--separate-pd-scheduling", separate, *flags)
             pd.urls[mode], pd.admin_ports[mode] = ingress.url, ingress.admin_port
         yield pd
+
+
+async def _is_zero(session: aiohttp.ClientSession, port: int, name: str) -> bool:
+    try:
+        return await metric(session, port, name) == 0
+    except aiohttp.ClientConnectionError:
+        # A scheduler that was killed holds nothing.
+        return True
 
 
 async def retried(check: Callable[[], Awaitable[bool]]) -> bool:

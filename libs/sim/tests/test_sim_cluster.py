@@ -9,7 +9,7 @@ import pytest
 
 from penstock.sim.cluster import Arrival, Cluster, Outcome
 from penstock.sim.engine import Engine
-from penstock.sim.spec import EngineRequest, EngineSpec
+from penstock.sim.spec import EngineRequest, EngineSpec, TokenEvent
 
 SPEC = EngineSpec(
     max_batch=2,
@@ -186,3 +186,18 @@ def test_an_output_that_stalls_is_not_run_past_that() -> None:
     assert engine.steps_alike() == 3
     (event,) = engine.end_step(3.4, 3)
     assert (event.generated, event.finished, engine.start_step(3.4)) == (4, False, None)
+
+
+def test_what_is_observed_may_bring_further_requests() -> None:
+    def observe(event: TokenEvent, engine: int, now: float) -> None:
+        if event.finished and event.request_id == "a":
+            cluster.add(arrival(now, "b", prompt=100, output=1))
+            cluster.add(arrival(now + 5.0, "c"))
+
+    cluster = Cluster(engines(1), least_loaded, observe)
+    ends = {one.request_id: one for one in cluster.run([arrival(0.0, "a", output=1), arrival(1.0, "d")])}
+    assert ends["a"].e2e_s == approx(0.5)
+    # Before that of 1.0 s, whose prompt waits for this one's.
+    assert ends["b"].e2e_s == approx(1.0)
+    assert ends["d"].ttft_s == approx(1.0)
+    assert ends["c"].ttft_s == approx(0.5)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from pydantic import Field
 
@@ -15,9 +16,18 @@ from penstock.common.adapters.memory_bus import MemoryBroker, MemoryBus
 from penstock.common.codec import encode_record
 from penstock.common.instances import complete_key, encode_instance, instance_key
 from penstock.common.live_config import DRAIN, MAPPING, PROFILE
-from penstock.common.messages import CompleteMarker, DiscoverReply, DiscoverRequest
+from penstock.common.messages import (
+    CompleteMarker,
+    DiscoverReply,
+    DiscoverRequest,
+    ExplainReply,
+    Mode,
+    ScheduleRequest,
+    Stage,
+)
 from penstock.common.model import Endpoint, Instance, InstanceState
-from penstock.common.subjects import CONFIG, DISCOVER, INSTANCES
+from penstock.common.routing_events import CandidateTerms, Explained, PlacementEvent
+from penstock.common.subjects import CONFIG, DEFAULT_SHARD, DISCOVER, EXPLAIN_NOW, INSTANCES
 from penstock.ingress.admin.access import Access
 from penstock.ingress.admin.documents import Documents
 from penstock.ingress.admin.operations import MAX_BODY_BYTES, Strict
@@ -499,3 +509,44 @@ async def test_a_fault_of_the_program_is_no_500_and_tells_nothing(caplog: pytest
         assert (status, body["error"]["code"]) == (503, "internal_error")
         assert "Attribute" not in json.dumps(body)
         assert "the admin API failed" in caplog.text
+
+
+# -- where a request would go ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("profile", "more", "asked"),
+    [
+        ({}, {}, (Mode.NEUTRAL, Stage.ONLY)),
+        ({"disaggregation": {"protocol": "vllm-nixl"}}, {}, (Mode.PD_BATCH, Stage.ONLY)),
+        (
+            {"disaggregation": {"protocol": "vllm-nixl", "mode": "staged"}},
+            {},
+            (Mode.PD_STAGED, Stage.PREFILL),
+        ),
+        ({"disaggregation": {"protocol": "vllm-nixl"}}, {"n": 2}, (Mode.NEUTRAL, Stage.ONLY)),
+    ],
+)
+async def test_where_a_request_would_go_is_asked_as_its_worker_would(
+    profile: dict[str, Any], more: dict[str, Any], asked: tuple[Mode, Stage]
+) -> None:
+    requests: list[ScheduleRequest] = []
+
+    def explain(request: ScheduleRequest) -> ExplainReply:
+        requests.append(request)
+        event = PlacementEvent(request.decision_id, request.request_id, request.model, "b", "p", "s")
+        event = msgspec.structs.replace(event, prefill_candidates=[CandidateTerms("b", 1.0, 0, 0)])
+        return ExplainReply("s", (msgspec.json.encode(Explained("same", event)),))
+
+    async with running() as lab:
+        await MemoryBus(lab.broker).serve(EXPLAIN_NOW, explain, DEFAULT_SHARD)
+        await lab.add(B)
+        document = {"profiles": {"default": profile}}
+        assert (await lab.ask("PUT", "/admin/api/profiles/n", document))[0] == 201
+        body = {"model": "n", "messages": [{"role": "user", "content": "hi"}], **more}
+        status, told = await lab.ask("POST", "/admin/api/explain", body)
+        assert (status, told["instance"], told["prefill_candidates"][0]["instance"]) == (200, "b", "b")
+        pd = {**body, "routing": {"strategy": "pd"}}
+        refused = None if profile or more else error(await lab.ask("POST", "/admin/api/explain", pd))
+    assert [(request.mode, request.stage) for request in requests] == [asked]
+    assert refused in (None, (400, "invalid_strategy", "routing-strategy"))

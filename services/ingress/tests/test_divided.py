@@ -148,6 +148,39 @@ async def test_prefill_that_takes_too_long_costs_a_retry_or_is_a_504(lab_of: Lab
     await peer.gone()
 
 
+async def test_what_prefill_has_computed_is_served_before_whoever_waits_to_be_computed(lab_of: LabOf) -> None:
+    pair = await pair_of(lab_of, separate_pd_scheduling=True)
+    lab, full = pair.lab, False
+
+    def decide(request: ScheduleRequest) -> Placement | Rejection:
+        if full:
+            return Rejection(request.decision_id, Reason.SATURATED, "full", 1.0)
+        return pair.decide(request)
+
+    lab.scheduler.decide = decide
+    computed, fresh = await lab.client(), await lab.client()
+    computed.post()
+    prefill, _, _ = await asked(pair.prefill)
+    full = True
+    # This one comes first, and in more of a hurry.
+    fresh.post(x_priority="100")
+    await eventually(lambda: lab.gateway.waiting._lines.count == 1)
+    prefill.answer(KEPT)
+    await eventually(lambda: lab.gateway.waiting._lines.count == 2)
+    first = lab.gateway.waiting._lines.first(lambda line: True)
+    assert first is not None
+    assert first.holder.request.stage is Stage.DECODE
+    full = False
+    decode, _, _ = await asked(pair.decode)
+    decode.answer()
+    assert (await computed.response()).status == 200
+    await again(prefill)
+    prefill.answer(KEPT)
+    await again(decode)
+    decode.answer()
+    assert (await fresh.response()).status == 200
+
+
 async def test_a_lease_that_is_over_before_decode_goes_out_means_another_prefill(lab_of: LabOf) -> None:
     pair = await pair_of(lab_of, separate_pd_scheduling=True, prefill_lease=1e-6)
     client = await pair.lab.client()

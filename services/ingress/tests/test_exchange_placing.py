@@ -289,7 +289,6 @@ async def test_after_three_silences_the_scheduler_is_used_again_once_a_probe_is_
         {"state": InstanceState.DRAINING},
         {"state": InstanceState.UNHEALTHY},
         {"role": Role.PREFILL},
-        {"role": Role.DECODE},
     ],
     ids=str,
 )
@@ -302,6 +301,19 @@ async def test_only_instances_that_can_serve_alone_are_chosen_here(lab: Lab, fie
     assert (response.status, response.error["code"]) == (503, "no_available_instance")
     lab.broker.set_up(True)
     assert (await lab.events("rejection"))[0]["reason"] == "no_instance"
+
+
+async def test_where_no_instance_is_neutral_those_that_decode_do_all_of_it_here(lab: Lab) -> None:
+    lab.instance("a", 1, role=Role.PREFILL)
+    engine = await lab.engine("b", role=Role.DECODE)
+    await lab.stop_scheduler()
+    client = await lab.client()
+    client.post()
+    peer = await engine.accept()
+    await peer.request()
+    peer.answer()
+    response = await client.response()
+    assert (response.status, response.headers["target-pod"]) == (200, "b")
 
 
 async def test_a_session_stays_on_its_instance_and_others_spread_when_placed_here(lab: Lab) -> None:

@@ -27,7 +27,7 @@ from penstock.common.messages import (
     ScheduleReply,
     ScheduleRequest,
 )
-from penstock.common.model import Endpoint, Instance
+from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.subjects import (
     DEFAULT_SHARD,
     EVENTS,
@@ -134,9 +134,11 @@ def wire() -> tuple[MemoryBroker, MemoryBus]:
 
 
 async def register(client: MemoryBus, *names: str, complete: bool = True) -> None:
+    """Those whose names begin with `p-` prefill, with `d-` decode."""
     await client.ensure_bucket(INSTANCES)
     for name in names:
-        instance = Instance(id=name, endpoint=Endpoint("h", 1), models=("m",), source="test")
+        role = {"p": Role.PREFILL, "d": Role.DECODE}.get(name.partition("-")[0], Role.NEUTRAL)
+        instance = Instance(id=name, endpoint=Endpoint("h", 1), models=("m",), role=role, source="test")
         await client.put(INSTANCES, instance_key(name), encode_instance(instance))
     if complete:
         marker = encode_record(CompleteMarker("test", ("test",)))

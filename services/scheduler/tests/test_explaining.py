@@ -7,8 +7,8 @@ import pytest
 
 from penstock.common.adapters.memory_bus import MemoryBus
 from penstock.common.errors import BusTimeout
-from penstock.common.messages import ExplainRequest, ScheduleRequest
-from penstock.common.routing_events import Explained, Inputs
+from penstock.common.messages import ExplainRequest, Mode, Placement, ScheduleRequest
+from penstock.common.routing_events import PLACEMENT, Explained, Inputs, PlacementEvent
 from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN, EXPLAIN_NOW
 from penstock.scheduler.recording import decide_again
 
@@ -116,3 +116,38 @@ async def test_off_keeps_and_tells_nothing() -> None:
         with pytest.raises(BusTimeout):
             await explain(client, "d1")
     assert "inputs" not in event["data"]
+
+
+async def test_of_a_pair_both_choices_are_told_and_made_again() -> None:
+    broker, client = wire()
+    await register(client, "p-1", "p-2", "d-1", "d-2", "d-3")
+    wanted = request("d1", mode=Mode.PD_BATCH)
+    async with replica(broker, explain="full") as one:
+        await eventually(lambda: one.serving)
+        now = await explain_now(client, wanted)
+        (outcome,) = (await ask(client, wanted)).outcomes
+        (told,) = await explain(client, "r-d1")
+        (event,) = await events_of(client, PLACEMENT, 1)
+    assert isinstance(outcome, Placement)
+    for explained in (now, told):
+        placed = explained.placement
+        assert placed is not None
+        assert explained.recomputed == "same pick, same score"
+        assert (placed.prefill_instance, placed.instance) == (outcome.prefill_instance, outcome.instance)
+        assert {term.instance for term in placed.prefill_candidates} == {"p-1", "p-2"}
+        assert {term.instance for term in placed.candidates} == {"d-1", "d-2", "d-3"}
+        assert (placed.prefill_candidates[0].instance, placed.prefill_weights) == (
+            outcome.prefill_instance,
+            {"expected-ttft": 1.0},
+        )
+    logged = msgspec.convert(event["data"], PlacementEvent, strict=False)
+    assert logged.inputs is not None
+    for inputs, instance in (
+        (logged.inputs, outcome.instance),
+        (logged.inputs.prefill, outcome.prefill_instance),
+    ):
+        assert inputs is not None
+        again = decide_again(inputs)
+        assert again is not None
+        assert isinstance(again.outcome, Placement)
+        assert again.outcome.instance == instance

@@ -18,9 +18,11 @@ from penstock.common.messages import (
     InFlight,
     InstanceSpeed,
     LoadReport,
+    Mode,
     Placement,
     Reason,
     Rejection,
+    Stage,
 )
 from penstock.common.model import EngineLoad
 from penstock.common.subjects import (
@@ -412,3 +414,18 @@ async def test_requests_of_an_ingress_that_fell_silent_are_told_lost_under_an_id
     for data in told:
         assert (data["outcome"], data["instance"], data["decisions"]) == ("lost", "a", ["d1"])
     assert {(event["data"]["writer"], event["data"]["change"]) for event in gone} == {("ingress/i", "silent")}
+
+
+async def test_what_prefill_has_computed_goes_ahead_of_what_is_to_compute() -> None:
+    broker, client = wire()
+    await register(client, "p-1", "d-1")
+    fresh = request("d1", mode=Mode.PD_BATCH)
+    computed = request("d2", mode=Mode.PD_STAGED, stage=Stage.DECODE, prefill_instance="p-1")
+    async with replica(broker, max_requests_per_instance=1) as one:
+        await eventually(lambda: one.serving)
+        reply = await ask(client, fresh, computed)
+    first, second = reply.outcomes
+    assert isinstance(first, Rejection)
+    assert (first.decision_id, first.reason) == ("d1", Reason.SATURATED)
+    assert isinstance(second, Placement)
+    assert (second.decision_id, second.instance) == ("d2", "d-1")

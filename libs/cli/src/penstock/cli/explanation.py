@@ -71,14 +71,19 @@ def _event(explained: Explained) -> PlacementEvent | RejectionEvent:
 def _again(event: PlacementEvent | RejectionEvent) -> str:
     inputs = event.inputs
     assert isinstance(inputs, Inputs)
-    outcome: Placement | Rejection
-    if isinstance(event, PlacementEvent):
-        outcome = Placement(event.decision_id, event.instance)
-        score = event.candidates[0].score if event.candidates else 0.0
-    else:
-        outcome, score = Rejection(event.decision_id, Reason.NO_INSTANCE), 0.0
+    if isinstance(event, RejectionEvent):
+        return _verdict(inputs, Rejection(event.decision_id, Reason.NO_INSTANCE), [])
+    verdict = _verdict(inputs, Placement(event.decision_id, event.instance), event.candidates)
+    if inputs.prefill is None:
+        return verdict
+    placed = Placement(event.decision_id, event.prefill_instance)
+    of_prefill = _verdict(inputs.prefill, placed, event.prefill_candidates)
+    return verdict if of_prefill == verdict else f"{verdict}; prefill: {of_prefill}"
+
+
+def _verdict(inputs: Inputs, outcome: Placement | Rejection, candidates: list[CandidateTerms]) -> str:
     try:
-        return verdict_of(decide_again(inputs), outcome, score)
+        return verdict_of(decide_again(inputs), outcome, candidates[0].score if candidates else 0.0)
     except (BadInputs, PolicyFault) as exc:
         return f"not possible here: {exc}"[:512]
 
@@ -114,8 +119,7 @@ def _lines(story: Story) -> Iterator[str]:
 
 
 def _placement(event: PlacementEvent) -> Iterator[str]:
-    weights = ", ".join(f"{plain(name)} x {weight:.3g}" for name, weight in event.weights.items())
-    yield f"  policy {plain(event.policy)}{f' ({weights})' if weights else ''}"
+    yield f"  policy {plain(event.policy)}{_weighted(event.weights)}"
     if event.policy == LOCAL:
         yield "  placed by the ingress itself: no scheduler answered in time"
     if event.fault:
@@ -125,6 +129,14 @@ def _placement(event: PlacementEvent) -> Iterator[str]:
     yield f"  -> {prefill}{plain(event.instance)}{matched}, {event.prompt_tokens} prompt tokens"
     if event.candidates:
         yield from (f"  {line}" for line in _table(event.candidates))
+    if event.prefill_candidates:
+        yield f"  prefill{_weighted(event.prefill_weights)}:"
+        yield from (f"  {line}" for line in _table(event.prefill_candidates))
+
+
+def _weighted(weights: dict[str, float]) -> str:
+    shown = ", ".join(f"{plain(name)} x {weight:.3g}" for name, weight in weights.items())
+    return f" ({shown})" if shown else ""
 
 
 def _table(candidates: list[CandidateTerms]) -> Iterator[str]:
@@ -170,6 +182,9 @@ def _outcome(outcome: OutcomeEvent | None) -> str:
     if outcome.instance:
         words.append(f"from {plain(outcome.instance)}")
     words.append(f"{outcome.e2e_ms:.1f} ms")
+    if outcome.prefill_instance:
+        words.append(f"prefill on {plain(outcome.prefill_instance)} {outcome.prefill_ms:.1f} ms")
+        words.append(f"decode's first token after {outcome.decode_ttft_ms:.1f} ms")
     if outcome.ttft_ms:
         words.append(f"first token after {outcome.ttft_ms:.1f} ms")
     if outcome.attempts > 1:

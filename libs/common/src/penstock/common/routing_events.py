@@ -58,7 +58,8 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
     `thresholds` what it was built with. `instances` are the candidates that the filters left, in order;
     `numbers` are little-endian f64 arrays aligned with them, by name in the scheduler's Loads; `steps` are
     pairs of leading blocks and the candidates that hold so many, as little-endian bits. `records` are there
-    for policies of the operator's own, which may read them.
+    for policies of the operator's own, which may read them. Of a pair that was placed together these are of
+    decode's instance, and `prefill` of the other's.
     """
 
     request: ScheduleRequest
@@ -72,11 +73,13 @@ class Inputs(msgspec.Struct, frozen=True, omit_defaults=True):
     numbers: dict[str, bytes] = {}
     steps: list[tuple[int, bytes]] = []
     records: list[Instance] = []
+    prefill: Inputs | None = None
 
 
 class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A request was given an instance, by a scheduler or, in need, its ingress (`policy` "local"). `profile`
-    is the config profile that counted, if one did."""
+    is the config profile that counted, if one did. Of a pair that was placed together, what begins with
+    `prefill_` is of the choice of prefill's instance, the rest of decode's."""
 
     decision_id: str
     request_id: str
@@ -97,6 +100,8 @@ class PlacementEvent(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     fault: str = ""
     inputs: Inputs | None = None
     profile: str = ""
+    prefill_candidates: list[CandidateTerms] = []
+    prefill_weights: dict[str, float] = {}
 
 
 class RejectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,10 +6,9 @@ float rounding, below 1 ns in an hour; a request that arrives so close to a step
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
+from itertools import count
 
 from penstock.sim.engine import Engine
 from penstock.sim.spec import DoesNotFit, EngineRequest, QueueFull, TokenEvent
@@ -42,9 +41,6 @@ class Outcome:
     e2e_s: float = 0.0
     cached_tokens: int = 0
     refused: str = ""
-
-
-_at_s = attrgetter("at_s")
 
 
 @dataclass(slots=True)
@@ -80,21 +76,33 @@ class Cluster:
         self._steps: dict[int, _Steps] = {}
         # Ends of steps: (time, engine); out of date where the engine's steps are due at another time.
         self._ends: list[tuple[float, int]] = []
+        # What is to come: (time, number in order of entry, arrival).
+        self._coming: list[tuple[float, int, Arrival]] = []
+        self._numbers = count()
+
+    def add(self, arrival: Arrival) -> None:
+        """One more request; while a run is under way, not earlier than what is observed."""
+        heapq.heappush(self._coming, (arrival.at_s, next(self._numbers), arrival))
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Outcomes in the order in which requests end; arrivals need not be sorted, their ids are unique."""
-        in_order = sorted(arrivals, key=_at_s)
-        for at_s, together in groupby(in_order, key=_at_s):
+        for arrival in arrivals:
+            self.add(arrival)
+        while self._coming or self._ends:
             # A step that ends just when a request arrives is seen by its placement.
-            while self._ends and self._ends[0][0] <= at_s:
+            if not self._coming or (self._ends and self._ends[0][0] <= self._coming[0][0]):
                 self._end_step()
+                continue
+            at_s = self._coming[0][0]
             # Requests of one instant start in one batch.
-            for index in {self._arrive(arrival): None for arrival in together}:
+            for index in {self._arrive(arrival): None for arrival in self._next_ones(at_s)}:
                 if not self._engines[index].in_step:
                     self._start_step(index, at_s)
-        while self._ends:
-            self._end_step()
         return self._outcomes
+
+    def _next_ones(self, at_s: float) -> Iterator[Arrival]:
+        while self._coming and self._coming[0][0] == at_s:
+            yield heapq.heappop(self._coming)[2]
 
     def _arrive(self, arrival: Arrival) -> int:
         request, now = arrival.request, arrival.at_s

@@ -12,6 +12,7 @@ from functools import cache
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
 from penstock.common.adapters.routing_log import RoutingLog
+from penstock.common.followed_file import read_bytes
 from penstock.common.identity import Identity, new_identity
 from penstock.common.lifecycle import Lifecycle, run_service
 from penstock.common.live_config import expose_config
@@ -23,7 +24,7 @@ from penstock.ingress.adapters.admin_http import mount
 from penstock.ingress.adapters.listening import reserve_port
 from penstock.ingress.admin.access import Access
 from penstock.ingress.admin.explaining import Hashing
-from penstock.ingress.admin.service import AdminService
+from penstock.ingress.admin.service import AdminService, Division
 from penstock.ingress.body_reader import tokenizer_of
 from penstock.ingress.certificate_keeping import CertificateKeeper
 from penstock.ingress.certificates import BadCertificates
@@ -67,7 +68,8 @@ async def serve(settings: IngressSettings) -> None:
         events = written.events
         salt = settings.audit_user_salt.get_secret_value()
         users = UserHashes(salt) if salt else None
-        api = AdminService(bus, events, Access(_token_of(settings)), _hashing_of(settings), users)
+        access, division = Access(_token_of(settings)), _division_of(settings)
+        api = AdminService(bus, events, access, _hashing_of(settings), users, division)
         parent = Parent(settings, identity.id, held.getsockname()[1], lifecycle, api.router.handle)
         expose_config(api.config, parent.metrics)
         if certificates is not None:
@@ -122,6 +124,19 @@ def _hashing_of(settings: IngressSettings) -> Hashing:
         settings.token_block_size,
     )
     return Hashing(setup, settings.block_hash_tenant, cache(lambda: tokenizer_of(setup)))
+
+
+def _division_of(settings: IngressSettings) -> Division:
+    """As the workers divide; the file is read for each request."""
+    path = settings.profiles_file
+
+    def profiles() -> bytes | str:
+        try:
+            return read_bytes(path) if path is not None else b""
+        except OSError as exc:
+            return exc.strerror or str(exc)
+
+    return Division(settings.pd_disagg_protocol, settings.separate_pd_scheduling, profiles)
 
 
 def _token_of(settings: IngressSettings) -> Callable[[], str]:

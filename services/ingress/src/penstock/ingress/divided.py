@@ -271,29 +271,22 @@ class Divided:
         return self._exchange.answered(attempt, head)
 
     def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
-        """Another pair, or another decode where it has seen nothing of what prefill keeps."""
-        if failure is Failure.LOST:
+        """Another pair, or another decode where it can have seen nothing of what prefill keeps. Who closes a
+        connection that was used before may have read the request."""
+        if failure in (Failure.LOST, Failure.STALE):
             self._used_up()
-        elif self._another_decode(attempt, failure):
+        elif failure is Failure.REFUSED and self._another_decode(attempt):
             return
         self._result = "decode_failed"
         self._fail(attempt, failure, cause)
 
-    def _another_decode(self, attempt: Attempt, failure: Failure) -> bool:
+    def _another_decode(self, attempt: Attempt) -> bool:
         pair = self._pair
-        if failure is Failure.OVERFLOW or self._order is not Order.PREFILL_FIRST or pair is None:
+        if self._order is not Order.PREFILL_FIRST or pair is None or not self._exchange.detour().free_move():
             return False
-        if not self._exchange.detour().free_move():
-            return False
-        if failure is Failure.REFUSED:
-            attempt.close()
-            self._gateway.breakers.failed(attempt.target, self._gateway.clock())
-            self._ask_decode(pair, attempt.target)
-        else:
-            # A keep-alive race says nothing against the instance.
-            self._unsent.append(attempt.work)
-            assert attempt.instance is not None
-            self._send_decode(attempt.instance)
+        attempt.close()
+        self._gateway.breakers.failed(attempt.target, self._gateway.clock())
+        self._ask_decode(pair, attempt.target)
         return True
 
     def _used_up(self) -> None:

@@ -17,7 +17,7 @@ def place_pair_locally(
     usable: Sequence[Instance], in_flight: InFlightOn, affinity: bytes, request: ScheduleRequest
 ) -> Placement | None:
     """Where a request with a mode goes, as a scheduler would say it; None if it can go nowhere. Without a
-    pair it goes to a neutral instance, undivided."""
+    pair it goes undivided to one instance."""
     name = request.decision_id
     decodes = [one for one in usable if one.role is Role.DECODE]
     if request.stage is Stage.DECODE:
@@ -29,13 +29,19 @@ def place_pair_locally(
     prefills = [one for one in usable if one.role is Role.PREFILL and kv_group(one) in groups]
     prefill = place_locally(prefills, in_flight, affinity, name)
     if prefill is None:
-        neutral = [one for one in usable if one.role is Role.NEUTRAL]
-        whole = place_locally(neutral, in_flight, affinity, name)
+        whole = place_locally(able_alone(usable), in_flight, affinity, name)
         return None if whole is None else Placement(name, whole.id, policy=LOCAL)
     if request.mode is Mode.PD_STAGED:
         return Placement(name, prefill.id, prefill.id, LOCAL)
     decode = _of_group(decodes, kv_group(prefill), in_flight, name)
     return None if decode is None else Placement(name, decode.id, prefill.id, LOCAL)
+
+
+def able_alone(usable: Sequence[Instance]) -> list[Instance]:
+    """Who does all of a request: neutral instances; where there is none, those that decode, which compute
+    prompts too if they must."""
+    neutral = [one for one in usable if one.role is Role.NEUTRAL]
+    return neutral or [one for one in usable if one.role is Role.DECODE]
 
 
 def kv_group(instance: Instance) -> Group:

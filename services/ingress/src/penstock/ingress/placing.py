@@ -44,7 +44,7 @@ from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
 from penstock.common.telemetry import Metrics
 from penstock.ingress.breaker import BusBreaker
 from penstock.ingress.in_flight import InFlightAccount, of_prefill_id
-from penstock.ingress.local_pairs import LOCAL, place_pair_locally
+from penstock.ingress.local_pairs import LOCAL, able_alone, place_pair_locally
 from penstock.ingress.local_policy import place_locally
 from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
 from penstock.ingress.replicas import ANY, Replicas
@@ -328,6 +328,8 @@ class Placer:
         known = self._usual.get(key) if usual else None
         if known is None:
             usable = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
+            if request.mode is _NEUTRAL:
+                usable = able_alone(usable)
             known = usable, self._max_requests > 0 or any(i.max_requests for i in usable)
             if usual:
                 self._usual[key] = known
@@ -397,9 +399,9 @@ class Placer:
 
 
 def eligible(instance: Instance, request: ScheduleRequest) -> bool:
-    """Whether this ingress may send such a request there by itself: a divided one to every role."""
+    """Whether this ingress may send such a request there by itself, or prefill's part of it."""
     owned = not request.owner or request.owner == instance.owned_by(request.model)
-    fits = request.mode is not Mode.NEUTRAL or instance.role is Role.NEUTRAL
+    fits = request.mode is not Mode.NEUTRAL or instance.role is not Role.PREFILL
     return owned and instance.takes_work and fits
 
 

@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from penstock.common.messages import ScheduleRequest
+from penstock.common.messages import ScheduleRequest, Stage
 from penstock.common.model import InstanceId
 from penstock.common.telemetry import Metrics
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.waiting import Lines, Ticket
+from penstock.ingress.wishes import MAX_PRIORITY
 
 if TYPE_CHECKING:
     from penstock.ingress.exchange import Exchange
@@ -162,7 +163,7 @@ class WaitingRoom:
         request, settings = exchange.request, self._gateway.settings
         line = self._lines.open(_key(request), request.model, request.owner)
         if self._counts.total() >= settings.waiting_limit:
-            last = self._lines.to_displace(line, request.priority, request.user)
+            last = self._lines.to_displace(line, _rank(request), request.user)
             text = f"{settings.waiting_limit} requests wait for capacity already"
             if last is None:
                 self._ended.inc("full")
@@ -174,7 +175,7 @@ class WaitingRoom:
         exchange.ticket = self._lines.join(
             line,
             exchange,
-            priority=request.priority,
+            priority=_rank(request),
             user=request.user,
             since=now,
             until=min(now + settings.waiting_timeout, exchange.deadline),
@@ -206,6 +207,12 @@ def _key(request: ScheduleRequest) -> tuple[object, ...]:
     # A prompt that is computed must not wait behind those to compute.
     stage = request.mode, request.stage, request.prefill_group
     return request.model, request.owner, request.profile, stage, request.excluded
+
+
+def _rank(request: ScheduleRequest) -> int:
+    """Its priority; what prefill has computed goes before every prompt that is to compute, since it takes
+    room at prefill until it is fetched."""
+    return request.priority + (2 * MAX_PRIORITY + 1 if request.stage is Stage.DECODE else 0)
 
 
 def _overloaded(status: int, text: str, retry_after_s: float) -> GatewayError:

@@ -31,7 +31,7 @@ from penstock.scheduler.recording import (
 )
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
-from penstock.scheduler.telling import Reasons, Teller, placement_event, rejection_event
+from penstock.scheduler.telling import Reasons, Teller, placement_event, rejection_event, with_prefill
 
 OFF, SAMPLED, FULL = "off", "sampled", "full"
 # One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.
@@ -112,18 +112,28 @@ class Explaining:
 
     def explained(self, recording: Recording) -> Explained:
         """Every candidate, and whether the same comes out again."""
-        inputs, terms = inputs_of(recording), list[CandidateTerms]()
-        verdict = "refused before any instance was looked at"
-        if inputs is not None:
-            verdict, again = self._again(inputs, recording)
-            terms = again.terms if again is not None else terms
+        inputs, prefill = inputs_of(recording), recording.prefill
+        verdict, terms = self._verdict(inputs, recording)
         weights = recording.profile.weights if recording.profile is not None else {}
         policy, excluded, seed, view = recording.policy, recording.excluded, recording.seed, recording.view
         why = Reasons(policy, terms, excluded, seed, weights, view, recording.fault, fitting(inputs))
         told_by, request, outcome = (self._own.id, recording.ingress), recording.request, recording.outcome
-        if isinstance(outcome, Placement):
-            return Explained(verdict, placement_event(*told_by, request, outcome, why))
-        return Explained(verdict, None, rejection_event(*told_by, request, outcome, why))
+        if not isinstance(outcome, Placement):
+            return Explained(verdict, None, rejection_event(*told_by, request, outcome, why))
+        placement = placement_event(*told_by, request, outcome, why)
+        if prefill is not None and inputs is not None:
+            its_verdict, its_terms = self._verdict(inputs.prefill, prefill)
+            its_weights = prefill.profile.weights if prefill.profile is not None else {}
+            placement = with_prefill(placement, its_terms, its_weights)
+            verdict = verdict if its_verdict == verdict else f"{verdict}; prefill: {its_verdict}"
+        return Explained(verdict, placement)
+
+    def _verdict(self, inputs: Inputs | None, recording: Recording) -> tuple[str, list[CandidateTerms]]:
+        """Whether a choice comes out again, and all its candidates."""
+        if inputs is None:
+            return "refused before any instance was looked at", []
+        verdict, again = self._again(inputs, recording)
+        return verdict, again.terms if again is not None else []
 
     def _again(self, inputs: Inputs, recording: Recording) -> tuple[str, Decision | None]:
         try:
@@ -144,8 +154,12 @@ def fitting(inputs: Inputs | None) -> Inputs | None:
     """None if they are too large to be told."""
     if inputs is None:
         return None
+    size = _size(inputs) + (_size(inputs.prefill) if inputs.prefill is not None else 0)
+    return inputs if size <= MAX_INPUTS_BYTES else None
+
+
+def _size(inputs: Inputs) -> int:
     arrays = sum(map(len, inputs.numbers.values())) + len(inputs.request.block_hashes)
     names = sum(map(len, inputs.instances)) + sum(len(mask) for _, mask in inputs.steps)
     # JSON holds bytes as base64; a record takes some 300 bytes.
-    size = arrays * 4 // 3 + names * 4 // 3 + 600 * len(inputs.records)
-    return inputs if size <= MAX_INPUTS_BYTES else None
+    return arrays * 4 // 3 + names * 4 // 3 + 600 * len(inputs.records)

@@ -59,12 +59,19 @@ class Recording(msgspec.Struct, frozen=True, gc=False):
     replicas: int = 1
     numbers: Sequence[bytes] = ()
     held_bytes: int = RECORDING_BYTES
+    # The choice of prefill's instance, where `outcome` names two.
+    prefill: Recording | None = None
 
 
 def record(
     request: ScheduleRequest, decision: Decision, ingress: str, view: ViewAge, loads: Loads
 ) -> Recording:
     """To be called before anything of the decision is reserved."""
+    if decision.prefill is not None:
+        of_prefill = record(request, decision.prefill, ingress, view, loads)
+        both = record(request, msgspec.structs.replace(decision, prefill=None), ingress, view, loads)
+        held_bytes = both.held_bytes + of_prefill.held_bytes
+        return msgspec.structs.replace(both, prefill=of_prefill, held_bytes=held_bytes)
     fault = str(decision.fault) if decision.fault is not None else ""
     # Unpacked hashes are not kept: they take eight times as much. Positional, in the order of the fields: by
     # name they cost three times as much.
@@ -143,6 +150,7 @@ def inputs_of(recording: Recording) -> Inputs | None:
         numbers={name: _array(packed).take(kept.slots).tobytes() for name, packed in arrays},
         steps=[(blocks, _bits(mask, kept.slots)) for blocks, mask in recording.steps],
         records=[kept.pool.instances[row] for row in kept.rows] if custom else [],
+        prefill=inputs_of(recording.prefill) if recording.prefill is not None else None,
     )
 
 

@@ -67,6 +67,10 @@ class Teller:
         )
         if isinstance(outcome, Placement):
             placement = placement_event(self._own.id, batch.ingress, request, outcome, why)
+            if decision.prefill is not None:
+                its = decision.prefill.basis
+                weights = its.profile.weights if its is not None else {}
+                placement = with_prefill(placement, decision.prefill.terms, weights)
             self._events.emit(PLACEMENT, request.model, request.request_id, placement)
         else:
             rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
@@ -155,6 +159,13 @@ def placement_event(
         why.inputs,
         outcome.profile,
     )
+
+
+def with_prefill(
+    placement: PlacementEvent, terms: list[CandidateTerms], weights: dict[str, float]
+) -> PlacementEvent:
+    """The event of a pair that was placed together, with the choice of prefill's instance."""
+    return msgspec.structs.replace(placement, prefill_candidates=terms, prefill_weights=weights)
 
 
 def rejection_event(

@@ -49,6 +49,10 @@ class SimIngress:
         self._streams[request_id] = _Stream(work, now, prompt_tokens, uncached)
         self._changed(now)
 
+    def forwarded(self, request_id: str, now: float) -> None:
+        """What was counted as sent before goes out only now."""
+        self._streams[request_id].sent_s = now
+
     def take(self, event: TokenEvent, instance: InstanceId, now: float) -> None:
         """A token came back."""
         stream = self._streams[event.request_id]

@@ -22,7 +22,7 @@ from penstock.common.messages import (
     ScheduleBatch,
     ScheduleRequest,
 )
-from penstock.common.model import Endpoint, EngineLoad, Instance
+from penstock.common.model import Endpoint, EngineLoad, Instance, Role
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.replica import Replica
@@ -57,7 +57,8 @@ class Schedulers:
         kv_factor: float,
         seed: int,
     ) -> None:
-        """`packed` gives the block hashes of a request id as they stand on the bus."""
+        """`packed` gives the block hashes of a request id as they stand on the bus; instances have the roles
+        of their engines."""
         self._engines, self._packed, self._seed = engines, packed, seed
         self._delay_s = setup.delay_ms / 1000
         self._names = [f"sim-{number:03}" for number in range(len(engines))]
@@ -141,7 +142,7 @@ class Schedulers:
         return asked[1:]
 
     def _start(self) -> None:
-        listing = _listing(self._names)
+        listing = _listing(self._names, self._engines)
         for replica in self.replicas:
             replica.registry(listing)
         self._timeline.every(BEAT_EVERY_S, self._beat)
@@ -175,10 +176,11 @@ class Schedulers:
                 replica.status(EngineStatus(name, load), now)
 
 
-def _listing(names: Sequence[str]) -> Listing:
+def _listing(names: Sequence[str], engines: Sequence[Engine]) -> Listing:
     """The registry as a replica first sees it."""
     entries = {complete_key("replay"): Entry(encode_record(CompleteMarker("replay", ("replay",))), 1)}
-    for revision, name in enumerate(names, 2):
-        instance = Instance(id=name, endpoint=Endpoint("sim", 8000), models=(MODEL,))
+    for revision, (name, engine) in enumerate(zip(names, engines, strict=True), 2):
+        role = Role(engine.spec.role)
+        instance = Instance(id=name, endpoint=Endpoint("sim", 8000), models=(MODEL,), role=role)
         entries[instance_key(name)] = Entry(encode_instance(instance), revision)
     return Listing(Position("replay", len(entries)), entries)

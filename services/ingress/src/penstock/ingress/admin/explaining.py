@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -13,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from penstock.common.bus import Bus
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import ScheduleRequest
-from penstock.common.routing_events import Explained, PlacementEvent, RejectionEvent
+from penstock.common.routing_events import CandidateTerms, Explained, PlacementEvent, RejectionEvent
 from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN_NOW
 from penstock.ingress.admin.documents import ROOT
 from penstock.ingress.admin.operations import Answer, Call, Operation, Strict
 from penstock.ingress.block_hash import RUN_BLOCKS, of_tenant
+from penstock.ingress.disaggregation.bodies import divisible, members
+from penstock.ingress.disaggregation.protocols import Method
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts, Refusal, Setup, Task, Tokenizer, read
 from penstock.ingress.owners import Owners
@@ -40,6 +43,18 @@ class Hashing:
     setup: Setup = field(default_factory=lambda: Setup("", 256))
     tenant: str = "none"
     tokenizer: Callable[[], Tokenizer | None] = lambda: None
+
+
+class Divides(Protocol):
+    """How this ingress divides requests."""
+
+    def __call__(self, request: ScheduleRequest) -> Method | None:
+        """A request's method; None if it is not to be divided. Raises GatewayError where nobody says how."""
+
+
+def undivided(request: ScheduleRequest) -> Method | None:
+    """For a gateway that divides none."""
+    return None
 
 
 class RoutingIn(Strict):
@@ -100,13 +115,17 @@ class ExplainedOut(BaseModel):
     seed: int
     view_ms: dict[str, float]
     recomputed: str
+    prefill_candidates: list[CandidateOut] = []
+    prefill_weights: dict[str, float] = {}
 
 
 class Explaining:
     """The operation, over the bus."""
 
-    def __init__(self, bus: Bus, table: InstanceTable, hashing: Hashing) -> None:
-        self._bus, self._owners, self._hashing = bus, Owners(table), hashing
+    def __init__(
+        self, bus: Bus, table: InstanceTable, hashing: Hashing, divides: Divides = undivided
+    ) -> None:
+        self._bus, self._owners, self._hashing, self._divides = bus, Owners(table), hashing, divides
 
     def operations(self) -> Iterator[Operation]:
         """What can be asked."""
@@ -130,6 +149,11 @@ class Explaining:
         if isinstance(facts, Refusal):
             raise facts.error()
         request = self._request(facts, body.routing)
+        if divisible(PATHS[given[0]], members(call.raw)):
+            method = self._divides(request)
+            if method is not None:
+                mode, stage = method.first_call
+                request = msgspec.structs.replace(request, mode=mode, stage=stage)
         reply = await self._bus.request(EXPLAIN_NOW, request, DEFAULT_SHARD, deadline_s=ANSWER_WITHIN_S)
         try:
             told = msgspec.json.decode(reply.decisions[0], type=Explained)
@@ -184,12 +208,16 @@ def _out(replica: str, request: ScheduleRequest, told: Explained) -> ExplainedOu
         prompt_tokens=request.prompt_tokens,
         blocks=len(request.block_hashes) // 8,
         matched_blocks=placement.matched_blocks if placement else 0,
-        candidates=[
-            CandidateOut(**msgspec.structs.asdict(one)) for one in (placement.candidates if placement else [])
-        ],
+        candidates=_shown(placement.candidates if placement else []),
+        prefill_candidates=_shown(placement.prefill_candidates if placement else []),
+        prefill_weights=placement.prefill_weights if placement else {},
         excluded=event.excluded,
         weights=placement.weights if placement else {},
         seed=event.seed,
         view_ms=msgspec.structs.asdict(event.view) if event.view else {},
         recomputed=told.recomputed,
     )
+
+
+def _shown(candidates: list[CandidateTerms]) -> list[CandidateOut]:
+    return [CandidateOut(**msgspec.structs.asdict(one)) for one in candidates]

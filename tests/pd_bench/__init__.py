@@ -1,0 +1,1 @@
+"""Disaggregation measured: pairs against neutral instances on virtual time; what the gateway adds, live."""
