@@ -30,6 +30,8 @@ FOREIGN_FLAGS = {
     },
     "docker": {"--build", "--build-arg", "--wait", "--scale", "--entrypoint", "--profile"},
     "git, make, pip, pytest": {"--help", "--check", "--folder", "--no-deps", "--target"},
+    "prometheus, the collector": {"--config", "--storage"},
+    "vLLM, for what observability needs": {"--otlp-traces-endpoint", "--enable-prompt-tokens-details"},
     "redis-server": {"--save", "--appendonly", "--notify-keyspace-events", "--maxmemory"},
     "etcd": {
         "--data-dir", "--listen-client-urls", "--advertise-client-urls", "--name", "--listen-peer-urls",

@@ -83,11 +83,19 @@ class Stack:
         self.sims[index] = self._run("penstock.sim", "--port", port, "--speedup", "20", *flags)
         self.sims[index].wait_for_line("listening on")
 
-    def start_discovery(self, *flags: str) -> None:
-        """Discovery of the engines started so far."""
+    def start_discovery(self, *flags: str) -> int:
+        """Discovery of the engines started so far; its admin port."""
+        port, engines = free_port(), ",".join(self.engines)
         self.discovery = self._service(
-            "discovery", "--llm-backend-endpoints", ",".join(self.engines), "--probe-interval", "0.5", *flags
+            "discovery",
+            "--llm-backend-endpoints",
+            engines,
+            "--probe-interval",
+            "0.5",
+            *flags,
+            admin_port=port,
         )
+        return port
 
     def start_discovery_of(self, sources: str, *flags: str) -> None:
         """Discovery by sources other than the list of the engines started."""

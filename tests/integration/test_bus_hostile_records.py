@@ -94,7 +94,7 @@ async def test_records_that_are_none_are_counted_and_cost_nobody_anything(stack:
         hostile.publish(subject_of("evil"), b"{}")
         assert await hostile.settle() == []
         for port in admin_ports(stack):
-            await eventually(lambda port=port: metric(session, port, "penstock_registry_undecodable"))  # type: ignore[misc]
+            await eventually(lambda port=port: metric(session, port, "penstock_registry_undecodable_total"))  # type: ignore[misc]
         # Whoever starts among the remains becomes ready all the same.
         ingress = stack.start_ingress()
         await stack.ready()
@@ -185,12 +185,12 @@ async def test_a_host_that_could_end_a_header_is_no_host(stack: StackOfUsers, ho
     evil = record("evil", Endpoint(host, 80), "evil-model")
     async with attack(stack) as hostile, aiohttp.ClientSession() as session:
         (port,) = (ingress.admin_port for ingress in stack.ingresses)
-        before = await metric(session, port, "penstock_registry_undecodable")
+        before = await metric(session, port, "penstock_registry_undecodable_total")
         hostile.publish(subject_of("evil"), encode_record(evil))
         await hostile.settle()
 
         async def counted() -> bool:
-            return await metric(session, port, "penstock_registry_undecodable") > before
+            return await metric(session, port, "penstock_registry_undecodable_total") > before
 
         await eventually(counted)
 

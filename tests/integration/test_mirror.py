@@ -285,7 +285,7 @@ async def test_a_full_stream_loses_its_oldest_copies_and_no_request(lab: Lab) ->
     lab.stack.mirrors[0].thaw()
 
     async def nothing_waits() -> bool:
-        name = "penstock_mirror_left_copies"
+        name = "penstock_mirror_copies_left_total"
         left = await metric(lab.session, lab.mirror_ports[0], name)
         taken = await metric(lab.session, lab.mirror_ports[0], "penstock_mirror_copies_total")
         return left > 0 and left + taken >= sent

@@ -45,7 +45,7 @@ async def replaced(stack: Stack, d: Drill, index: int) -> None:
     await asyncio.to_thread(stack.start_scheduler)
     port = stack.scheduler_ports[-1]
     await asyncio.to_thread(stack.schedulers[-1].wait_for_line, '"taking requests"')
-    assert (await labelled(d.session, port, "penstock_scheduler_warm_ups", "end"))["snapshot"] == 1
+    assert (await labelled(d.session, port, "penstock_scheduler_warm_ups_total", "end"))["snapshot"] == 1
     await d.shows("penstock_ingress_schedulers", lambda v: v == 3)
     await asyncio.to_thread(stack.schedulers.pop(index).kill)
     stack.scheduler_ports.pop(index)
@@ -78,7 +78,7 @@ async def test_no_request_fails_and_no_session_moves_while_every_replica_is_repl
             port = stack.scheduler_ports[0]
 
             async def warmed_again() -> None:
-                ends = await labelled(d.session, port, "penstock_scheduler_warm_ups", "end")
+                ends = await labelled(d.session, port, "penstock_scheduler_warm_ups_total", "end")
                 assert ends["snapshot"] == 2
 
             await until_true(warmed_again, 60.0)
@@ -108,6 +108,8 @@ async def test_a_lone_scheduler_that_is_killed_and_started_again_sends_sessions_
             await asyncio.to_thread(stack.start_scheduler)
             await asyncio.to_thread(stack.schedulers[-1].wait_for_line, '"taking requests"')
             await stack.ready()
-            ends = await labelled(session, stack.scheduler_ports[-1], "penstock_scheduler_warm_ups", "end")
+            ends = await labelled(
+                session, stack.scheduler_ports[-1], "penstock_scheduler_warm_ups_total", "end"
+            )
             assert ends["replay"] == 1
             assert await turn(session, stack, 1) == homes

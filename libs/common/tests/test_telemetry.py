@@ -175,3 +175,37 @@ def test_a_log_line_is_one_json_object(lines: io.StringIO) -> None:
     assert first["time"].endswith("Z")
     assert second["level"] == "error"
     assert "ValueError: broken" in second["error"]
+
+
+def test_of_several_processes_a_gauge_is_their_sum_or_the_one_that_says_most() -> None:
+    def process(age_s: float, connected: float, held: float) -> Snapshot:
+        metrics = Metrics()
+        metrics.gauge("age", "", lambda: age_s, over="max")
+        metrics.gauge("connected", "", lambda: connected, over="min")
+        metrics.gauge("held", "", lambda: held)
+        metrics.level("level", "", "what").labels("a").value = held
+        metrics.tally("counted_total", "", lambda: held)
+        return metrics.snapshot()
+
+    merged = merge([process(1, 1, 5), process(3, 0, 7)])
+    assert {f.name: f.samples[0].value for f in merged} == {
+        "age": 3,
+        "connected": 0,
+        "held": 12,
+        "level": 12,
+        "counted_total": 12,
+    }
+    assert {f.name: f.kind for f in merged}["counted_total"] == "counter"
+    assert {f.name: f.kind for f in merged}["level"] == "gauge"
+
+
+def test_what_is_declared_has_no_values_and_reads_none() -> None:
+    metrics = Metrics()
+    metrics.gauge("broken", "what it is", lambda: 1 / 0, "label")
+    (family,) = metrics.declared()
+    assert (family.name, family.kind, family.label_names, family.samples) == (
+        "broken",
+        "gauge",
+        ("label",),
+        [],
+    )

@@ -13,6 +13,7 @@ from penstock.common.messages import Placement, Reason, Rejection, ScheduleReque
 from penstock.common.model import Instance, InstanceState, Role
 from penstock.ingress.block_hash import chain
 from penstock.ingress.ports import UpstreamListener, Upstreams
+from penstock.ingress.traced import Trace
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, MODEL, Engine, Lab, Peer, Response
@@ -390,6 +391,7 @@ async def test_a_fault_with_one_request_does_not_cost_those_placed_with_it(
 class HopelessAsker:
     """An asker of whom everything fails."""
 
+    trace: Trace | None = None
     waiting = True
 
     def __init__(self, request: ScheduleRequest) -> None:

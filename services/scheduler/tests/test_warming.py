@@ -62,7 +62,7 @@ async def test_a_joining_replica_knows_what_was_placed_before_it_takes_requests(
             await heard(two, 2)
             two.clock.now += 1.5
             await eventually(lambda: two.serving)
-            assert two.count("penstock_scheduler_warm_ups", "snapshot") == 1
+            assert two.count("penstock_scheduler_warm_ups_total", "snapshot") == 1
             reply = await client.request(
                 SCHEDULE_BY,
                 batch(request("d2", block_hashes=PROMPT)),
@@ -80,7 +80,7 @@ async def test_one_without_siblings_knows_what_was_placed_before_it_was_started_
     await register(client, *"abcdefgh")
     async with replica(broker, "s1") as one:
         await eventually(lambda: one.serving)
-        assert one.count("penstock_scheduler_warm_ups", "alone") == 1
+        assert one.count("penstock_scheduler_warm_ups_total", "alone") == 1
         homes = []
         for number in range(3):
             placed = [request(f"d{number}", strategy="random", block_hashes=PROMPT[: 32 + 8 * number])]
@@ -92,7 +92,7 @@ async def test_one_without_siblings_knows_what_was_placed_before_it_was_started_
     broker.stored.store(PLACED.name("0"), b"\xc1", {})
     async with replica(broker, "s2") as again:
         await eventually(lambda: again.serving)
-        assert again.count("penstock_scheduler_warm_ups", "replay") == 1
+        assert again.count("penstock_scheduler_warm_ups_total", "replay") == 1
         assert again.ledger.in_flight == 0
         (second,) = (
             await ask(client, request("d9", strategy="prefix-cache", block_hashes=PROMPT[:48]))
@@ -109,7 +109,7 @@ async def test_a_stream_that_cannot_be_read_is_waited_for_no_longer_than_allowed
     await register(client, "a")
     async with replica(broker, "s1") as one:
         await eventually(lambda: one.serving)
-        assert one.count("penstock_scheduler_warm_ups", "alone") == 1
+        assert one.count("penstock_scheduler_warm_ups_total", "alone") == 1
 
 
 async def test_a_replica_that_is_not_warm_gives_no_snapshot() -> None:
@@ -150,7 +150,7 @@ async def test_after_a_sibling_that_gives_none_the_next_is_asked(
             two.clock.now += 1.5
             await eventually(lambda: two.serving)
             assert len(two.service.replica.index) == 8
-            assert two.count("penstock_scheduler_warm_ups", "snapshot") == 1
+            assert two.count("penstock_scheduler_warm_ups_total", "snapshot") == 1
 
 
 async def test_without_a_snapshot_it_listens_for_a_while_and_joins_cold() -> None:
@@ -168,7 +168,7 @@ async def test_without_a_snapshot_it_listens_for_a_while_and_joins_cold() -> Non
         alive(client, "bad")
         two.clock.now += warming.COLD_S
         await eventually(lambda: two.serving)
-        assert two.count("penstock_scheduler_warm_ups", "cold") == 1
+        assert two.count("penstock_scheduler_warm_ups_total", "cold") == 1
 
 
 async def test_siblings_that_go_are_not_waited_for() -> None:
@@ -192,7 +192,7 @@ async def test_placements_that_were_missed_are_made_up_for_by_a_snapshot() -> No
         alive(client, "s1")
         await heard(two, 2)
         two.service.replica.missing = 3
-        await eventually(lambda: two.count("penstock_scheduler_warm_ups", "snapshot") == 1)
+        await eventually(lambda: two.count("penstock_scheduler_warm_ups_total", "snapshot") == 1)
         await eventually(lambda: two.service.replica.behind == 0)
         assert two.serving
 
@@ -206,7 +206,7 @@ async def test_what_was_missed_stays_missed_without_a_snapshot_and_requests_are_
         alive(client, "bad")
         await heard(one, 2)
         one.service.replica.missing = 3
-        await eventually(lambda: one.count("penstock_scheduler_warm_ups", "refused") == 1)
+        await eventually(lambda: one.count("penstock_scheduler_warm_ups_total", "refused") == 1)
         await eventually(lambda: one.service.replica.behind == 3)
         assert one.serving
 
@@ -249,6 +249,6 @@ async def test_what_waited_while_the_process_stood_still_is_not_decided_and_sile
         assert one.service.replica.peers.ingresses == ["i"]
         assert one.count("penstock_scheduler_batches_expired_total") == 1
         client.publish(HEARTBEAT, Heartbeat("scheduler", "s2", "1", ready=False), "scheduler")
-        await eventually(lambda: one.count("penstock_scheduler_warm_ups", "alone") == 2)
+        await eventually(lambda: one.count("penstock_scheduler_warm_ups_total", "alone") == 2)
         await eventually(lambda: one.serving)
         assert (await ask(client, request("d2"))).replica == "s1"

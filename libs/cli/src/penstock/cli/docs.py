@@ -13,7 +13,7 @@ import yaml
 from msgspec import inspect as types
 from pydantic import Field
 
-from penstock.cli import event_lines
+from penstock.cli import event_lines, metric_families
 from penstock.cli.asyncapi import asyncapi_document, events_schema
 from penstock.cli.audit.settings import ExportSettings, VerifySettings
 from penstock.cli.explain import ExplainSettings
@@ -32,6 +32,7 @@ from penstock.common import (
     records,
     routing_events,
     subjects,
+    telemetry,
 )
 from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
 from penstock.discovery.register.settings import RegisterSettings
@@ -77,7 +78,12 @@ def pages() -> dict[str, str]:
     """Path in the tree to content."""
     tables = {
         f"{TABLES}/{name}": "\n".join([GENERATED, *lines, ""])
-        for name, lines in (("flags.md", _flags()), ("bus.md", _bus()), ("events.md", _events()))
+        for name, lines in (
+            ("flags.md", _flags()),
+            ("bus.md", _bus()),
+            ("events.md", _events()),
+            ("metrics.md", _metrics()),
+        )
     }
     others = {
         "asyncapi.yaml": _api(asyncapi_document()),
@@ -284,6 +290,33 @@ def _events() -> Iterator[str]:
         yield f"Type `{routing_events.type_of(kind)}` on `{pattern}`. {_prose(cls)}\n"
         yield from _fields(cls, structs)
     yield from _struct_sections(structs)
+
+
+def _metrics() -> Iterator[str]:
+    yield "# Metrics\n"
+    yield "What `/metrics` of the admin listeners gives, in Prometheus's text format. An ingress's are those"
+    yield "of all its workers: counters, histograms and amounts added up, of ages and states the worst. Of a"
+    yield f"metric at most {telemetry.MAX_CELLS:,} combinations of label values are kept; what comes on top"
+    yield f"counts as `{telemetry.OVERFLOW}`. How to read them: [observability](../guide/observability.md).\n"
+    rows = (
+        (
+            _code(family.name),
+            family.kind,
+            _unit(family),
+            ", ".join(map(_code, family.label_names)),
+            ", ".join(services),
+            family.help,
+        )
+        for family, services in metric_families.families().values()
+    )
+    yield from _table(("name", "type", "unit", "labels", "services", "meaning"), rows)
+
+
+def _unit(family: telemetry.FamilySnapshot) -> str:
+    if family.help.startswith("1 "):
+        return "0 or 1"
+    last = family.name.removesuffix("_total").rsplit("_", 1)[1]
+    return last if last in ("seconds", "bytes", "ratio", "tokens", "blocks", "requests") else ""
 
 
 def _link(structs: dict[str, type[msgspec.Struct]], kind: type[msgspec.Struct]) -> str:

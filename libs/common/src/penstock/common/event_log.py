@@ -110,6 +110,9 @@ class EventWriter:
         metrics.gauge(
             "penstock_events_unacknowledged_bytes", "Bytes kept for sending", lambda: self._kept_bytes
         )
+        self._degraded = metrics.level(
+            "penstock_degraded", "Processes that work around it, as their degraded events say", "what"
+        )
 
     @property
     def spools(self) -> bool:
@@ -136,6 +139,12 @@ class EventWriter:
         """With a spool, have on disk what was said so far, before others act on it; else nothing."""
         if self._spool is not None:
             self.close_batches()
+
+    def degraded(self, what: str, active: bool, cause: str) -> None:
+        """The process begins, or ceases, to work around something: an event and a metric."""
+        service, _, identity = self._writer.partition("/")
+        self._degraded.labels(what).value = float(active)
+        self.emit(DEGRADED, "", service, DegradedEvent(service, identity, what, active, cause))
 
     async def run(self) -> None:
         """Send, acknowledge, send again; until cancelled."""
@@ -275,8 +284,7 @@ class EventWriter:
 
     def _say(self, what: str, active: bool, cause: str) -> None:
         log.warning("%s%s: %s", what, "" if active else " has ended", cause)
-        service, _, identity = self._writer.partition("/")
-        self.emit(DEGRADED, "", service, DegradedEvent(service, identity, what, active, cause))
+        self.degraded(what, active, cause)
 
     async def _ensure_stream(self) -> bool:
         try:

@@ -37,14 +37,28 @@ def encode_instance(instance: Instance) -> bytes:
 
 def expose(table: InstanceTable, metrics: Metrics) -> None:
     """The table's gauges, under the same names in every service that keeps one."""
-    for name, text, read in (
-        ("instances", "Instances known", lambda: len(table)),
-        ("taking_work", "Instances that take requests", lambda: sum(i.takes_work for i in table.instances())),
-        ("synced", "1 once a complete listing was seen", lambda: float(table.synced)),
-        ("lost", "1 while the watch cannot vouch for the table", lambda: float(table.lost)),
-        ("undecodable", "Records that could not be read", lambda: table.undecodable),
-    ):
-        metrics.gauge(f"penstock_registry_{name}", text, read)
+
+    def taking_work() -> float:
+        return sum(instance.takes_work for instance in table.instances())
+
+    gauge = metrics.gauge
+    gauge("penstock_registry_instances", "Instances known", lambda: len(table), over="max")
+    gauge("penstock_registry_taking_work", "Instances that take requests", taking_work, over="max")
+    gauge(
+        "penstock_registry_synced",
+        "1 once a complete listing was seen",
+        lambda: float(table.synced),
+        over="min",
+    )
+    gauge(
+        "penstock_registry_lost",
+        "1 while the watch cannot vouch for the table",
+        lambda: float(table.lost),
+        over="max",
+    )
+    metrics.tally(
+        "penstock_registry_undecodable_total", "Records that could not be read", lambda: table.undecodable
+    )
 
 
 class InstanceTable:

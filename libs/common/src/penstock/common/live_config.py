@@ -85,9 +85,11 @@ def expose_config(config: LiveConfig, metrics: Metrics) -> None:
         ("documents", "Documents of live configuration", lambda: float(len(config))),
         ("synced", "1 once a complete listing was seen", lambda: float(config.synced)),
         ("lost", "1 while the watch cannot vouch for the configuration", lambda: float(config.lost)),
-        ("undecodable", "Records that could not be read", lambda: float(config.undecodable)),
     ):
         metrics.gauge(f"penstock_config_{name}", text, read)
+    metrics.tally(
+        "penstock_config_undecodable_total", "Records that could not be read", lambda: config.undecodable
+    )
 
 
 class LiveConfig:

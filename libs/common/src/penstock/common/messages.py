@@ -84,6 +84,13 @@ class ScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     run_blocks: Count = 0
 
 
+class TraceMark(msgspec.Struct, frozen=True, array_like=True):
+    """A request of the batch that is traced; `context` is trace id and span id, 16 and 8 bytes."""
+
+    decision_id: ShortName
+    context: Annotated[bytes, msgspec.Meta(max_length=24)]
+
+
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True):
     """Requests of one loop tick of one ingress; not decided once `budget_ms` is spent."""
 
@@ -91,6 +98,7 @@ class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True):
     incarnation: ShortName
     budget_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)]
     requests: Annotated[tuple[ScheduleRequest, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+    traces: Annotated[tuple[TraceMark, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
 
 
 class Placement(msgspec.Struct, frozen=True, array_like=True, tag="placement", gc=False):

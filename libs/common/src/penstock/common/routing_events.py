@@ -134,6 +134,7 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """How an admitted request ended. `outcome` is one of penstock.ingress.outcomes.Outcome; times in ms.
     `waited_ms` of them the request waited for capacity. `undecided`: it ended while its last decision was
     asked for, which may therefore not be in the log. `user` is a hash, with --audit-user-salt.
+    `trace_id`: of one that was traced.
 
     Of one that was divided: how long prefill took to answer, how long its answer waited for decode to be
     asked, and decode took to its first piece.
@@ -169,6 +170,7 @@ class OutcomeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     user: str = ""
     undecided: bool = False
     witness: str = ""
+    trace_id: str = ""
 
 
 class RouteEvent(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -7,6 +7,7 @@ Snapshots of several processes add up, so that one listener can answer for all o
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 import time
 from bisect import bisect_left
@@ -33,11 +34,15 @@ SECONDS_BUCKETS = (
     60.0,
     120.0,
 )
+# Of what takes less than a millisecond when all is well.
+FAST_SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, *SECONDS_BUCKETS[:10])
 # Label values come from a closed set or from the instance table; past this many, one cell takes the rest.
 MAX_CELLS = 4096
 OVERFLOW = "other"
 
 Kind = Literal["counter", "gauge", "histogram"]
+# What a gauge of several processes is: their sum, or the one that says most of the whole.
+Over = Literal["sum", "max", "min"]
 
 
 class Cell:
@@ -82,6 +87,7 @@ class FamilySnapshot(msgspec.Struct, array_like=True):
     label_names: tuple[str, ...]
     bounds: tuple[float, ...]
     samples: list[Sample]
+    over: Over = "sum"
 
 
 Snapshot = list[FamilySnapshot]
@@ -91,9 +97,15 @@ class Counter:
     """A metric with labels; `labels(...)` gives the cell to keep and add to."""
 
     def __init__(
-        self, name: str, help_text: str, label_names: tuple[str, ...], kind: Kind = "counter"
+        self,
+        name: str,
+        help_text: str,
+        label_names: tuple[str, ...],
+        kind: Kind = "counter",
+        over: Over = "sum",
     ) -> None:
-        self.name, self.help, self.label_names, self.kind = name, help_text, label_names, kind
+        self.name, self.help, self.label_names = name, help_text, label_names
+        self.kind, self.over = kind, over
         self.cells: dict[tuple[str, ...], Cell] = {}
         if not label_names:
             self.cells[()] = Cell()
@@ -114,7 +126,7 @@ class Counter:
     def snapshot(self) -> FamilySnapshot:
         """All cells as values."""
         samples = [Sample(labels, cell.value) for labels, cell in self.cells.items()]
-        return FamilySnapshot(self.name, self.kind, self.help, self.label_names, (), samples)
+        return FamilySnapshot(self.name, self.kind, self.help, self.label_names, (), samples, self.over)
 
 
 class Gauge:
@@ -126,17 +138,22 @@ class Gauge:
         help_text: str,
         label_names: tuple[str, ...],
         read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
+        kind: Kind = "gauge",
+        over: Over = "sum",
     ) -> None:
         self.name, self.help, self.label_names, self.read = name, help_text, label_names, read
+        self.kind, self.over = kind, over
 
     def snapshot(self) -> FamilySnapshot:
         """What `read` says at this moment."""
         samples = [Sample(labels, value) for labels, value in self.read()]
-        return FamilySnapshot(self.name, "gauge", self.help, self.label_names, (), samples)
+        return FamilySnapshot(self.name, self.kind, self.help, self.label_names, (), samples, self.over)
 
 
 class Histogram:
     """A distribution without labels, or one per label value."""
+
+    kind: Kind = "histogram"
 
     def __init__(
         self, name: str, help_text: str, label_names: tuple[str, ...], bounds: Sequence[float]
@@ -159,6 +176,17 @@ class Histogram:
         return FamilySnapshot(self.name, "histogram", self.help, self.label_names, self.bounds, samples)
 
 
+Read = Callable[[], float] | Callable[[], Iterable[tuple[tuple[str, ...], float]]]
+
+
+def _pairs(read: Read) -> Callable[[], Iterable[tuple[tuple[str, ...], float]]]:
+    def pairs() -> Iterable[tuple[tuple[str, ...], float]]:
+        value = read()
+        return [((), float(value))] if isinstance(value, int | float) else value
+
+    return pairs
+
+
 class Metrics:
     """All metrics of one process; names start with `penstock_` and end in their unit."""
 
@@ -176,16 +204,24 @@ class Metrics:
         self,
         name: str,
         help_text: str,
-        read: Callable[[], float] | Callable[[], Iterable[tuple[tuple[str, ...], float]]],
+        read: Read,
         *label_names: str,
+        over: Over = "sum",
     ) -> None:
-        """A number read at scrape time; with labels, `read` gives (label values, value) pairs."""
+        """A number read at scrape time; with labels, `read` gives (label values, value) pairs. `over`: what
+        the value for several processes is."""
+        self._families[name] = Gauge(name, help_text, label_names, _pairs(read), over=over)
 
-        def pairs() -> Iterable[tuple[tuple[str, ...], float]]:
-            value = read()
-            return [((), float(value))] if isinstance(value, int | float) else value
+    def tally(self, name: str, help_text: str, read: Read, *label_names: str) -> None:
+        """A counter that is kept elsewhere and read at scrape time."""
+        self._families[name] = Gauge(name, help_text, label_names, _pairs(read), "counter")
 
-        self._families[name] = Gauge(name, help_text, label_names, pairs)
+    def level(self, name: str, help_text: str, *label_names: str, over: Over = "sum") -> Counter:
+        """A gauge that is set; the same one at a repeated call."""
+        family = self._families.get(name)
+        if not isinstance(family, Counter):
+            family = self._families[name] = Counter(name, help_text, label_names, "gauge", over)
+        return family
 
     def histogram(
         self, name: str, help_text: str, *label_names: str, bounds: Sequence[float] = SECONDS_BUCKETS
@@ -196,13 +232,23 @@ class Metrics:
             family = self._families[name] = Histogram(name, help_text, label_names, bounds)
         return family
 
+    def declared(self) -> Snapshot:
+        """What there is, without any values."""
+        return [
+            FamilySnapshot(one.name, one.kind, one.help, one.label_names, (), [])
+            for one in self._families.values()
+        ]
+
     def snapshot(self) -> Snapshot:
         """Everything, as values that can be sent to another process."""
         return [family.snapshot() for family in self._families.values()]
 
 
+_MERGED: dict[Over, Callable[[float, float], float]] = {"sum": operator.add, "max": max, "min": min}
+
+
 def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """The sum over processes, cell by cell."""
+    """All processes as one, cell by cell: sums, and of a gauge what it says of several."""
     merged: dict[str, tuple[FamilySnapshot, dict[tuple[str, ...], Sample]]] = {}
     for family in (family for snapshot in snapshots for family in snapshot):
         cells = merged.setdefault(family.name, (family, {}))[1]
@@ -211,12 +257,15 @@ def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
             if held is None:
                 cells[sample.labels] = Sample(sample.labels, sample.value, list(sample.counts))
             else:
-                held.value += sample.value
+                held.value = _MERGED[family.over](held.value, sample.value)
                 held.counts = [a + b for a, b in zip(held.counts, sample.counts, strict=True)]
-    return [
-        FamilySnapshot(head.name, head.kind, head.help, head.label_names, head.bounds, list(cells.values()))
-        for head, cells in merged.values()
-    ]
+    return [msgspec.structs.replace(head, samples=list(cells.values())) for head, cells in merged.values()]
+
+
+def timestamp(seconds: float) -> str:
+    """Unix time as UTC in ISO 8601 with ms."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{stamp}.{int(seconds % 1 * 1000):03d}Z"
 
 
 class JsonFormatter(logging.Formatter):
@@ -228,9 +277,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Time is UTC, in ISO 8601 with ms."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "time": timestamp(record.created),
             "level": record.levelname.lower(),
             "service": self._service,
             "message": record.getMessage(),

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from penstock.common.routing_events import DEGRADED, INSTANCE, DegradedEvent, InstanceEvent
+from penstock.common.routing_events import INSTANCE, InstanceEvent
 from penstock.discovery.ports import Source, SourceState, bounded
 from penstock.discovery.screening import Screen, Told, printable
 from penstock.discovery.surroundings import Surroundings
@@ -108,9 +108,8 @@ class SourceReader:
     def _tell_outage(self, stale: str) -> None:
         if bool(stale) == bool(self.stale):
             return
-        identity, what = self._shared.identity, f"source {self._source.name}"
-        event = DegradedEvent(identity.service, identity.id, what, bool(stale), stale)
-        self._shared.events.emit(DEGRADED, "", identity.service, event)
+        what = f"source {self._source.name}"
+        self._shared.events.degraded(what, bool(stale), stale)
         if stale:
             self._shared.instruments.outages.inc(self._source.name)
             log.warning("%s cannot be read, its last known instances stay: %s", what, stale)

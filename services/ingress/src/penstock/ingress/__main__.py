@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from penstock.common.adapters.host import VERSION
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener
 from penstock.common.adapters.routing_log import RoutingLog
@@ -102,10 +103,19 @@ async def serve(settings: IngressSettings) -> None:
             lifecycle.add_loop(name, loop)
         for name, loop in written.loops():
             lifecycle.add_loop(name, loop)
+        export = None
+        if settings.otlp_endpoint:
+            # Of all workers: what takes requests does not load it.
+            from penstock.common.adapters.otlp import OtlpExport
+
+            export = OtlpExport(settings.otlp_endpoint, identity, VERSION, parent.spans)
+            lifecycle.add_loop("traces", export.run())
 
         async def drain() -> None:
             await parent.drain()
             await written.end(FLUSH_S)
+            if export is not None:
+                await export.close(FLUSH_S)
 
         try:
             await lifecycle.run(drain)

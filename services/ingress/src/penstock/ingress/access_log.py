@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
 
 from penstock.common.routing_events import OutcomeEvent
+from penstock.common.telemetry import timestamp
 
 # Lines held for the next write; what comes on top is dropped and counted.
 MAX_LINES = 10_000
@@ -31,8 +33,9 @@ class AccessLog:
         self._lines.append(outcome)
 
     def flush(self) -> None:
-        """Write what was gathered."""
+        """Write what was gathered, under the time of this moment."""
         lines, self._lines = self._lines, []
         if lines:
-            head = b'{"level":"info","service":"ingress","message":"request",'
+            stamp = timestamp(time.time()).encode()
+            head = b'{"time":"%b","level":"info","service":"ingress","message":"request",' % stamp
             self._write(b"".join(head + self._encode(line)[1:] + b"\n" for line in lines))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec import structs
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
@@ -27,6 +29,9 @@ from penstock.ingress.responses import client_head, error_response
 from penstock.ingress.states import State
 from penstock.ingress.waiting import Ticket
 
+if TYPE_CHECKING:
+    from penstock.ingress.traced import Trace
+
 # An enum's member costs 0.1 us where it is read from its class.
 _PLACING, _ATTEMPTING, _RELAYING, _DONE = State.PLACING, State.ATTEMPTING, State.RELAYING, State.DONE
 _SATURATED = Reason.SATURATED
@@ -40,7 +45,7 @@ class Exchange:
         *("_downstream", "_gateway", "_keep_alive", "_paused", "attempt", "body", "copied", "deadline"),
         *("decisions", "detours", "divided", "error", "head", "local_body", "placed_at", "policy", "profile"),
         *("received_at", "rejected_id", "relay", "request", "request_id", "reservation", "state", "status"),
-        *("stream", "ticket", "waited_ms"),
+        *("stream", "ticket", "trace", "waited_ms"),
     )
 
     request: ScheduleRequest
@@ -69,6 +74,8 @@ class Exchange:
         # Its place in a line, while it waits for capacity, and how long it did.
         self.ticket: Ticket[Exchange] | None = None
         self.waited_ms = 0.0
+        # What it tells of itself, if it is sampled.
+        self.trace: Trace | None = None
         self._keep_alive, self._paused = head.keep_alive, False
 
     def start(self, facts: Facts | None = None, *, by_bytes: bool = False) -> None:
@@ -123,6 +130,8 @@ class Exchange:
         """There is no capacity for it, or none in time."""
         if self.ticket is not None:
             self._gateway.waiting.leave(self)
+        if self.trace is not None:
+            self.trace.refused(self, error.code)
         self.detour().refused(error)
 
     # -- placement ---------------------------------------------------------------------------------
@@ -161,6 +170,8 @@ class Exchange:
     def placed(self, placement: Placement, instance: Instance) -> None:
         """Go to `instance`."""
         gateway = self._gateway
+        if self.trace is not None:
+            self.trace.placed(self, placement, instance)
         if self.ticket is not None:
             gateway.waiting.leave(self, placed=True)
         self.placed_at = self.placed_at or gateway.clock()
@@ -182,13 +193,19 @@ class Exchange:
     def rejected(self, rejection: Rejection) -> None:
         """No instance. Where none has room, it waits."""
         self.rejected_id = rejection.decision_id
+        if self.trace is not None:
+            self.trace.rejected(self, rejection)
         if rejection.reason is _SATURATED:
             self._gateway.waiting.hold(self)
+            if self.trace is not None:
+                self.trace.asked(self)
         else:
             self.detour().rejected(rejection)
 
     def ask_again(self, excluded: tuple[str, ...]) -> None:
         """Ask for an instance that is none of `excluded`."""
+        if self.trace is not None:
+            self.trace.asks_again(self)
         request = self._gateway.another_attempt(self.request, excluded)
         if self.divided is not None:
             self.divided.close()
@@ -203,9 +220,13 @@ class Exchange:
 
     def _submit(self) -> None:
         """Ask for a placement, behind those who wait for the same instances."""
-        waiting = self._gateway.waiting
+        waiting, trace = self._gateway.waiting, self.trace
+        if trace is not None:
+            trace.asks(self)
         if waiting.busy and waiting.queued(self):
             self._gateway.placer.admit((self,))
+            if trace is not None:
+                trace.asked(self)
         else:
             self._gateway.placer.submit(self)
 
@@ -225,6 +246,8 @@ class Exchange:
     def attempting(self, attempt: Attempt) -> None:
         """It is the attempt in hand."""
         self.attempt = attempt
+        if self.trace is not None:
+            self.trace.attempting(self, attempt)
         self.state = _ATTEMPTING
 
     def wait_to_retry(self) -> None:
@@ -253,6 +276,8 @@ class Exchange:
 
     def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
         """No response."""
+        if self.trace is not None:
+            self.trace.failed(self, attempt, failure)
         self.detour().failed(attempt, failure, cause)
 
     def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
@@ -316,6 +341,8 @@ class Exchange:
             uncached = max(0, work.prompt_tokens - work.cached_tokens)
             self._gateway.speeds.first_token(work.instance, attempt.sent_at, now, uncached)
             self._gateway.account.began(work)
+            if self.relay is not None:
+                self.relay.gaps = self._gateway.gaps_of_next_stream()
         if self.divided is not None:
             self.divided.began(now)
 
@@ -402,6 +429,8 @@ class Exchange:
         if self.detours is not None:
             self.detours.done(answered=False)
         gateway.exchanges.discard(self)
+        if self.trace is not None:
+            self.trace.ends(self, outcome)
         if self.divided is not None:
             self.divided.close()
         report(gateway, self, outcome, undecided)

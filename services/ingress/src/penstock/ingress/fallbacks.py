@@ -105,6 +105,8 @@ class Fallbacks:
         )
         now, target = gateway.clock(), EXTERNAL + external.url
         self._splitting.breakers.sent(target, now)
+        if exchange.trace is not None:
+            exchange.trace.goes_outside(exchange)
         head = external.request_head(exchange.head, exchange.request_id, len(body))
         exchange.deadline = now + gateway.settings.request_timeout
         attempt = Attempt(gateway, exchange, None, target, Work("", "", 0), head, body)

@@ -15,8 +15,7 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance, InstanceId
-from penstock.common.routing_events import DEGRADED, DegradedEvent
-from penstock.common.telemetry import Cell, Metrics
+from penstock.common.telemetry import Cell, HistogramCell, Metrics
 from penstock.common.user_hashes import UserHashes
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.api_keys import ApiKeys, Caller
@@ -57,6 +56,7 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 MAX_EXCLUDED = 64
 _SEED_CACHE = 1024
 _HEADER_CACHE = 8192
+GAPS_OF_ONE_IN = 8
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 
 
@@ -73,6 +73,8 @@ class Gateway:
     # While requests are to be copied for the mirror.
     capture: Capture | None = None
     waiting: WaitingRoom
+    # What gives some exchanges a trace, while there are any.
+    sample: Callable[[Exchange], None] | None = None
     # While anybody, or any model, is limited.
     limits: Limiter | None = None
 
@@ -128,6 +130,25 @@ class Gateway:
             "penstock_ingress_ttft_seconds", "Request received to first byte of the response's body"
         ).labels()
         self._e2e = metrics.histogram("penstock_ingress_e2e_seconds", "Request received to its end").labels()
+        # Measured on some streams only: on all of them it would cost each piece 0.2 us.
+        self.gaps = metrics.histogram(
+            "penstock_ingress_itl_seconds",
+            f"Time between two pieces of a stream, of one stream in {GAPS_OF_ONE_IN}",
+        ).labels()
+        self._streams = 0
+        tokens = metrics.counter(
+            "penstock_ingress_tokens_total",
+            "Tokens of answered requests as engines report them: of prompts, and completion",
+            "kind",
+        )
+        self._prompt_tokens, self._completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
+        prefix = metrics.counter(
+            "penstock_ingress_prefix_tokens_total",
+            "Prompt tokens of answered requests: matched when they were placed, and reported by engines as "
+            "found in their KV cache",
+            "result",
+        )
+        self._matched_tokens, self._cached_tokens = prefix.labels("matched"), prefix.labels("reported")
         self._moves = metrics.counter(
             "penstock_ingress_moves_total",
             "Requests moved to another instance before a byte was sent",
@@ -296,14 +317,25 @@ class Gateway:
             self._ttft.observe(first_byte_at - received_at)
         self._e2e.observe(now - received_at)
 
+    def count_tokens(self, prompt: int, completion: int, matched: int, cached: int) -> None:
+        """What an answer's usage says; `matched` is what its placement expected to be cached."""
+        self._prompt_tokens.value += prompt
+        self._completion_tokens.value += completion
+        self._matched_tokens.value += matched
+        self._cached_tokens.value += cached
+
+    def gaps_of_next_stream(self) -> HistogramCell | None:
+        """Where the gaps of the stream that begins are counted, if they are."""
+        self._streams += 1
+        return self.gaps if self._streams % GAPS_OF_ONE_IN == 1 else None
+
     def count_move(self, free: bool) -> None:
         """One exchange goes to another instance."""
         self._moves.inc("connection" if free else "retry")
 
     def degraded(self, what: str, active: bool, cause: str) -> None:
         """Say in the routing log that something is, or is no longer, worked around."""
-        event = DegradedEvent(self.identity.service, self.identity.id, what, active, cause)
-        self.events.emit(DEGRADED, "", self.identity.service, event)
+        self.events.degraded(what, active, cause)
 
     def live_models(self, caller: Caller | None = None) -> Iterable[tuple[str, str, str]]:
         """(model, owner, parent) of what some instance takes requests for and `caller` may ask for, sorted; a

@@ -71,9 +71,12 @@ _REQUEST_READ = frozenset(
         b"host",
         b"authorization",
         b"x-api-key",
+        b"traceparent",
     }
 )
-_COMMON = frozenset({b"host", b"content-type", b"x-request-id", b"expect", b"authorization", b"x-api-key"})
+_COMMON = frozenset(
+    {b"host", b"content-type", b"x-request-id", b"expect", b"authorization", b"x-api-key", b"traceparent"}
+)
 # Of two of them, the gateway and the instance could each read another one.
 _ONCE = frozenset({b"host", b"content-type"})
 UNTIL_CLOSE = -1

@@ -90,6 +90,7 @@ class Limiter:
             "penstock_ingress_limits_store_lost",
             "1 while --limits-on-store-loss applies",
             lambda: float(self._line is not None and self._line.lost),
+            over="max",
         )
 
     @property

@@ -17,6 +17,8 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from penstock.common.telemetry import Metrics
+
 PACKAGE = Path(__file__).parent
 FOLDER, MANIFEST = PACKAGE / "compiled", "manifest.json"
 # Module -> sha256 of the source that it was compiled from.
@@ -78,3 +80,10 @@ def main() -> int:
 if __name__ == "__main__":
     # By its own name, so that there is one of it.
     raise SystemExit(importlib.import_module("penstock.ingress.machine_code").main())
+
+
+def expose(metrics: Metrics) -> None:
+    """Its gauge."""
+    metrics.gauge(
+        "penstock_ingress_machine_code", "Workers whose data path is compiled", lambda: float(compiled())
+    )

@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.settings import reveal
 from penstock.common.telemetry import FamilySnapshot, Metrics, Sample, Snapshot, merge
+from penstock.common.tracing import Spans
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminReply
 from penstock.ingress.adapters.channel import Channel
 from penstock.ingress.adapters.connection_limit import ROWS, SharedCounts, counts_bytes, counts_file
@@ -21,7 +24,7 @@ from penstock.ingress.admin_messages import AdminRequest, AdminResponse
 from penstock.ingress.certificate_keeping import CertificateKeeper
 from penstock.ingress.certificates import Certificates
 from penstock.ingress.settings import IngressSettings
-from penstock.ingress.worker import FromWorker, Report, Start
+from penstock.ingress.worker import FromWorker, Report, SpanBatch, Start
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +83,15 @@ class Parent:
         # For HTTPS; set before the loops run.
         self.certificates: CertificateKeeper | None = None
         self.metrics = Metrics()
+        self.spans = Spans(self.metrics)
         self._restarts = self.metrics.counter(
             "penstock_ingress_worker_restarts_total", "Workers that ended early"
         )
         self.metrics.gauge(
-            "penstock_ready", "1 while the service takes work", lambda: float(not lifecycle.missing())
+            "penstock_ready",
+            "1 while the service takes work",
+            lambda: float(not lifecycle.missing()),
+            over="min",
         )
         lifecycle.require("workers", self._missing)
         for worker in self._workers:
@@ -95,10 +102,7 @@ class Parent:
         """Metrics summed over the workers, those of ended ones included."""
         await asyncio.gather(*(self._ask(worker) for worker in self._workers))
         reports = [worker.report.snapshot for worker in self._workers if worker.report is not None]
-        own = self.metrics.snapshot()
-        names = {family.name for family in own}
-        merged = [family for family in merge([*reports, self._past]) if family.name not in names]
-        return [*merged, *own]
+        return merge([self.metrics.snapshot(), *reports, self._past])
 
     async def drain(self) -> None:
         """Tell every worker to drain, wait for them, kill what does not end."""
@@ -182,6 +186,10 @@ class Parent:
                 if isinstance(message, AdminCall):
                     calls.create_task(self._relay(message, channel), name="admin-call")
                     continue
+                if isinstance(message, SpanBatch):
+                    for span in message.spans:
+                        self.spans.put(span)
+                    continue
                 if isinstance(message, CountCall):
                     await _tell(channel, self._limits.answer(message))
                     continue
@@ -241,7 +249,7 @@ async def _tell(channel: Channel, reply: AdminReply | CountReply | Certificates)
 
 def _counted(family: FamilySnapshot) -> FamilySnapshot:
     samples = [Sample(s.labels, s.value, list(s.counts)) for s in family.samples]
-    return FamilySnapshot(family.name, family.kind, family.help, family.label_names, family.bounds, samples)
+    return msgspec.structs.replace(family, samples=samples)
 
 
 def _signal(process: asyncio.subprocess.Process, *, kill: bool) -> None:

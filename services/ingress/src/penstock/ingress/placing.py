@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError, BusTimeout, MessageTooLarge
@@ -27,27 +27,29 @@ from penstock.common.messages import (
     ScheduleBatch,
     ScheduleReply,
     ScheduleRequest,
+    TraceMark,
 )
 from penstock.common.model import Instance, Role
 from penstock.common.routing_events import (
     ADMITTED,
-    DEGRADED,
     PLACEMENT,
     REJECTION,
     Admission,
     AdmittedEvent,
-    DegradedEvent,
     PlacementEvent,
     RejectionEvent,
 )
 from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
-from penstock.common.telemetry import Metrics
+from penstock.common.telemetry import FAST_SECONDS_BUCKETS, Metrics
 from penstock.ingress.breaker import BusBreaker
 from penstock.ingress.in_flight import InFlightAccount, of_prefill_id
 from penstock.ingress.local_pairs import LOCAL, able_alone, place_pair_locally
 from penstock.ingress.local_policy import place_locally
 from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
 from penstock.ingress.replicas import ANY, Replicas
+
+if TYPE_CHECKING:
+    from penstock.ingress.traced import Trace
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Asker(Protocol):
     request: ScheduleRequest
     # Of the same request, this one's last.
     decisions: list[str]
+    trace: Trace | None
 
     @property
     def waiting(self) -> bool:
@@ -112,6 +115,8 @@ class Placer:
         self._version = -1
         self._breaker = BusBreaker()
         self.replicas = Replicas()
+        # Which of the askers are traced, while any may be.
+        self.marks: Callable[[Sequence[Asker]], tuple[TraceMark, ...]] | None = None
         self._degraded = self._avoiding = False
         attempts = metrics.counter(
             "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
@@ -122,15 +127,21 @@ class Placer:
         placements = metrics.counter("penstock_ingress_placements_total", "Placements by who made them", "by")
         self._by_scheduler, self._by_self = placements.labels("scheduler"), placements.labels(LOCAL)
         self._round_trip = metrics.histogram(
-            "penstock_ingress_schedule_seconds", "Round trip of an answered schedule message"
+            "penstock_ingress_schedule_seconds",
+            "Round trip of an answered schedule message",
+            bounds=FAST_SECONDS_BUCKETS,
         ).labels()
         metrics.gauge(
-            "penstock_ingress_schedulers", "Scheduler replicas heard of", lambda: len(self.replicas)
+            "penstock_ingress_schedulers",
+            "Scheduler replicas heard of",
+            lambda: len(self.replicas),
+            over="max",
         )
         metrics.gauge(
             "penstock_ingress_placing_locally",
             "1 while schedulers cannot be reached",
             lambda: float(self._degraded),
+            over="max",
         )
 
     def submit(self, asker: Asker) -> None:
@@ -195,6 +206,7 @@ class Placer:
             self._identity.incarnation,
             self._attempt_s * 1000,
             tuple(asker.request for asker in batch.askers),
+            self.marks(batch.askers) if self.marks is not None else (),
         )
 
         def settled(result: ScheduleReply | BusError) -> None:
@@ -394,8 +406,7 @@ class Placer:
 
     def _say(self, what: str, text: str, active: bool, cause: str) -> None:
         log.warning(text, extra={"fields": {"cause": cause}})
-        event = DegradedEvent(self._identity.service, self._identity.id, what, active, cause)
-        self._events.emit(DEGRADED, "", self._identity.service, event)
+        self._events.degraded(what, active, cause)
 
 
 def eligible(instance: Instance, request: ScheduleRequest) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.response_tail import TAIL_BYTES, usage_in
+from penstock.common.telemetry import HistogramCell
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, ResponseHead
@@ -38,6 +39,7 @@ class Relay:
     __slots__ = (
         *("_clean", "_clock", "_dechunker", "_downstream", "_filter", "_head", "_held", "_idle_s", "_last"),
         *("_owner", "_previous", "_usage", "_work", "bytes_out", "chunks", "first_byte_at"),
+        *("_piece_at", "gaps"),
     )
 
     def __init__(
@@ -53,6 +55,9 @@ class Relay:
         self._dechunker: ChunkedBody | None = None
         self._filter: UsageFilter | None = None
         self._usage: tuple[int, int, int] | None = None
+        # Where the time between two pieces is counted, for some streams.
+        self.gaps: HistogramCell | None = None
+        self._piece_at = 0.0
 
     def dechunk(self) -> None:
         """Take the chunks apart, for a client that speaks HTTP/1.0; the connection's end is the body's."""
@@ -112,7 +117,14 @@ class Relay:
             data, self._held = self._held + data, b""
         else:
             self.touch()
+            if self.gaps is not None:
+                self._count_gap(self.gaps)
         self._downstream.write(data)
+
+    def _count_gap(self, gaps: HistogramCell) -> None:
+        now = self._clock()
+        gaps.observe(now - (self._piece_at or self.first_byte_at))
+        self._piece_at = now
 
     def upstream_done(self) -> None:
         """The response is complete."""

@@ -53,8 +53,10 @@ class IngressService:
             "registry", lambda: "" if table.synced else "no complete listing of the instances yet"
         )
         expose(table, metrics)
-        metrics.gauge(
-            "penstock_ingress_access_log_dropped", "Log lines dropped", lambda: gateway.access_log.dropped
+        metrics.tally(
+            "penstock_ingress_access_log_dropped_total",
+            "Log lines dropped",
+            lambda: gateway.access_log.dropped,
         )
         self._reports_too_large = metrics.counter(
             "penstock_ingress_reports_too_large_total", "Load reports over their subject's bound"

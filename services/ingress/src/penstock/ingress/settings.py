@@ -19,6 +19,7 @@ from penstock.common.settings import (
     read_token,
     sane_token,
 )
+from penstock.common.tracing_settings import TraceSettings
 from penstock.ingress.api_keys import LIVE, read_keys
 from penstock.ingress.disaggregation_settings import DisaggregationSettings
 from penstock.ingress.limit_settings import LimitSettings
@@ -39,6 +40,7 @@ class IngressSettings(
     EngineTlsSettings,
     InstanceLimitSettings,
     TlsSettings,
+    TraceSettings,
     TrafficSettings,
     ServiceSettings,
 ):

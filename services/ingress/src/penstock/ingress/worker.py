@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import random
 import resource
 import signal
 import socket
@@ -26,6 +28,7 @@ from penstock.common.lifecycle import run_service
 from penstock.common.live_config import LiveConfig
 from penstock.common.profiles import ModelProfiles
 from penstock.common.telemetry import FamilySnapshot
+from penstock.common.tracing import Sampler, Span, Spans
 from penstock.ingress import machine_code
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
@@ -35,7 +38,6 @@ from penstock.ingress.adapters.connection_limit import WAITING, SharedCounts, co
 from penstock.ingress.adapters.engine_client import EngineClient
 from penstock.ingress.adapters.external_client import ExternalClient
 from penstock.ingress.adapters.http_server import HttpServer
-from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.listening import listening_socket
 from penstock.ingress.adapters.parent_limits import CountCall, CountReply, ParentLimitStore
 from penstock.ingress.adapters.pool import Bounds
@@ -56,10 +58,14 @@ from penstock.ingress.ports import LimitStore
 from penstock.ingress.profile_keeping import ProfileKeeper
 from penstock.ingress.service import IngressService
 from penstock.ingress.settings import IngressSettings
+from penstock.ingress.traced import Tracing
 from penstock.ingress.waiting_room import WaitingRoom
+
+log = logging.getLogger(__name__)
 
 # What clients get to take their last bytes, however little the drain has left.
 FLUSH_S = 1.0
+SPANS_EVERY_S, SPANS_AT_ONCE = 0.5, 256
 # File descriptors beside those of clients and of the instances that serve them: kept connections, bus, log.
 SPARE_FILES = 4096
 
@@ -84,8 +90,14 @@ class Report(msgspec.Struct, tag="report"):
     snapshot: list[FamilySnapshot]
 
 
+class SpanBatch(msgspec.Struct, tag="spans"):
+    """Spans that ended in a worker: its parent exports them."""
+
+    spans: list[Span]
+
+
 # What comes over the channel, to the parent and from it: "?" asks for a report.
-FromWorker = Report | AdminCall | CountCall
+FromWorker = Report | AdminCall | CountCall | SpanBatch
 FromParent = str | AdminReply | CountReply | Certificates
 
 
@@ -119,11 +131,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     workers, index = settings.workers, start.index
     shared = SharedPools(counts_fd, counts_bytes(workers), workers, index) if workers > 1 else None
     bounds = Bounds(settings, shared)
-    host.metrics.gauge(
-        "penstock_ingress_machine_code",
-        "Workers whose data path is compiled",
-        lambda: float(machine_code.compiled()),
-    )
+    machine_code.expose(host.metrics)
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics, bounds)
     gateway.dividing = Dividing(gateway, host.metrics)
     gateway.externals = externals = ExternalClient(settings, host.metrics, bounds)
@@ -186,6 +194,25 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     service = IngressService(gateway, host.bus, host.lifecycle, host.metrics)
     server = HttpServer(gateway, host.metrics, SharedCounts(counts_fd, settings.workers, start.index))
 
+    async def send_spans(most: int) -> None:
+        try:
+            while batch := spans.take(most):
+                await channel.send(SpanBatch(batch))
+        except OSError as exc:
+            log.debug("the parent takes no spans: %s", exc)
+
+    async def keep_sending_spans() -> None:
+        while True:
+            await asyncio.sleep(SPANS_EVERY_S)
+            await send_spans(SPANS_AT_ONCE)
+
+    spans = Spans(host.metrics)
+    if settings.otlp_endpoint:
+        ratio, inbound = settings.trace_sample_ratio, settings.trace_inbound_per_second
+        sampler = Sampler(ratio, inbound, random.random, time.monotonic)
+        gateway.sample = Tracing(gateway, sampler, spans, time.time_ns).sampling()
+        host.lifecycle.add_loop("spans", keep_sending_spans())
+
     if settings.admin_on_public_port:
         server.admin = AdminRelay(channel.send)
 
@@ -212,6 +239,7 @@ async def serve(channel: Channel, counts_fd: int) -> None:
         server.stop_accepting()
         deadline = time.monotonic() + settings.drain_timeout
         await service.drain(settings.drain_timeout)
+        await send_spans(SPANS_AT_ONCE)
         await upstreams.close()
         await externals.close()
         await server.close(max(FLUSH_S, deadline - time.monotonic()))
@@ -246,6 +274,9 @@ def limit_store(
 ) -> tuple[LimitStore, ParentLimitStore | None]:
     """Where limits are counted, and the same again if that is the parent."""
     if settings.limits_store == "redis":
+        # 7 MB that others need not pay; where OpenTelemetry is installed, this library imports it.
+        from penstock.ingress.adapters.limit_store import RedisLimitStore
+
         return RedisLimitStore(settings), None
     if settings.limits_store == "nats":
         return BusLimitStore(bus, settings.limits_nats_timeout), None

@@ -10,6 +10,7 @@ from penstock.common.identity import new_identity
 from penstock.common.lifecycle import run_service
 from penstock.common.live_config import LiveConfig, expose_config
 from penstock.common.settings import load_or_exit
+from penstock.common.telemetry import Metrics
 from penstock.mirror.adapters.config_file import MirrorFile
 from penstock.mirror.adapters.shadow_client import ShadowClient
 from penstock.mirror.replay import Replay
@@ -46,22 +47,7 @@ async def _serve(settings: MirrorSettings) -> None:
         request_timeout_s=settings.request_timeout,
     )
     expose_config(live, host.metrics)
-    expose(
-        host.metrics,
-        {
-            "active": ("1 while requests are to be copied", lambda: float(configuration.config.active)),
-            "file_fault": ("1 while the file cannot be used", lambda: float(bool(configuration.file_fault))),
-            "under_way": ("Copies under way to the shadow", lambda: float(len(replay.under_way))),
-            "left_copies": (
-                "Copies that left the stream before a replica had hands for them; all replicas show the same",
-                lambda: float(replay.left),
-            ),
-            "comparisons_given_up": (
-                "Shadows whose own request's end was not heard of",
-                lambda: float(replay.comparisons.given_up),
-            ),
-        },
-    )
+    export(host.metrics, configuration, replay)
     host.lifecycle.require("bus", lambda: "" if host.bus.connected else "no connection")
 
     async def drain() -> None:
@@ -75,6 +61,28 @@ async def _serve(settings: MirrorSettings) -> None:
     ):
         host.lifecycle.add_loop(name, loop)
     await host.run(drain, host.admin_listener())
+
+
+def export(metrics: Metrics, configuration: Configuration, replay: Replay) -> None:
+    """The mirror's own gauges and counters."""
+    expose(
+        metrics,
+        {
+            "active": ("1 while requests are to be copied", lambda: float(configuration.config.active)),
+            "file_fault": ("1 while the file cannot be used", lambda: float(bool(configuration.file_fault))),
+            "under_way": ("Copies under way to the shadow", lambda: float(len(replay.under_way))),
+        },
+    )
+    metrics.tally(
+        "penstock_mirror_copies_left_total",
+        "Copies that left the stream before a replica had hands for them; all replicas show the same",
+        lambda: float(replay.left),
+    )
+    metrics.tally(
+        "penstock_mirror_comparisons_given_up_total",
+        "Shadows whose own request's end was not heard of",
+        lambda: float(replay.comparisons.given_up),
+    )
 
 
 if __name__ == "__main__":

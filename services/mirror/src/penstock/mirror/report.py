@@ -10,10 +10,8 @@ from penstock.common.identity import Identity
 from penstock.common.messages import MirrorCopy
 from penstock.common.routing_events import (
     COMPARISON,
-    DEGRADED,
     MIRRORED,
     ComparisonEvent,
-    DegradedEvent,
     MirroredEvent,
     ResponseFigures,
 )
@@ -71,8 +69,7 @@ class Report:
 
     def degraded(self, what: str, active: bool, cause: str) -> None:
         """Something is, or is no longer, worked around."""
-        event = DegradedEvent(self._identity.service, self._identity.id, what, active, cause)
-        self._events.emit(DEGRADED, "", self._identity.service, event)
+        self._events.degraded(what, active, cause)
 
 
 def expose(metrics: Metrics, values: dict[str, tuple[str, Callable[[], float]]]) -> None:

@@ -9,6 +9,7 @@ from penstock.common.instances import expose
 from penstock.common.messages import Placement
 from penstock.common.telemetry import Metrics
 from penstock.scheduler.intake import Intake
+from penstock.scheduler.policies.catalog import WEIGHTED
 from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.scheduler import Decision
@@ -107,9 +108,9 @@ class Instruments:
         metrics.gauge(
             "penstock_scheduler_taking_requests", "1 while requests are taken", lambda: float(intake.open)
         )
-        metrics.gauge(
-            "penstock_scheduler_warm_ups",
-            "Ends of warming up so far: with a snapshot, without one that was asked for, alone; and refusals",
+        metrics.tally(
+            "penstock_scheduler_warm_ups_total",
+            "Ends of warming up: with a snapshot, without one that was asked for (cold), alone; and refusals",
             lambda: [((end,), float(count)) for end, count in warming.ends.items()],
             "end",
         )
@@ -122,7 +123,9 @@ class Instruments:
             self._looked_up.value += len(decision.hashes)
             self._matched.value += outcome.matched_blocks
         else:
-            self._decisions.inc(decision.policy, outcome.reason.value)
+            # A weighted list is text of a client, who may send any number of them.
+            policy = WEIGHTED if ":" in decision.policy else decision.policy
+            self._decisions.inc(policy, outcome.reason.value)
         self._seconds.observe(seconds)
 
     def refresh(self) -> None:

@@ -56,6 +56,7 @@ from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.settings import SchedulerSettings
 from penstock.scheduler.telling import Teller
+from penstock.scheduler.tracing import DecisionTraces
 from penstock.scheduler.warming import Warming
 
 log = logging.getLogger(__name__)
@@ -84,12 +85,14 @@ class SchedulerService:
         lifecycle: Lifecycle,
         settings: SchedulerSettings,
         *,
+        traces: DecisionTraces | None = None,
         warm_up_s: float = WARM_UP_S,
         clock: Callable[[], float] = time.monotonic,
         loop_clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`loop_clock` tells how late the event loop is."""
-        self._bus, self._own, self._clock = bus, own, clock
+        """`traces` hears of each decision about a traced request; `loop_clock` tells how late the event loop
+        is."""
+        self._bus, self._own, self._clock, self._traces = bus, own, clock, traces
         self._warm_up_s = warm_up_s
         catalog = ConfiguredCatalog(settings.thresholds, settings.custom_policies)
         self.replica = Replica(
@@ -152,6 +155,7 @@ class SchedulerService:
             return None
         placed: list[Placed] = []
         outcomes: dict[str, Placement | Rejection] = {}
+        marks = self._traces.marks(batch) if batch.traces and self._traces is not None else None
         replica, started = self.replica, self._clock()
         view = replica.age(started)
         for request in _in_turn(batch.requests):
@@ -164,6 +168,8 @@ class SchedulerService:
                 self._faults.failed(decision.fault, started)
             ended = self._clock()
             self._instruments.decided(decision, ended - started)
+            if marks and self._traces is not None and (parent := marks.get(request.decision_id)):
+                self._traces.decided(parent, batch, request, decision, ended - started)
             started = ended
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)

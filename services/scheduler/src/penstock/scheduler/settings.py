@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from penstock.common.messages import MAX_BLOCKS
 from penstock.common.profile_settings import ProfilesFileSettings
 from penstock.common.settings import InstanceLimitSettings, ServiceSettings
+from penstock.common.tracing_settings import OtlpSettings
 from penstock.scheduler import plugins
 from penstock.scheduler.policies.catalog import MAX_COEFFICIENT
 from penstock.scheduler.policies.configured import ConfiguredCatalog
@@ -18,7 +19,7 @@ from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
 
 
-class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, ServiceSettings):
+class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, OtlpSettings, ServiceSettings):
     """Decides which instance serves each request."""
 
     admin_port: int = Field(

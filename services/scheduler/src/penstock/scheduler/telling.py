@@ -13,14 +13,12 @@ from penstock.common.messages import Placement, Rejection, ScheduleBatch, Schedu
 from penstock.common.open_requests import lost_outcome
 from penstock.common.routing_events import (
     CONFIG_CHANGE,
-    DEGRADED,
     OUTCOME,
     PLACEMENT,
     REJECTION,
     WRITER_CHANGE,
     CandidateTerms,
     ConfigEvent,
-    DegradedEvent,
     Inputs,
     PlacementEvent,
     RejectionEvent,
@@ -116,8 +114,7 @@ class Teller:
     def degraded(self, what: str, active: bool, cause: str, text: str, level: int = logging.WARNING) -> None:
         """`what` is missing and worked around from here on (`active`), or no longer; the log says `text`."""
         log.log(level, text, extra={"fields": {"cause": cause}})
-        event = DegradedEvent(self._own.service, self._own.id, what, active, cause)
-        self._events.emit(DEGRADED, "", self._own.service, event)
+        self._events.degraded(what, active, cause)
 
 
 class Reasons(msgspec.Struct, frozen=True, gc=False):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.adapters.probes import AdminListener, GetSnapshot, local
@@ -23,6 +26,33 @@ HEARTBEAT_EVERY_S = 1.0
 FLUSH_DEADLINE_S = 3.0
 
 
+def expose_process(metrics: Metrics, lifecycle: Lifecycle) -> None:
+    """What every service process says of itself."""
+    metrics.gauge(
+        "penstock_loop_lag_seconds",
+        "Delay of the event loop, last probe",
+        lambda: lifecycle.loop_lag_s,
+        over="max",
+    )
+    metrics.gauge(
+        "penstock_ready", "1 while the service takes work", lambda: float(not lifecycle.missing()), over="min"
+    )
+    metrics.gauge("penstock_tasks", "Tasks of the event loop", lambda: len(asyncio.all_tasks()))
+    metrics.tally("penstock_cpu_seconds_total", "CPU time of the service's processes", time.process_time)
+    metrics.gauge(
+        "penstock_resident_memory_bytes", "Memory of the service's processes", _resident_memory_bytes
+    )
+
+
+def _resident_memory_bytes() -> float:
+    """0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0.0
+    return float(int(pages) * os.sysconf("SC_PAGE_SIZE"))
+
+
 class Host:
     """One service process. Build it inside the loop, hand its parts to the service, then `run`."""
 
@@ -36,13 +66,7 @@ class Host:
         self.bus = NatsBus(settings, identity.writer, self.metrics)
         self._log = RoutingLog(self.bus, identity, self.metrics, settings)
         self.events = self._log.events
-        self.metrics.gauge(
-            "penstock_loop_lag_seconds",
-            "Delay of the event loop, last probe",
-            lambda: self.lifecycle.loop_lag_s,
-        )
-        self.metrics.gauge("penstock_ready", "1 while the service takes work", lambda: float(self.ready))
-        self.metrics.gauge("penstock_tasks", "Tasks of the event loop", lambda: len(asyncio.all_tasks()))
+        expose_process(self.metrics, self.lifecycle)
 
     @property
     def ready(self) -> bool:

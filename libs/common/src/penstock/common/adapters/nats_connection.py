@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import ssl
+import time
 from collections.abc import Callable, Mapping
 
 from penstock.common.adapters.nats_client import ConnectError, Interest, NatsClient
@@ -18,7 +19,7 @@ from penstock.common.adapters.nats_wire import Message, WireError
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import token
-from penstock.common.telemetry import Metrics
+from penstock.common.telemetry import FAST_SECONDS_BUCKETS, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,23 @@ class NatsConnection:
         )
         self._refused = self.dropped.labels("any", "not permitted")
         self._connections = metrics.counter("penstock_bus_connections_total", "Connections made to the bus")
-        metrics.gauge("penstock_bus_connected", "1 while the bus answers", lambda: float(self.connected))
+        metrics.gauge(
+            "penstock_bus_connected", "1 while the bus answers", lambda: float(self.connected), over="min"
+        )
+        self._ping_seconds = metrics.histogram(
+            "penstock_bus_ping_seconds",
+            "Time until the bus's server has taken in all that was sent to it, asked every second",
+            bounds=FAST_SECONDS_BUCKETS,
+        ).labels()
+        # When a bucket's watch last proved that it misses nothing.
+        self.proved_at: dict[str, float] = {}
+        metrics.gauge(
+            "penstock_bus_watch_age_seconds",
+            "Time since the watch of a bucket proved that it misses nothing; every 2 s while the bus is well",
+            lambda: [((name,), time.monotonic() - at) for name, at in self.proved_at.items()],
+            "bucket",
+            over="max",
+        )
 
     @property
     def connected(self) -> bool:
@@ -135,7 +152,7 @@ class NatsConnection:
     async def close(self) -> None:
         """Send what waits, then leave; a server that does not answer is given a second."""
         if self._client is not None:
-            await _answers(self._client, PING_EVERY_S)
+            await self._ping(self._client, PING_EVERY_S)
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -312,10 +329,21 @@ class NatsConnection:
                 async with asyncio.timeout(PING_EVERY_S):
                     await client.closed.wait()
             except TimeoutError:
-                missed = 0 if await _answers(client, PING_EVERY_S) else missed + 1
+                missed = 0 if await self._ping(client, PING_EVERY_S) else missed + 1
             if client.closed.is_set():
                 return client.cause
         return f"no answer to {PINGS_MISSED} pings"
+
+    async def _ping(self, client: NatsClient, within_s: float) -> bool:
+        """Whether the server takes in all that was sent, in time."""
+        asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(within_s):
+                await client.ping()
+        except (TimeoutError, ConnectionError):
+            return False
+        self._ping_seconds.observe(time.monotonic() - asked_at)
+        return True
 
     def _on_answer(self, message: Message) -> None:
         waiting = self._answers.pop(message.subject.rsplit(".", 1)[1], None)
@@ -346,16 +374,6 @@ class NatsConnection:
         if text != self._last_trouble:
             log.warning("%s", text)
         self._last_trouble = text
-
-
-async def _answers(client: NatsClient, within_s: float) -> bool:
-    """Whether the server takes in all that was sent, in time."""
-    try:
-        async with asyncio.timeout(within_s):
-            await client.ping()
-    except (TimeoutError, ConnectionError):
-        return False
-    return True
 
 
 def _without_secret(url: str) -> str:

@@ -190,6 +190,7 @@ async def _watch_once(
             entries[key] = entry
     if _incarnation(await api(connection, f"STREAM.INFO.{bucket.stream}", None)) != incarnation:
         raise _Gap("the bucket was created anew while it was listed")
+    connection.proved_at[bucket.name] = time.monotonic()
     yield Listing(Position(incarnation, seen), entries)
     owed = 0
     next_check = time.monotonic() + CHECK_EVERY_S
@@ -207,7 +208,10 @@ async def _watch_once(
             raise _Gap("the bucket was created anew")
         if seen < owed and consumer.unread.empty():
             raise _Gap(f"change {owed} of the bucket never came")
-        owed, next_check = last, time.monotonic() + CHECK_EVERY_S
+        now = time.monotonic()
+        if seen >= last:
+            connection.proved_at[bucket.name] = now
+        owed, next_check = last, now + CHECK_EVERY_S
 
 
 def _incarnation(info: dict[str, Any] | None) -> str:

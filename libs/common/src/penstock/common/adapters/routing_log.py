@@ -39,10 +39,12 @@ class RoutingLog:
             stream=self._stream,
             spool=self._spool,
         )
-        if (spool := self._spool) is not None:
-            metrics.gauge(
-                "penstock_events_spooled_bytes", "Bytes of the audit spool on disk", lambda: spool.held_bytes
-            )
+        spool = self._spool
+        metrics.gauge(
+            "penstock_events_spooled_bytes",
+            "Bytes of the audit spool on disk",
+            lambda: spool.held_bytes if spool is not None else 0,
+        )
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What goes on for as long as the process lives, by name."""

@@ -269,6 +269,8 @@ class ClientConnection(asyncio.Protocol):
     def _begin(self, head: RequestHead, body: bytes | bytearray) -> None:
         self.deadline = 0.0
         exchange = self._exchange = Exchange(self._gateway, self, head, body)
+        if self._gateway.sample is not None:
+            self._gateway.sample(exchange)
         exchange.start()
 
     def _refuse(self, error: GatewayError) -> None:
