@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import http.client
 import inspect
+import itertools
 import os
 import random
 import re
@@ -38,6 +39,12 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
 
+# The ports of one process of pytest-xdist: none is another's, or given twice while its server starts.
+_FIRST_PORT, _PORTS_EACH = 20_000, 1_596
+_place = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_turn = itertools.count(random.randrange(_PORTS_EACH))
+
+
 def free_port() -> int:
     """A TCP port of loopback that nobody listens on at this moment.
 
@@ -45,7 +52,7 @@ def free_port() -> int:
     keeps trying to reach a stopped server could else be given the server's own port.
     """
     while True:
-        port = random.randrange(20_000, 32_768)
+        port = _FIRST_PORT + _place * _PORTS_EACH + next(_turn) % _PORTS_EACH
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

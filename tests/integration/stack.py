@@ -128,10 +128,20 @@ class Stack:
     async def ready(self) -> None:
         """Every ingress and scheduler is ready, and a request is placed by a scheduler if there is one."""
         async with aiohttp.ClientSession() as session:
-            for port in [*(i.admin_port for i in self.ingresses), *self.scheduler_ports]:
-                await eventually(partial(_is_ready, session, port), READY_TIMEOUT_S)
-            for ingress in self.ingresses if self.schedulers else []:
-                await eventually(partial(self._by_scheduler, session, ingress), READY_TIMEOUT_S)
+            try:
+                for port in [*(i.admin_port for i in self.ingresses), *self.scheduler_ports]:
+                    await eventually(partial(_is_ready, session, port), READY_TIMEOUT_S)
+                for ingress in self.ingresses if self.schedulers else []:
+                    await eventually(partial(self._by_scheduler, session, ingress), READY_TIMEOUT_S)
+            except AssertionError as exc:
+                raise AssertionError(f"{exc}\n{self._last_words()}") from exc
+
+    def _last_words(self) -> str:
+        """Whether each part still runs, and the end of what it said."""
+        parts = [*self.schedulers, *(ingress.process for ingress in self.ingresses)]
+        return "\n".join(
+            f"{part.name}, exit code {part.exit_code}:\n" + "\n".join(part.lines[-20:]) for part in parts
+        )
 
     async def _by_scheduler(self, session: aiohttp.ClientSession, ingress: Ingress) -> bool:
         _, headers, _ = await chat(session, ingress.url, "are you there", max_tokens=1)

@@ -43,7 +43,7 @@ async def scaled_up_and_down(stack: Stack, d: Drill) -> None:
     d.phase("three")
     for _ in range(2):
         await asyncio.to_thread(stack.start_scheduler)
-    await d.shows("penstock_ingress_schedulers", lambda v: v == 3 * 2)
+    await d.shows("penstock_ingress_schedulers", lambda v: v == 3)
     await d.runs(OUTAGE_S / 4)
     d.phase("one again")
     for _ in range(2):
@@ -51,7 +51,7 @@ async def scaled_up_and_down(stack: Stack, d: Drill) -> None:
         leaving = stack.schedulers.pop(0)
         leaving.terminate()
         await asyncio.to_thread(leaving.assert_exit, 0, LEAVES_WITHIN_S)
-    await d.shows("penstock_ingress_schedulers", lambda v: v == 2)
+    await d.shows("penstock_ingress_schedulers", lambda v: v == 1)
     await d.runs(OUTAGE_S / 4)
     await d.healed()
 
