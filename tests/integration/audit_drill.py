@@ -129,8 +129,8 @@ async def drill(
             done[kind.__name__] += 1
         await load.answers(50)
     done["answered"], done["failed"] = load.answered, len(load.failures)
-    # A client has one request at a time on the worker that is killed.
-    assert len(load.failures) <= 8 * done["worker_killed"], load.failures[:5]
+    # A client has one request at a time on the worker that is killed, and may come to it once more.
+    assert len(load.failures) <= 16 * done["worker_killed"], load.failures[:5]
     return done
 
 
