@@ -72,6 +72,7 @@ async def _row(
     url, (ingress,) = pd.urls[mode], [one for one in pd.stack.ingresses if one.url == pd.urls[mode]]
     for number in range(WARM_UP):
         await _ask(session, url, model, -number, divided=divided)
+    # What the warm-up left to be told and published is not to count below.
     await asyncio.sleep(0.3)
     pids = ingress.process.pid, pd.stack.schedulers[0].pid
     start, before_s = len(ingress.process.lines), [_cpu_s(pid) for pid in pids]
