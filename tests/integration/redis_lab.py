@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import importlib.util
 import shutil
-import socket
 import ssl
 import tempfile
 import time
@@ -20,7 +19,7 @@ from redis import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import AuthenticationError, RedisError
 
-from integration.servers import Process, eventually_sync, free_port
+from integration.servers import Process, eventually_sync, free_cluster_port, free_port
 from penstock.common.model import Instance
 from penstock.common.records import PENSTOCK, write_record
 from penstock.common.settings import load
@@ -178,16 +177,6 @@ def replicated() -> Iterator[tuple[RedisServer, RedisServer, RedisServer]]:
         yield master, replica, sentinel
 
 
-def _cluster_port() -> int:
-    """The nodes talk on a port higher by 10,000: it has to be free, too, and below outgoing connections."""
-    while True:
-        port = free_port()
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            if port < 22_768:
-                probe.bind(("127.0.0.1", port + 10_000))
-                return port
-
-
 @contextlib.contextmanager
 def clustered(count: int = 3) -> Iterator[list[RedisServer]]:
     """A cluster of so many primaries, all slots shared out."""
@@ -195,7 +184,7 @@ def clustered(count: int = 3) -> Iterator[list[RedisServer]]:
         flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
         nodes = [RedisServer(*NOTIFY, *flags) for _ in range(count)]
         for node in nodes:
-            node.port = _cluster_port()
+            node.port = free_cluster_port()
             stack.enter_context(node)
         clients = [stack.enter_context(node.client()) for node in nodes]
         bounds = [REDIS_CLUSTER_HASH_SLOTS * number // count for number in range(count + 1)]

@@ -41,6 +41,9 @@ STOP_TIMEOUT_S = 30.0
 
 # The ports of one process of pytest-xdist: none is another's, or given twice while its server starts.
 _FIRST_PORT, _PORTS_EACH = 20_000, 1_596
+# Nodes of a Redis cluster talk on a port higher by this, which has to be free and nobody else's, too.
+CLUSTER_BUS_OFFSET = 10_000
+_FIRST_CLUSTER_PORT, _CLUSTER_PORTS_EACH = 9_000, 125
 _place = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 _turn = itertools.count(random.randrange(_PORTS_EACH))
 
@@ -50,12 +53,37 @@ def free_port() -> int:
 
     It lies below the range that the kernel takes ports of outgoing connections from: a client that
     keeps trying to reach a stopped server could else be given the server's own port.
+
+    Raises:
+        AssertionError: every port of this process is taken.
     """
-    while True:
-        port = _FIRST_PORT + _place * _PORTS_EACH + next(_turn) % _PORTS_EACH
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+    return _next_free(_FIRST_PORT, _PORTS_EACH)
+
+
+def free_cluster_port() -> int:
+    """A `free_port` whose port of a Redis cluster's bus is free, too.
+
+    Raises:
+        AssertionError: every such port of this process is taken.
+    """
+    return _next_free(_FIRST_CLUSTER_PORT, _CLUSTER_PORTS_EACH, CLUSTER_BUS_OFFSET)
+
+
+def _next_free(first: int, each: int, *offsets: int) -> int:
+    for _ in range(each):
+        port = first + _place * each + next(_turn) % each
+        if all(_is_free(port + offset) for offset in (0, *offsets)):
             return port
+    raise AssertionError(f"no port of {first + _place * each}..{first + (_place + 1) * each - 1} is free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @overload
