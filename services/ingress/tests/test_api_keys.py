@@ -24,6 +24,7 @@ from penstock.ingress.settings import IngressSettings
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, Lab
+from .scripted import config
 
 SECRET = "sk-alice-0123456789abcdef"
 
@@ -159,6 +160,32 @@ async def test_limits_count_for_the_keys_owner_or_for_whom_the_header_names(
             answer = await (await lab.client()).ask(BODY, authorization=f"Bearer {SECRET}", user=user)
             assert answer.status == status
         answering.cancel()
+
+
+@pytest.mark.parametrize(("limits_user", "routes"), [("key", 1), ("header", 2)])
+async def test_a_share_of_users_is_of_those_whom_the_setting_names(
+    lab_of: LabOf, limits_user: str, routes: int
+) -> None:
+    entries = config({"base_url": "local", "weight": 1}, {"base_url": "local", "canary_percent": 50})
+    flags = {"route_policy": "weight", "route_config": entries, "limits_user": limits_user}
+    lab, _ = await guarded(lab_of, api_key(), **flags)
+    engine = await lab.engine()
+
+    async def answers() -> None:
+        peer = await engine.accept()
+        while True:
+            await peer.request()
+            peer.answer()
+
+    taken = set()
+    async with asyncio.TaskGroup() as tasks:
+        answering = tasks.create_task(answers())
+        client = await lab.client()
+        for number in range(20):
+            answer = await client.ask(BODY, authorization=f"Bearer {SECRET}", user=f"forged {number}")
+            taken.add(answer.headers["x-penstock-route"])
+        answering.cancel()
+    assert len(taken) == routes
 
 
 def head(key: str = SECRET) -> Any:

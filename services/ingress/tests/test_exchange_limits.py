@@ -21,6 +21,7 @@ from penstock.ingress.limit_settings import UserRecord
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.limits import Verdict
 
+from .conftest import LabOf
 from .ingress_lab import BODY, MODEL, STREAM_BODY, Engine, Lab, Peer, Response
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
@@ -133,6 +134,42 @@ async def test_the_usage_of_a_stream_is_asked_for_and_hidden_from_who_did_not_as
         await peer.request()
         peer.answer()
         assert (await client.response()).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_an_engine_tells_of_limits_of_its_own_gives_way_to_ours(lab: Lab, stream: bool) -> None:
+    engine, client = await lab.engine(), await lab.client()
+    its = ("X-RateLimit-Limit-Tokens: 99", "x-ratelimit-remaining-other: 98", "x-kept: 1")
+    with limited(lab, tpm=1000):
+        for user, limit in (("u", "1000"), ("somebody else", "99")):
+            client.post(STREAM_BODY if stream else BODY, user=user)
+            peer = await engine.accept()
+            await peer.request()
+            if stream:
+                peer.begin_stream("connection: close", *its)
+                peer.event("[DONE]")
+                peer.send(b"0\r\n\r\n")
+            else:
+                peer.answer(WHOLE, "200 OK", "connection: close", *its)
+            peer.close()
+            response = await client.response()
+            assert response.headers["x-ratelimit-limit-tokens"] == limit
+            assert ("x-ratelimit-remaining-other" in response.headers) is (user != "u")
+            assert response.headers["x-kept"] == "1"
+
+
+async def test_an_error_that_was_kept_tells_of_our_limits_too(lab_of: LabOf) -> None:
+    lab = await lab_of(retry_max_count=1)
+    engine, client = await lab.engine(), await lab.client()
+    with limited(lab, rpm=5):
+        client.post(user="u")
+        peer = await engine.accept()
+        await peer.request()
+        peer.answer(b"{}", "500 Oh", "connection: close", "x-ratelimit-limit-requests: 99")
+        peer.close()
+        response = await client.response()
+    assert (response.status, response.headers["x-ratelimit-limit-requests"]) == (500, "5")
+    assert response.wire.count(b"x-ratelimit-limit-requests") == 1
 
 
 async def test_without_a_limit_of_tokens_a_stream_stays_byte_for_byte(lab: Lab) -> None:

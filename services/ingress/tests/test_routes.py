@@ -33,7 +33,7 @@ def names(choice: Choice) -> tuple[str, str]:
 def test_an_even_split_of_ten_thousand_is_even_within_two_percent() -> None:
     split = routes("weight", {"base_url": "local", "weight": 50}, {"base_url": A, "weight": 50})
     draw = Random(7).random
-    counts = Counter(names(split.choose(head(), "m", "", draw()))[0] for _ in range(10_000))
+    counts = Counter(names(split.choose(head(), "m", "", draw(), ""))[0] for _ in range(10_000))
     assert counts.keys() == {"local", "a:8000"}
     assert abs(counts["local"] - 5000) <= 200
 
@@ -48,12 +48,12 @@ def test_a_draw_falls_into_the_share_that_covers_it(draw: float, taken: str) -> 
         {"base_url": B, "weight": 0},
         {"base_url": A, "weight": 3},
     )
-    assert names(split.choose(head(), "any model", "", draw)) == (taken, "weight")
+    assert names(split.choose(head(), "any model", "", draw, "")) == (taken, "weight")
 
 
 def test_without_any_weight_no_route_takes_a_request() -> None:
     split = routes("weight", {"base_url": A, "fallback": True})
-    assert names(split.choose(head(), "m", "", 0.5)) == ("", "none")
+    assert names(split.choose(head(), "m", "", 0.5, "")) == ("", "none")
     assert [route.name for route in split.chain] == ["a:8000"]
 
 
@@ -61,7 +61,7 @@ def test_a_session_keeps_its_route_and_only_those_of_a_smaller_share_move() -> N
     def of(weight: int) -> dict[str, str]:
         split = routes("weight", {"base_url": "local", "weight": weight}, {"base_url": A, "weight": 50})
         draw = Random(3).random
-        return {s: names(split.choose(head(), "m", s, draw()))[0] for s in map(str, range(4000))}
+        return {s: names(split.choose(head(), "m", s, draw(), ""))[0] for s in map(str, range(4000))}
 
     even, again, less = of(50), of(50), of(25)
     assert even == again
@@ -98,12 +98,12 @@ PREFIXES = (
 @pytest.mark.parametrize("order", [1, -1])
 def test_exact_beats_the_longest_wildcard_which_beats_the_star(model: str, taken: str, order: int) -> None:
     entries = [entry for entry in PREFIXES if order == 1 or entry["base_url"] != "http://late:1"]
-    assert names(routes("prefix", *entries[::order]).choose(head(), model, "", 0.0)) == (taken, "prefix")
+    assert names(routes("prefix", *entries[::order]).choose(head(), model, "", 0.0, "")) == (taken, "prefix")
 
 
 def test_no_match_is_no_route() -> None:
     split = routes("prefix", {"prefix": "gpt-*", "base_url": "local"})
-    assert names(split.choose(head(), "llama", "", 0.0)) == ("", "none")
+    assert names(split.choose(head(), "llama", "", 0.0, "")) == ("", "none")
 
 
 # -- canaries ------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_header_asks_for_the_canary(wanted: str, line: str, taken: str) -> Non
         {"base_url": "local", "weight": 1},
         {"base_url": A, "name": "canary", "canary_header": wanted},
     )
-    assert names(split.choose(head(line), "m", "", 0.0))[0] == taken
+    assert names(split.choose(head(line), "m", "", 0.0, ""))[0] == taken
 
 
 def test_a_share_of_the_users_gets_the_canary_and_always_the_same_ones() -> None:
@@ -136,13 +136,13 @@ def test_a_share_of_the_users_gets_the_canary_and_always_the_same_ones() -> None
     )
 
     def taken(user: str) -> str:
-        return names(split.choose(head(f"user: {user}"), "m", "", 0.0))[0]
+        return names(split.choose(head(), "m", "", 0.0, user))[0]
 
     users = [f"user-{n}" for n in range(5000)]
     first = [taken(user) for user in users]
     assert abs(first.count("canary") - 500) < 75
     assert [taken(user) for user in users] == first
-    assert names(split.choose(head(), "m", "", 0.0))[0] == "local"
+    assert names(split.choose(head(), "m", "", 0.0, ""))[0] == "local"
 
 
 def test_a_canary_takes_models_of_its_prefix_only() -> None:
@@ -151,9 +151,9 @@ def test_a_canary_takes_models_of_its_prefix_only() -> None:
         {"base_url": "local", "prefix": "*"},
         {"base_url": A, "name": "canary", "prefix": "qwen*", "canary_header": "x-canary"},
     )
-    assert names(split.choose(head("x-canary: 1"), "qwen3", "", 0.0)) == ("canary", "canary")
-    assert names(split.choose(head("x-canary: 1"), "llama", "", 0.0)) == ("local", "prefix")
-    assert names(split.choose(head(), "qwen3", "", 0.0)) == ("local", "prefix")
+    assert names(split.choose(head("x-canary: 1"), "qwen3", "", 0.0, "")) == ("canary", "canary")
+    assert names(split.choose(head("x-canary: 1"), "llama", "", 0.0, "")) == ("local", "prefix")
+    assert names(split.choose(head(), "qwen3", "", 0.0, "")) == ("local", "prefix")
 
 
 # -- what an endpoint is sent --------------------------------------------------------------------------

@@ -64,10 +64,11 @@ class Detours:
 
     def choose(self, routes: Routes, inference: InferenceRequest | Facts) -> None:
         """Take the request's route. Raises GatewayError if it cannot be served."""
-        exchange, splitting = self._exchange, self._splitting
+        exchange, splitting, head = self._exchange, self._splitting, self._exchange.head
         exchange.request = self._gateway.unplaced_request(inference, exchange.request_id)
-        session = exchange.head.header(b"x-session-id") if splitting.settings.route_sticky_sessions else ""
-        route, reason = routes.choose(exchange.head, inference.model, session, splitting.draw())
+        session = head.header(b"x-session-id") if splitting.settings.route_sticky_sessions else ""
+        user = (head.wishes or self._gateway.wishes_of(head)).user
+        route, reason = routes.choose(head, inference.model, session, splitting.draw(), user)
         name = route.name if route is not None else "none"
         if (route is None and routes.chain) or (route is not None and route.external is not None):
             exchange.copy(inference.model)

@@ -310,7 +310,7 @@ class Exchange:
             else:
                 routing = self.routing_lines(attempt)
         if self.reservation is not None:
-            routing += metered(self, self.reservation, relay)
+            routing += metered(self, self.reservation, relay, head)
         relay.begin(self.request_id, routing, keep_alive=self._keep_alive)
         return relay
 
@@ -448,8 +448,11 @@ class Exchange:
         if self._gateway.draining:
             self._keep_alive = False
         routing = kept.routing if self._gateway.expose_routing_headers else b""
-        head = client_head(kept.head, self.request_id, routing, dechunked=False, keep_alive=self._keep_alive)
-        self._downstream.write(head + kept.body)
+        head = kept.head
+        if self.reservation is not None:
+            head, routing = head.unlimited(), routing + self.reservation.headers
+        lines = client_head(head, self.request_id, routing, dechunked=False, keep_alive=self._keep_alive)
+        self._downstream.write(lines + kept.body)
         self.finish(Outcome.COMPLETED)
 
     def fail(self, error: GatewayError, outcome: Outcome) -> None:

@@ -79,6 +79,9 @@ _COMMON = frozenset(
 )
 # Of two of them, the gateway and the instance could each read another one.
 _ONCE = frozenset({b"host", b"content-type"})
+# What an engine, or a hosted endpoint, tells of limits of its own.
+_LIMITS = b"x-ratelimit-"
+_LIMIT_LINES = re.compile(rb"^x-ratelimit-[^\n]*\n", re.I | re.M)
 UNTIL_CLOSE = -1
 CHUNKED = -2
 LAST_CHUNK = b"0\r\n\r\n"
@@ -154,22 +157,29 @@ class RequestHead:
 
 class ResponseHead:
     """A response's head. `length` is the body's bytes, CHUNKED or UNTIL_CLOSE; `block` the lines to pass on,
-    each with its CRLF; `encoded` says that the body is compressed: nothing readable can be added to it."""
+    each with its CRLF; `encoded` says that the body is compressed: nothing readable can be added to it;
+    `limited`, that lines of `block` tell of a limit of the sender's own."""
 
-    __slots__ = ("block", "encoded", "event_stream", "keep_alive", "length", "reason", "status")
+    __slots__ = ("block", "encoded", "event_stream", "keep_alive", "length", "limited", "reason", "status")
 
     def __init__(self, status: int, reason: bytes, minor: int) -> None:
         self.status, self.reason = status, reason
         self.block = b""
         self.length = UNTIL_CLOSE
         self.keep_alive = minor == 1
-        self.event_stream = self.encoded = False
+        self.event_stream = self.encoded = self.limited = False
 
     def with_length(self, length: int) -> Self:
         """The same head before a body of `length` bytes."""
         head = type(self)(self.status, self.reason, 1)
-        head.block, head.length = self.block, length
+        head.block, head.length, head.limited = self.block, length, self.limited
         head.keep_alive, head.event_stream, head.encoded = self.keep_alive, self.event_stream, self.encoded
+        return head
+
+    def unlimited(self) -> Self:
+        """The same head, less what it tells of limits of the sender's own."""
+        head = self.with_length(self.length)
+        head.block, head.limited = _LIMIT_LINES.sub(b"", self.block), False
         return head
 
 
@@ -343,6 +353,8 @@ def parse_response(head: bytes) -> ResponseHead:
                 response.event_stream = b"text/event-stream" in value.lower()
             elif name == b"content-encoding":
                 response.encoded = True
+            elif name.startswith(_LIMITS):
+                response.limited = True
             fields.append(line)
     response.length = _framing(lengths, codings, UNTIL_CLOSE)
     if connection:

@@ -47,8 +47,9 @@ class LimitSettings(BaseModel):
     )
     limits_user: Literal["key", "header"] = Field(
         "key",
-        description="who asks, with --api-keys: whose limits and turns count, whose prompts are kept apart: "
-        "key: its owner; header: whom the header user names, which anybody with a key can choose",
+        description="who asks, with --api-keys: whose limits and turns count, whose prompts are kept apart, "
+        "who is in a canary's share: key: its owner; header: whom the header user names, which anybody with "
+        "a key can choose",
     )
     limits_store: Literal["memory", "redis", "nats"] = Field(
         "nats",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.limits import Held
 from penstock.ingress.openai import asking_usage
@@ -31,9 +32,12 @@ def ask_for_usage(exchange: Exchange, held: Held, inference: InferenceRequest | 
             exchange.body, held.hide_usage = body, True
 
 
-def metered(exchange: Exchange, held: Held, relay: Relay) -> bytes:
-    """Have the events of a response counted that is about to begin; the header lines that it gets."""
-    if held.counts_tokens:
+def metered(exchange: Exchange, held: Held, relay: Relay, head: ResponseHead) -> bytes:
+    """Have the events of a response counted that is about to begin; the header lines that it gets, in the
+    place of what `head` tells of limits of its sender's."""
+    if head.limited:
+        relay.drop_limits()
+    if head.event_stream and held.counts_tokens:
         relay.meter(hide=held.hide_usage, chunked=exchange.head.minor > 0)
     return held.headers
 

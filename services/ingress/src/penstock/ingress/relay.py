@@ -74,6 +74,10 @@ class Relay:
                 self._head = head.with_length(CHUNKED if chunked else UNTIL_CLOSE)
                 self._dechunker = None
 
+    def drop_limits(self) -> None:
+        """Leave out what the head tells of limits of its sender's. Call it before `meter`."""
+        self._head = self._head.unlimited()
+
     def begin(self, request_id: str, routing: bytes, *, keep_alive: bool) -> None:
         """Hold the head back until something of the body comes, or nothing is at hand."""
         self._owner.deadline = self._clock() + self._idle_s

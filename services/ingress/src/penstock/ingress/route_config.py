@@ -71,7 +71,7 @@ class RouteEntry(BaseModel):
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="percent of users (header `user`) that come here first",
+        description="percent of users (the API key's owner, or the header `user`) that come here first",
     )
     forward_authorization: bool = Field(
         False, description="the endpoint has the same owner: send it the client's credentials"

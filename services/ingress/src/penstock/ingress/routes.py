@@ -102,11 +102,12 @@ class Routes:
     entries: tuple[Route, ...]
     chain: tuple[Route, ...]
 
-    def choose(self, head: RequestHead, model: str, session: str, draw: float) -> Choice:
+    def choose(self, head: RequestHead, model: str, session: str, draw: float, user: str) -> Choice:
         """Who takes a request. `draw` in [0, 1) decides by weight, or `session`, if there is one: the same
-        session goes to the same route for as long as that one's share does not shrink."""
+        session goes to the same route for as long as that one's share does not shrink. `user` is who asks,
+        whom `canary_percent` counts; empty for nobody."""
         for entry in self.entries:
-            if entry.canary and entry.fits(model) and _asked(entry, head):
+            if entry.canary and entry.fits(model) and _asked(entry, head, user):
                 return Choice(entry, "canary")
         route = (
             _by_weight(self.entries, session, draw)
@@ -192,7 +193,7 @@ def _by_prefix(entries: tuple[Route, ...], model: str) -> Route | None:
     return best
 
 
-def _asked(route: Route, head: RequestHead) -> bool:
+def _asked(route: Route, head: RequestHead, user: str) -> bool:
     if route.canary_header is not None:
         name, wanted = route.canary_header
         # Some headers stop at this gateway, and are kept apart.
@@ -200,8 +201,7 @@ def _asked(route: Route, head: RequestHead) -> bool:
         value = head.read.get(name) if value is None else value
         if value is not None and wanted in (None, value):
             return True
-    user = head.read.get(b"user", b"")
-    return bool(user) and _unit(user.decode("utf-8", "replace"), route.name) * 100 < route.canary_percent
+    return bool(user) and _unit(user, route.name) * 100 < route.canary_percent
 
 
 def _unit(key: str, salt: str) -> float:
