@@ -13,6 +13,7 @@ from penstock.common.bus import Bus
 from penstock.common.messages import KvEvents
 from penstock.common.model import Instance, InstanceId
 from penstock.common.subjects import KV
+from penstock.discovery.followers import Followers
 from penstock.discovery.instruments import Instruments
 from penstock.discovery.kv_blocks import KvBlocks
 from penstock.discovery.kv_events import KvEventError
@@ -64,16 +65,14 @@ class Bridging:
         """Without `publishers`, nothing is followed."""
         self._publishers, self._bus, self._policy, self._held = publishers, bus, policy, held
         self._instruments = instruments
-        self._wanted: dict[InstanceId, KvTarget] = {}
-        self._tasks: dict[tuple[InstanceId, KvTarget], asyncio.Task[None]] = {}
-        self._changed = asyncio.Event()
+        self._followers = Followers(self._follow, "kv-events")
         self._faults: dict[InstanceId, str] = {}
         # Counts the times that the bus was lost: what was said before may not have been heard.
         self._losses = 0
         bus.on_connection(self._connection)
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._followers)
 
     def keep(self, instances: Iterable[Instance]) -> None:
         """Follow exactly the publishers of these from here on."""
@@ -92,22 +91,11 @@ class Bridging:
         for instance_id in faults.keys() - self._faults.keys():
             log.warning("KV-cache events of %s are not followed: %s", instance_id, faults[instance_id])
         self._faults = faults
-        if wanted != self._wanted:
-            self._wanted = wanted
-            self._changed.set()
+        self._followers.keep(wanted)
 
     async def run(self) -> None:
         """Start and end the tasks; until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                await self._changed.wait()
-                self._changed.clear()
-                wanted = self._wanted.items()
-                for target in self._tasks.keys() - wanted:
-                    self._tasks.pop(target).cancel()
-                for target in wanted - self._tasks.keys():
-                    name = f"kv-events {target[0]}"
-                    self._tasks[target] = group.create_task(self._follow(*target), name=name)
+        await self._followers.run()
 
     async def _follow(self, instance_id: InstanceId, target: KvTarget) -> None:
         feed = KvFeed(instance_id, self._blocks(target), lambda: uuid4().hex[:16], target.dp_rank)

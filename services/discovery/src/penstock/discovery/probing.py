@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from penstock.common.model import Endpoint, InstanceId
+from penstock.discovery.followers import Followers
 from penstock.discovery.instruments import Instruments
 from penstock.discovery.ports import Prober, Reading
 from penstock.discovery.reconcile import Verdict
@@ -58,27 +59,15 @@ class Probing:
         """`rng` gives numbers in 0..1; it keeps rounds from falling into step."""
         self._prober, self._slots, self._judge, self._report = prober, slots, judge, report
         self._instruments, self._rng = instruments, rng
-        self._wanted: Mapping[InstanceId, Endpoint] = {}
-        self._tasks: dict[tuple[InstanceId, Endpoint], asyncio.Task[None]] = {}
-        self._changed = asyncio.Event()
+        self._followers = Followers(self._follow, "probe")
 
     def keep(self, endpoints: Mapping[InstanceId, Endpoint]) -> None:
         """Probe exactly these from here on."""
-        if endpoints != self._wanted:
-            self._wanted = dict(endpoints)
-            self._changed.set()
+        self._followers.keep(endpoints)
 
     async def run(self) -> None:
         """Start and end the tasks; until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                await self._changed.wait()
-                self._changed.clear()
-                wanted = self._wanted.items()
-                for target in self._tasks.keys() - wanted:
-                    self._tasks.pop(target).cancel()
-                for target in wanted - self._tasks.keys():
-                    self._tasks[target] = group.create_task(self._follow(*target), name=f"probe {target[0]}")
+        await self._followers.run()
 
     async def _follow(self, instance_id: InstanceId, endpoint: Endpoint) -> None:
         # The first check is at once, the second at the instance's own part of the interval: what began
