@@ -73,6 +73,12 @@ def test_each_variable_is_in_the_example_with_the_default_of_the_file() -> None:
     }
 
 
+@pytest.mark.parametrize("name", STACK)
+def test_every_image_is_pinned_to_a_release_or_built_here(name: str) -> None:
+    image = re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", STACK[name]["image"])
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+(-[a-z]+)?|penstock/\w+:dev", image)
+
+
 def test_the_mirror_file_has_the_six_fields() -> None:
     fields = json.loads((COMPOSE / "mirror" / "mirror.json").read_text())
     assert set(fields) == {"Enable", "Target", "Ratio", "Timeout", "Authorization", "EnableLog"}

@@ -24,9 +24,11 @@ K8S = Path(__file__).resolve().parents[2] / "deploy" / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 PROGRAMS: dict[str, type[Settings]] = {**SERVICES, "register": RegisterSettings, "sim": SimSettings}
 PORTS = {
-    "4222", "6222", "8222", "8080", "2379", "2380", "2381", "6379", "8000", "8998", "20001",
+    "3000", "4222", "6222", "8222", "8080", "9090", "2379", "2380", "2381", "6379", "8000", "8998", "20001",
     *(str(cls.model_fields["admin_port"].default) for cls in SERVICES.values()),
 }  # fmt: skip
+
+WATCHERS = "prometheus", "grafana"
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("kubectl"), reason="needs kubectl: apt-get install kubernetes-client"
@@ -71,6 +73,18 @@ def containers(overlay: str) -> list[tuple[str, Manifest]]:
 def test_every_object_is_valid(overlay: str) -> None:
     for one in objects(overlay):
         kubernetes_validate.validate(one, "1.32", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_image_is_pinned_to_a_release(overlay: str) -> None:
+    """Of others to that of the compose stack."""
+    pinned = set(
+        re.findall(r"\$\{\w+_IMAGE:-([^}]*)\}", (K8S.parent / "compose" / "compose.yaml").read_text())
+    )
+    for name, container in containers(overlay):
+        image = container["image"]
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+(-[a-z]+)?", image), name
+        assert image in pinned or image.startswith("penstock/"), name
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -164,7 +178,11 @@ def test_the_readme_says_how_to_apply_it_and_names_what_exists(overlay: str) -> 
 
 
 def test_production_has_three_of_each_that_may_go_one_at_a_time() -> None:
-    workloads = of_kind("production", "Deployment", "StatefulSet")
+    workloads = [
+        one
+        for one in of_kind("production", "Deployment", "StatefulSet")
+        if one["metadata"]["labels"]["app.kubernetes.io/component"] not in WATCHERS
+    ]
     assert {one["spec"]["replicas"] for one in workloads} == {3}
     budgets = {one["metadata"]["name"]: one["spec"] for one in of_kind("production", "PodDisruptionBudget")}
     assert budgets.keys() == {one["metadata"]["name"] for one in workloads}
@@ -176,6 +194,74 @@ def test_production_has_three_of_each_that_may_go_one_at_a_time() -> None:
     )
     assert config["PENSTOCK_NATS_REPLICAS"] == "3"
     assert len(config["PENSTOCK_NATS_URL"].split(",")) == 3
+    scaled = {
+        one["spec"]["scaleTargetRef"]["name"]: one for one in of_kind("production", "HorizontalPodAutoscaler")
+    }
+    kinds = {one["metadata"]["name"]: one["kind"] for one in workloads}
+    assert {name: one["spec"]["scaleTargetRef"]["kind"] for name, one in scaled.items()} == {
+        name: kinds[name] for name in ("penstock-ingress", "penstock-scheduler")
+    }
+    for one in workloads:
+        spread = one["spec"]["template"]["spec"]["topologySpreadConstraints"]
+        assert {rule["topologyKey"] for rule in spread} == {
+            "topology.kubernetes.io/zone",
+            "kubernetes.io/hostname",
+        }
+
+
+def test_production_keeps_events_on_disk_until_they_are_stored() -> None:
+    """With room for all that their processes may keep; of what decides and what ends requests in claims,
+    which outlive the pod, under a name that its successor has."""
+    workloads = {
+        one["metadata"]["name"].removeprefix("penstock-"): one
+        for one in of_kind("production", "Deployment", "StatefulSet")
+    }
+    maps = {one["metadata"]["name"]: one["data"] for one in of_kind("production", "ConfigMap")}
+    each = SERVICES["ingress"].model_fields["audit_spool_mib"].default
+    for service in SERVICES:
+        spec = workloads[service]["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        given = maps[container["envFrom"][0]["configMapRef"]["name"]]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volume = mounts[given["PENSTOCK_AUDIT_SPOOL"]]
+        needed = each * (int(given.get("PENSTOCK_WORKERS", 1)) + 1)
+        claims = {
+            one["metadata"]["name"]: one["spec"]
+            for one in workloads[service]["spec"].get("volumeClaimTemplates", ())
+        }
+        if service in ("ingress", "scheduler"):
+            assert mebibytes(claims[volume]["resources"]["requests"]["storage"]) >= needed
+            assert spec["securityContext"]["fsGroup"] == 10001
+            named = {one["name"]: one.get("valueFrom", {}).get("fieldRef") for one in container["env"]}
+            assert named[f"PENSTOCK_{service.upper()}_ID"]["fieldPath"] == "metadata.name"
+        else:
+            volumes = {one["name"]: one for one in spec["volumes"]}
+            assert mebibytes(volumes[volume]["emptyDir"]["sizeLimit"]) >= needed
+
+
+def mebibytes(quantity: str) -> int:
+    return int(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
+
+
+def test_production_is_watched() -> None:
+    """Prometheus may reach every admin port, and every pod says where its metrics are."""
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("production", "NetworkPolicy")}
+    names = {one["metadata"]["name"]: one for one in of_kind("production", "Deployment", "StatefulSet")}
+    prometheus = names["penstock-prometheus"]["spec"]["template"]["metadata"]["labels"]
+    for service, cls in SERVICES.items():
+        template = names[f"penstock-{service}"]["spec"]["template"]
+        port = cls.model_fields["admin_port"].default
+        assert template["metadata"]["annotations"]["prometheus.io/port"] == str(port)
+        (rule,) = (
+            one for one in policies[f"penstock-{service}"]["ingress"] if {"port": port} in one["ports"]
+        )
+        (peer,) = (one["podSelector"]["matchLabels"] for one in rule["from"] if "podSelector" in one)
+        assert peer.items() <= prometheus.items()
+        (scrapes,) = (
+            one for one in policies["penstock-prometheus"]["egress"] if {"port": port} in one["ports"]
+        )
+        (pods_,) = (one["podSelector"]["matchLabels"] for one in scrapes["to"])
+        assert pods_.items() <= template["metadata"]["labels"].items()
 
 
 def test_production_lets_nothing_through_but_the_flows_of_the_architecture() -> None:
@@ -192,6 +278,8 @@ def test_production_lets_nothing_through_but_the_flows_of_the_architecture() -> 
         "discovery": {8083},
         "mirror": {8084},
         "nats": {4222, 6222, 8222},
+        "prometheus": {9090},
+        "grafana": {3000},
     }
     # A scheduler talks to the bus and to nobody else.
     assert open_ports(policies["penstock-scheduler"]["egress"]) == {53, 4222}

@@ -21,8 +21,8 @@ from integration.drills import workers
 from integration.servers import Process, eventually
 from integration.stack import Load, Stack, metric
 from penstock.cli.audit.__main__ import verify
-from penstock.cli.audit.reading import connected
 from penstock.cli.audit.verifying import Verdict
+from penstock.cli.bus_connection import connected
 from penstock.common.settings import BusSettings
 
 CLEAN, GAPS, UNREAD = 0, 1, 2
@@ -66,7 +66,7 @@ async def all_stored(stack: Stack) -> None:
 async def settled(stack: Stack) -> Verdict:
     """The verdict once nothing is open any more."""
 
-    async with connected(BusSettings(nats_url=stack.nats.url)) as bus:
+    async with connected(BusSettings(nats_url=stack.nats.url), "audit") as bus:
 
         async def told() -> Verdict | None:
             await all_stored(stack)

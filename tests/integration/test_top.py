@@ -120,4 +120,4 @@ async def test_a_lost_bus_is_shown_and_a_missing_one_ends_it_with_1(stack: Stack
         await asyncio.to_thread(terminal.wait, "bus connected")
     with penstock("top", "--once", "--nats-url", f"nats://127.0.0.1:{free_port()}") as alone:
         await asyncio.to_thread(alone.assert_exit, 1, PATIENCE_S)
-    assert "the bus does not answer" in alone.stderr
+    assert "the bus: does not answer" in alone.stderr

@@ -34,7 +34,8 @@ from penstock.common import (
     subjects,
     telemetry,
 )
-from penstock.common.settings import ServiceSettings, Settings, describe, flag_of, load_or_exit
+from penstock.common.settings import ServiceSettings, Settings, describe, load_or_exit
+from penstock.common.settings_sources import flag_of
 from penstock.discovery.register.settings import RegisterSettings
 from penstock.discovery.settings import DiscoverySettings
 from penstock.ingress.admin.service import API_VERSION, api_document

@@ -14,11 +14,10 @@ import msgspec
 from pydantic import Field
 
 from penstock.cli import event_lines
+from penstock.cli.bus_connection import connected
 from penstock.cli.explanation import Story, as_text
-from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Bus, Stored
 from penstock.common.errors import BusError, BusUnavailable
-from penstock.common.identity import new_identity
 from penstock.common.messages import ExplainRequest
 from penstock.common.permissions import EXPLAINS
 from penstock.common.routing_events import (
@@ -33,12 +32,10 @@ from penstock.common.routing_events import (
 )
 from penstock.common.settings import BusSettings, load_or_exit
 from penstock.common.subjects import DEFAULT_SHARD, EVENTS, EXPLAIN, event_filter
-from penstock.common.telemetry import Metrics
 
 PROG = "penstock explain"
 FOUND, UNKNOWN, BAD_USE = 0, 1, 2
 ANSWER_WITHIN_S = 1.0
-CONNECT_WITHIN_S = 5.0
 # With nothing new for so long, all of the log was read.
 QUIET_S = 1.0
 # Decisions of one request that are asked for one by one.
@@ -71,18 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(settings: ExplainSettings, name: str) -> int:
-    bus = NatsBus(settings, new_identity(EXPLAINS).writer, Metrics())
-    await bus.start()
     try:
-        deadline = time.monotonic() + CONNECT_WITHIN_S
-        while not bus.connected and time.monotonic() < deadline:  # noqa: ASYNC110  # state without an event
-            await asyncio.sleep(0.02)
-        if not bus.connected:
-            print(f"{PROG}: the bus does not answer; is --nats-url right?", file=sys.stderr)
-            return UNKNOWN
-        story = await tell(bus, name, settings.since)
-    finally:
-        await bus.close()
+        async with connected(settings, EXPLAINS) as bus:
+            story = await tell(bus, name, settings.since)
+    except BusUnavailable as exc:
+        print(f"{PROG}: {exc}", file=sys.stderr)
+        return UNKNOWN
     if not story.known:
         print(f"{PROG}: {story.unknown()}", file=sys.stderr)
         return UNKNOWN

@@ -18,7 +18,7 @@ from penstock.cli.up_settings import SERVICES, UpSettings, as_arguments, of_serv
 from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.permissions import AUDITOR, JOIN, REGISTER
 from penstock.common.records import PENSTOCK, write_record
-from penstock.common.settings import ENV_PREFIX, flag_of
+from penstock.common.settings_sources import ENV_PREFIX, flag_of
 from penstock.discovery.kv_targets import EVENTS_LABEL, REPLAY_LABEL
 from penstock.discovery.settings import NATS
 

@@ -11,7 +11,8 @@ from typing import Self, cast
 from pydantic import Field, SecretStr, ValidationError, create_model, model_validator
 
 from penstock.common.model import Role
-from penstock.common.settings import Settings, SettingsError, env_of, flag_of, load
+from penstock.common.settings import Settings, SettingsError, load
+from penstock.common.settings_sources import env_of, flag_of
 from penstock.discovery.settings import ENDPOINTS, NATS, DiscoverySettings
 from penstock.ingress.settings import IngressSettings
 from penstock.mirror.settings import MirrorSettings

@@ -6,18 +6,14 @@ file named by `--config`, then the default. All faults of all sources are report
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import ssl
 import sys
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,7 +24,17 @@ from pydantic import (
     model_validator,
 )
 
-ENV_PREFIX = "PENSTOCK_"
+from penstock.common.settings_sources import (
+    ENV_PREFIX,
+    env_of,
+    explain,
+    flag_of,
+    read_environment,
+    read_file,
+    read_flags,
+    shown,
+)
+
 MAX_TOKEN = 4096
 
 
@@ -238,16 +244,6 @@ def read_token(path: Path) -> str:
 T = TypeVar("T", bound=Settings)
 
 
-def flag_of(field: str) -> str:
-    """`nats_url` -> `--nats-url`."""
-    return "--" + field.replace("_", "-")
-
-
-def env_of(field: str) -> str:
-    """`nats_url` -> `PENSTOCK_NATS_URL`."""
-    return ENV_PREFIX + field.upper()
-
-
 def load(
     cls: type[T],
     argv: Sequence[str] | None = None,
@@ -264,10 +260,10 @@ def load(
     """
     environ = os.environ if environ is None else environ
     faults: list[str] = []
-    flags = _read_flags(cls, sys.argv[1:] if argv is None else argv, prog, description, faults)
-    variables = _read_environment(cls, environ)
+    flags = read_flags(cls, sys.argv[1:] if argv is None else argv, prog, description, faults)
+    variables = read_environment(cls, environ)
     path = flags.get("config") or variables.get("config")
-    file = _read_file(cls, Path(path), faults) if path else {}
+    file = read_file(cls, Path(path), faults) if path else {}
     merged = {**file, **variables, **flags}
     origin = {
         name: flag_of(name) if name in flags else env_of(name) if name in variables else f"{path}: {name}"
@@ -285,7 +281,7 @@ def _validate(cls: type[T], values: dict[str, Any], origin: Mapping[str, str], f
         return cls.model_validate(values)
     except ValidationError as exc:
         errors = exc.errors()
-    faults.extend(_explain(cls, error, origin) for error in errors)
+    faults.extend(explain(cls, error, origin) for error in errors)
     wrong = {str(error["loc"][0]) for error in errors if error["loc"]}
     if wrong & values.keys():
         _validate(cls, {name: values[name] for name in values.keys() - wrong}, origin, faults)
@@ -330,109 +326,7 @@ def reveal(settings: Settings) -> dict[str, Any]:
     return {name: plain(getattr(settings, name)) for name in type(settings).model_fields}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that hands its complaint back instead of leaving at the first one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
-def _read_flags(
-    cls: type[Settings], argv: Sequence[str], prog: str, description: str | None, faults: list[str]
-) -> dict[str, Any]:
-    parser = _Parser(prog=prog, description=description or cls.__doc__, allow_abbrev=False)
-    for name, field in cls.model_fields.items():
-        is_bool = field.annotation is bool
-        parser.add_argument(
-            flag_of(name),
-            dest=name,
-            default=argparse.SUPPRESS,
-            nargs="?" if is_bool else None,
-            const="true" if is_bool else None,
-            metavar=_kind(field.annotation),
-            help=_help(name, field).replace("%", "%%"),
-        )
-    try:
-        known, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as exc:
-        faults.append(str(exc))
-        return {}
-    faults.extend(f"{arg}: unknown flag" for arg in unknown if arg.startswith("-"))
-    faults.extend(
-        f"{arg}: unexpected argument"
-        for arg in unknown
-        if not arg.startswith("-") and not _is_value(arg, argv)
-    )
-    return dict(vars(known))
-
-
-def _is_value(arg: str, argv: Sequence[str]) -> bool:
-    """Whether `arg` only follows an unknown flag, so that the flag alone is reported."""
-    position = list(argv).index(arg)
-    return position > 0 and argv[position - 1].startswith("-")
-
-
-def _kind(annotation: Any) -> str:
-    options = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal:
-        return "{" + ",".join(map(str, options)) + "}"
-    if options and isinstance(annotation, types.UnionType):
-        return _kind(next(o for o in options if o is not type(None)))
-    names = {int: "N", float: "NUMBER", bool: "true|false", Path: "PATH", SecretStr: "SECRET"}
-    return names.get(annotation, "TEXT")
-
-
-def _shown(field: Any) -> str:
-    default = field.default
-    text = (
-        default.get_secret_value()
-        if isinstance(default, SecretStr)
-        else ""
-        if default is None
-        else str(default)
-    )
-    return text.lower() if isinstance(default, bool) else text
-
-
-def _help(name: str, field: Any) -> str:
-    default = _shown(field)
-    return f"{field.description} {f'(default {default}) ' if default else ''}[{env_of(name)}]"
-
-
-def _read_environment(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:
-    return {name: environ[env_of(name)] for name in cls.model_fields if env_of(name) in environ}
-
-
-def _read_file(cls: type[Settings], path: Path, faults: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        faults.append(f"--config {path}: cannot be read: {exc}")
-        return {}
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        faults.append(f"--config {path}: must hold a mapping of settings, holds a {type(content).__name__}")
-        return {}
-    values = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for name in sorted(values.keys() - cls.model_fields.keys()):
-        faults.append(f"{path}: {name.replace('_', '-')}: unknown key")
-        del values[name]
-    return values
-
-
-def _explain(cls: type[Settings], error: Any, origin: Mapping[str, str]) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:
-        return message
-    name = str(error["loc"][0])
-    where = origin.get(name, flag_of(name))
-    if cls.model_fields[name].annotation is SecretStr:
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {error['input']!r}"
-
-
 def describe(cls: type[Settings]) -> Iterator[tuple[str, str, str, str]]:
     """Rows (flag, variable, default, description) for the generated flag tables."""
     for name, field in cls.model_fields.items():
-        yield flag_of(name), env_of(name), _shown(field), field.description or ""
+        yield flag_of(name), env_of(name), shown(field), field.description or ""

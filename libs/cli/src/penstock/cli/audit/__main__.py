@@ -11,10 +11,11 @@ from contextlib import aclosing
 import msgspec
 
 from penstock.cli.audit.export import Export
-from penstock.cli.audit.reading import connected, messages
+from penstock.cli.audit.reading import messages
 from penstock.cli.audit.report import as_text
 from penstock.cli.audit.settings import ExportSettings, VerifySettings
 from penstock.cli.audit.verifying import Verdict, Verifying
+from penstock.cli.bus_connection import connected
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError
 from penstock.common.settings import exit_with_faults, load_or_exit
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _verify(settings: VerifySettings) -> int:
-    async with connected(settings) as bus:
+    async with connected(settings, "audit") as bus:
         verdict = await verify(bus, settings.since, settings.settle)
     print(msgspec.json.encode(verdict).decode() if settings.json else as_text(verdict))
     return CLEAN if verdict.clean else GAPS
@@ -74,7 +75,7 @@ async def _export(settings: ExportSettings) -> int:
         print(f"{PROG} export: --resume goes on with the file of --out: give it", file=sys.stderr)
         return UNREAD
     with Export(settings.out, resume=settings.resume) as export:
-        async with connected(settings) as bus:
+        async with connected(settings, "audit") as bus:
             subject = event_filter(settings.type, settings.model)
             log = messages(bus, subject, settings.since, settings.until, export.after)
             async with aclosing(log) as stored:

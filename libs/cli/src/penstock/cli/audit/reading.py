@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from penstock.cli.audit.chains import Part
 from penstock.cli.gaps import parse_range
-from penstock.common.adapters.nats_bus import NatsBus
 from penstock.common.bus import Bus, Stored
-from penstock.common.errors import BusUnavailable
 from penstock.common.event_batches import INCARNATION, PREVIOUS, SEQUENCE, WRITER
-from penstock.common.identity import new_identity
-from penstock.common.settings import BusSettings
 from penstock.common.subjects import EVENTS
-from penstock.common.telemetry import Metrics
-
-CONNECT_WITHIN_S = 5.0
-
-
-@asynccontextmanager
-async def connected(settings: BusSettings) -> AsyncIterator[Bus]:
-    """A bus that answers. Raises BusUnavailable."""
-    bus = NatsBus(settings, new_identity("audit").writer, Metrics())
-    await bus.start()
-    try:
-        deadline = time.monotonic() + CONNECT_WITHIN_S
-        while not bus.connected and time.monotonic() < deadline:  # noqa: ASYNC110  # state without an event
-            await asyncio.sleep(0.02)
-        if not bus.connected:
-            raise BusUnavailable("the bus", "does not answer; is --nats-url right?")
-        yield bus
-    finally:
-        await bus.close()
 
 
 async def messages(

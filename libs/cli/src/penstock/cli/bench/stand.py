@@ -25,7 +25,7 @@ from penstock.cli.bench.wire import MODEL, NO_NONCE, PATH, answer_body
 from penstock.cli.ports import FreePorts
 from penstock.cli.processes import Child, Command, Supervisor
 from penstock.cli.ready import Check, NotReady, until_ready
-from penstock.common.settings import ENV_PREFIX
+from penstock.common.settings_sources import ENV_PREFIX
 
 HOST = "127.0.0.1"
 START_S, STOP_S, ANSWER_S = 60.0, DRAIN_S + 8.0, 5.0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import msgspec
 from pydantic import Field
 
+from penstock.cli.bus_connection import connected
 from penstock.cli.terminal import wants_colour, when_nobody_reads
 from penstock.cli.top.display import Display, quit_key, resized
 from penstock.cli.top.fleet import Fleet
@@ -22,13 +23,11 @@ from penstock.cli.top.frame import frame
 from penstock.cli.top.sources import Reading
 from penstock.cli.top.view import View
 from penstock.common.adapters.nats_bus import NatsBus
-from penstock.common.identity import new_identity
+from penstock.common.errors import BusUnavailable
 from penstock.common.settings import BusSettings, load_or_exit
-from penstock.common.telemetry import Metrics
 
 PROG = "penstock top"
 DONE, NO_BUS = 0, 1
-CONNECT_WITHIN_S = 5.0
 # The past of the log is read once nothing came for so long; a year of events does not hold up a look.
 QUIET_S, READ_WITHIN_S = 0.5, 30.0
 # Engines tell their load every --probe-interval, 5 s unless told otherwise.
@@ -70,32 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(settings: TopSettings) -> int:
-    bus = NatsBus(settings, new_identity("top").writer, Metrics())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     when_nobody_reads(sys.stdout.fileno(), stop.set)
-    await bus.start()
     try:
-        if not await _connected(bus, stop):
-            print(f"{PROG}: the bus does not answer; is --nats-url right?", file=sys.stderr)
-            return NO_BUS
-        fleet = Fleet(settings.window, settings.model)
-        reading = Reading(bus, fleet, settings.model)
-        async with reading.running(settings.window):
-            top = Top(settings, bus, fleet, reading, stop)
-            await (top.on_screen() if top.has_screen else top.as_lines())
-        return DONE
-    finally:
-        await bus.close()
-
-
-async def _connected(bus: NatsBus, stop: asyncio.Event) -> bool:
-    until = time.monotonic() + CONNECT_WITHIN_S
-    while not (bus.connected or stop.is_set()) and time.monotonic() < until:  # noqa: ASYNC110  # state without an event
-        await asyncio.sleep(0.02)
-    return bus.connected
+        async with connected(settings, "top", stop) as bus:
+            fleet = Fleet(settings.window, settings.model)
+            reading = Reading(bus, fleet, settings.model)
+            async with reading.running(settings.window):
+                top = Top(settings, bus, fleet, reading, stop)
+                await (top.on_screen() if top.has_screen else top.as_lines())
+    except BusUnavailable as exc:
+        print(f"{PROG}: {exc}", file=sys.stderr)
+        return NO_BUS
+    return DONE
 
 
 class Top:

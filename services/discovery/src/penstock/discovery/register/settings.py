@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from penstock.common.model import Endpoint, Instance, Role
 from penstock.common.records import PENSTOCK, RecordError, parse_record, write_record
-from penstock.common.settings import EngineKeySettings, EngineTlsSettings, ServiceSettings, flag_of
+from penstock.common.settings import EngineKeySettings, EngineTlsSettings, ServiceSettings
+from penstock.common.settings_sources import flag_of
 from penstock.discovery.endpoints import parse_endpoints
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.discovery.nats_settings import NatsSourceSettings
