@@ -31,6 +31,15 @@ TURNS = 40
 # Requests whose clients leave, over all connectors.
 CANCELLED, CLIENTS = int(os.environ.get("PENSTOCK_CANCELS", "10000" if SOAK else "200")), 20
 PROMPT = "What is the answer to everything? " * 20
+# A conversation in which a tool was called before.
+CALL = {"id": "call_1", "type": "function", "function": {"name": "note", "arguments": '{"text":"é"}'}}
+CALLED = [
+    {"role": "user", "content": PROMPT},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "noted"},
+]
+# Words of the simulated engines' answers.
+STOP = [" elk", " oak"]
 MODES = [
     (model, mode)
     for model in CONNECTORS
@@ -83,6 +92,62 @@ def comparable(answer: list[Json]) -> list[Json]:
             one["usage"] = {k: v for k, v in one["usage"].items() if k != "prompt_tokens_details"}
         found.append(one)
     return found
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("look_up", "note")
+]
+PARTS = [
+    {"type": "text", "text": PROMPT},
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+]
+# What a client may wish for beside plain text, and how the answer to it ends.
+WISHES: list[tuple[Json, str]] = [
+    ({"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}, "tool_calls"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "note"}}}, "tool_calls"),
+    ({"tools": TOOLS, "tool_choice": "required", "max_completion_tokens": 6}, "length"),
+    ({"tools": TOOLS, "messages": CALLED}, "stop"),
+    ({"response_format": {"type": "json_object"}, "logprobs": True, "top_logprobs": 2}, "stop"),
+    ({"messages": [{"role": "user", "content": PARTS}], "stop": STOP, "seed": 7}, "stop"),
+]
+
+
+@pytest.mark.parametrize(("model", "mode"), MODES)
+async def test_whatever_a_client_wishes_for_its_answer_is_that_of_an_engine_alone(
+    pd: PdStack, session: aiohttp.ClientSession, model: str, mode: str
+) -> None:
+    whole = f"http://{pd.engines[model, Role.DECODE][0]}"
+    for wish, end in WISHES:
+        for stream in (False, True):
+            body = {**body_of(model, stream=stream), **wish}
+            if "max_completion_tokens" not in wish:
+                del body["max_tokens"]
+            status, headers, answer = await ask(session, pd.urls[mode], body, **{"routing-strategy": "pd"})
+            assert status == 200, (wish, answer)
+            assert "prefill-target-pod" in headers, wish
+            assert comparable(answer) == comparable((await ask(session, whole, body))[2]), wish
+            assert len({one["id"] for one in answer}) == 1
+            ends = [choice["finish_reason"] for one in answer for choice in one["choices"]]
+            assert (ends[-1], set(ends[:-1]) - {None}) == (end, set()), wish
+            assert answer[-1]["usage"]["completion_tokens"] > 1
+            calls = [call for one in answer for call in called_in(one)]
+            assert len({call["id"] for call in calls if "id" in call}) == ("tool_choice" in wish)
+            if end == "tool_calls":
+                assert json.loads("".join(call["function"]["arguments"] for call in calls))["text"]
+    # Two answers to one prompt need its KV twice.
+    status, headers, answer = await ask(
+        session, pd.urls[mode], body_of(model, stream=False, n=2), **{"routing-strategy": "pd"}
+    )
+    assert (status, len(answer[0]["choices"])) == (200, 2)
+    assert "prefill-target-pod" not in headers
+    await pd.settled(session)
+
+
+def called_in(one: Json) -> list[Json]:
+    """Calls of tools, or their pieces."""
+    choice = one["choices"][0] if one["choices"] else {}
+    return list((choice.get("message") or choice.get("delta") or {}).get("tool_calls") or [])
 
 
 @pytest.mark.parametrize(("model", "mode"), MODES)

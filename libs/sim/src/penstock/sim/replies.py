@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from penstock.sim import text
+from penstock.sim.chat_form import AFTER, BEFORE, form_of, logprobs_of
 from penstock.sim.wire import Call, EmbeddingBody, RerankBody
 
 _DONE = b"data: [DONE]\n\n"
@@ -98,25 +100,78 @@ class ChatReply(_ChoicesReply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, call: Call, request_id: str, created: int) -> None:
+        super().__init__(call, request_id, created)
+        self._form = form_of(call.body)
+
     def opening(self, usage: Usage) -> bytes:
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return b"".join(b"%b%d,%b}]}\n\n" % (self._chunk, i, delta) for i in range(len(self.answers)))
+        choices = range(len(self.answers))
+        events = [self._event(i, {"role": "assistant", "content": ""}, None, None) for i in choices]
+        if self._form.json:
+            events += [self._event(i, self._begin(i), None, None) for i in choices]
+        return b"".join(events)
+
+    def _begin(self, choice: int) -> dict[str, Any]:
+        return {"tool_calls": [self._call(choice, BEFORE)]} if self._form.tool else {"content": BEFORE}
 
     def token(self, choice: int, piece: str, finish_reason: str | None) -> bytes:
-        return b'%b%d,"delta":{"content":"%b"},"logprobs":null,"finish_reason":%b}]}\n\n' % (
+        form = self._form
+        if not form.json and not form.logprobs:
+            # Nearly all; by hand, since there are so many.
+            return b'%b%d,"delta":{"content":"%b"},"logprobs":null,"finish_reason":%b}]}\n\n' % (
+                self._chunk,
+                choice,
+                piece.encode(),
+                _reason(finish_reason),
+            )
+        said = piece + AFTER if form.json and finish_reason == "stop" else piece
+        delta = (
+            {"tool_calls": [{"index": 0, "function": {"arguments": said}}]}
+            if form.tool
+            else {"content": said}
+        )
+        return self._event(choice, delta, piece, self._finish_reason(finish_reason))
+
+    def _event(self, choice: int, delta: dict[str, Any], piece: str | None, reason: str | None) -> bytes:
+        logprobs = logprobs_of([piece]) if self._form.logprobs and piece is not None else None
+        return b'%b%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]}\n\n' % (
             self._chunk,
             choice,
-            piece.encode(),
-            _reason(finish_reason),
+            msgspec.json.encode(delta),
+            msgspec.json.encode(logprobs),
+            _reason(reason),
         )
 
+    def _call(self, choice: int, arguments: str) -> dict[str, Any]:
+        prompt, model = self.call.sequences[choice].prompt, self.call.model
+        name = f"chatcmpl-tool-{text.digest(prompt, model=model, seed=choice)}"
+        function = {"name": self._form.tool, "arguments": arguments}
+        return {"index": 0, "id": name, "type": "function", "function": function}
+
+    def _finish_reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if self._form.tool and reason == "stop" else reason
+
     def _choice(self, index: int) -> dict[str, Any]:
-        answer = self.answers[index]
+        answer, form = self.answers[index], self._form
+        said = (
+            BEFORE + answer.text + (AFTER if answer.finish_reason == "stop" else "")
+            if form.json
+            else answer.text
+        )
+        called = self._call(index, said) if form.tool else {}
+        called.pop("index", None)
+        size = text.TOKEN_BYTES
+        pieces = [answer.text[i : i + size] for i in range(0, len(answer.text), size)]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None, "tool_calls": []},
-            "logprobs": None,
-            "finish_reason": answer.finish_reason,
+            "message": {
+                "role": "assistant",
+                "content": None if called else said,
+                "refusal": None,
+                "tool_calls": [called] if called else [],
+            },
+            "logprobs": logprobs_of(pieces) if form.logprobs else None,
+            "finish_reason": self._finish_reason(answer.finish_reason),
             "stop_reason": None,
         }
 

@@ -113,6 +113,15 @@ def answer(
     return Answer((mark + rounds[start:])[: length * TOKEN_BYTES], length, reason)
 
 
+def stopped(answer: Answer, stops: Sequence[str]) -> Answer:
+    """The same up to the first of `stops`: its whole tokens before that, one at least."""
+    found = [place for place in map(answer.text.find, filter(None, stops)) if place >= 0]
+    if not found:
+        return answer
+    tokens = max(1, min(found) // TOKEN_BYTES)
+    return Answer(answer.text[: tokens * TOKEN_BYTES], tokens, "stop")
+
+
 def expected_text(
     prompt: str | Sequence[Mapping[str, Any]],
     max_tokens: int | None = None,

@@ -85,6 +85,7 @@ class _Generation(_Body):
     max_tokens: PositiveInt | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     seed: int | None = None
+    stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -93,6 +94,9 @@ class ChatBody(_Generation, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: PositiveInt | None = None
     tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
 
 
 class CompletionBody(_Generation, kw_only=True):
@@ -248,6 +252,7 @@ def _choices(body: _Generation, prompts: list[bytes], limit: int | None, catalog
         catalogue,
         choices=body.n or 1,
         seed=body.seed or 0,
+        stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stream=bool(body.stream),
         include_usage=options is not None and options.include_usage,
     )
@@ -261,6 +266,7 @@ def _generation(
     *,
     choices: int = 1,
     seed: int = 0,
+    stops: tuple[str, ...] = (),
     stream: bool = False,
     include_usage: bool = False,
 ) -> Call:
@@ -273,7 +279,7 @@ def _generation(
             raise bad_request(f"max_tokens is {limit}, the prompt leaves room for {room}", "max_tokens")
         for choice in range(choices):
             answer = text.answer(prompt, limit, model=model, seed=seed + choice, room=room)
-            sequences.append(Sequence(prompt, answer))
+            sequences.append(Sequence(prompt, text.stopped(answer, stops)))
     cache_root = _cache_root(body, model, catalogue)
     return Call(model, tuple(sequences), cache_root, choices, stream, include_usage, body)
 
