@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pd_bench import live, virtual
 from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.replay.trace import read
+from penstock.scheduler.profile import Division
 
 EXCERPT = Path(__file__).parents[2] / "libs/cli/tests/data/mooncake_excerpt.jsonl"
 
@@ -23,6 +25,8 @@ def main() -> None:
     parser.add_argument("--rates", default="0.5,1,1.5", help="speeds of the trace, comma-separated")
     parser.add_argument("--slo-ttft-ms", type=float, default=6000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=50.0)
+    parser.add_argument("--prefill-imbalance", type=int, default=16, help="see --pd-prefill-imbalance")
+    parser.add_argument("--decode-imbalance", type=int, default=16, help="see --pd-decode-imbalance")
     parser.add_argument("--requests", type=int, default=300, help="live, for each protocol and mode")
     flags = parser.parse_args()
     if not flags.no_virtual:
@@ -37,10 +41,11 @@ def _virtual(flags: argparse.Namespace) -> None:
     trace = read(flags.trace, settings.block_size)
     print(f"{flags.trace.name}: {len(trace):,} requests, equal times spread, SLO {slo}")
     print(virtual.HEAD)
+    guards = Division(prefill_imbalance=flags.prefill_imbalance, decode_imbalance=flags.decode_imbalance)
     for rate in map(float, flags.rates.split(",")):
         for fleet in FLEETS:
             started = time.perf_counter()
-            found = virtual.run(settings, fleet, trace, rate)
+            found = virtual.run(settings, replace(fleet, division=guards), trace, rate)
             print(virtual.line(fleet, rate, found), f"  {time.perf_counter() - started:.1f} s", flush=True)
 
 

@@ -14,6 +14,7 @@ from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.ingress.in_flight import of_prefill_id
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import Thresholds
+from penstock.scheduler.profile import Division
 from penstock.sim.cluster import Arrival
 from penstock.sim.engine import Engine
 from penstock.sim.spec import EngineRequest, TokenEvent
@@ -63,6 +64,7 @@ class PairSchedulers(Schedulers):
         index_blocks: int,
         kv_factor: float,
         seed: int,
+        division: Division,
     ) -> None:
         """`requests` are whole, by their place in the trace, which is their id."""
         setup = Setup("cache-aware", len(engines), delay_ms=1.0)
@@ -74,6 +76,7 @@ class PairSchedulers(Schedulers):
             index_blocks=index_blocks,
             kv_factor=kv_factor,
             seed=seed,
+            division=division,
         )
         self._requests, self._staged, self._transfer = requests, staged, transfer
         self._books = _Books()

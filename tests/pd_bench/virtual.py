@@ -16,6 +16,7 @@ from penstock.cli.replay.setups import Setup
 from penstock.cli.replay.trace import TraceRequest, timed
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import Thresholds
+from penstock.scheduler.profile import Division
 from penstock.scheduler.scheduler import unpack
 from penstock.sim.cluster import Arrival, Cluster, Outcome
 from penstock.sim.engine import Engine
@@ -33,6 +34,7 @@ class Fleet:
     prefill: int = 0
     decode: int = 0
     staged: bool = False
+    division: Division = Division()  # noqa: RUF009  # frozen
 
     @property
     def name(self) -> str:
@@ -106,6 +108,7 @@ def _divided(
         requests,
         lambda number: trace[number].packed_hashes,
         staged=fleet.staged,
+        division=fleet.division,
         transfer=TRANSFER,
         index_blocks=settings.prefix_index_blocks,
         kv_factor=settings.prefix_index_kv_factor,

@@ -41,10 +41,13 @@ def instance(name: str, **more: Any) -> Instance:
 
 
 def replica(
-    *instances: Instance, max_requests: int = 0, skip_below: int = 0, catalog: Catalog | None = None
+    *instances: Instance,
+    max_requests: int = 0,
+    catalog: Catalog | None = None,
+    division: Division = Division(),  # noqa: B008  # frozen
 ) -> Replica:
     catalog = catalog or Catalog(Thresholds(max_requests=max_requests))
-    one = Replica(Identity("scheduler", "s", "1"), catalog, "cache-aware", 10_000, "", Division(skip_below))
+    one = Replica(Identity("scheduler", "s", "1"), catalog, "cache-aware", 10_000, "", division)
     entries = {instance_key(i.id): Entry(encode_instance(i), n) for n, i in enumerate(instances, 1)}
     one.registry(Listing(Position("b", len(entries)), entries))
     return one
@@ -152,7 +155,7 @@ def test_a_plain_request_goes_to_neutral_instances_else_to_those_that_decode() -
 
 
 def test_little_to_compute_is_not_divided() -> None:
-    one = replica(instance("p1"), instance("d1"), skip_below=200)
+    one = replica(instance("p1"), instance("d1"), division=Division(200))
     first, _ = place(one, request("x1", block_hashes=PROMPT))
     assert first.prefill_instance == "p1"
     again, _ = place(one, request("x2", block_hashes=PROMPT))
@@ -161,18 +164,18 @@ def test_little_to_compute_is_not_divided() -> None:
     assert place(one, request("x3", block_hashes=other))[0].prefill_instance == "p1"
 
 
-def by_profile(*instances: Instance, skip_below: int = 0, **said: Any) -> Replica:
+def by_profile(*instances: Instance, division: Division = Division(), **said: Any) -> Replica:  # noqa: B008
     """A replica under a config profile that says so of disaggregation."""
     catalog = ConfiguredCatalog(Thresholds())
     document = read_document({"profiles": {"default": {"disaggregation": said}}})
     catalog.configure({"m": document}, ProfileSources(catalog.fault))
-    return replica(*instances, skip_below=skip_below, catalog=catalog)
+    return replica(*instances, division=division, catalog=catalog)
 
 
 @pytest.mark.parametrize(("flag", "said", "divided"), [(0, 900, False), (900, 0, True), (900, None, False)])
 def test_the_profiles_threshold_counts_before_the_flag(flag: int, said: int | None, divided: bool) -> None:
     told = {} if said is None else {"skip_below_tokens": said}
-    one = by_profile(instance("p1"), instance("d1"), skip_below=flag, **told)
+    one = by_profile(instance("p1"), instance("d1"), division=Division(flag), **told)
     assert bool(place(one, request())[0].prefill_instance) is divided
 
 

@@ -115,6 +115,8 @@ class Disaggregation(_Written):
     skip_below_tokens: int | None = Field(
         None, ge=0, le=1_000_000_000, description="see --pd-skip-below-tokens"
     )
+    prefill_imbalance: int | None = Field(None, ge=0, le=100_000, description="see --pd-prefill-imbalance")
+    decode_imbalance: int | None = Field(None, ge=0, le=100_000, description="see --pd-decode-imbalance")
     neutral: bool = Field(
         False,
         description="a neutral instance takes all of a request that it would answer sooner than a pair, with "

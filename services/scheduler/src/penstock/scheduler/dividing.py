@@ -36,7 +36,7 @@ from penstock.scheduler.view import ClusterView
 
 # Of prefill's part in a placement of two, beside the decision's own id.
 PREFILL_SUFFIX = "+p"
-NO_PARTNER, OTHER_GROUP = "no-partner", "other-group"
+NO_PARTNER, OTHER_GROUP, IMBALANCE = "no-partner", "other-group", "imbalance"
 
 Group = tuple[str, str]
 
@@ -64,13 +64,12 @@ def schedule_divided(
     if pool is None or len(request.block_hashes) % HASH_BYTES:
         return schedule(request, view, index, catalog, default=default, replicas=replicas)
     hashes, seed = unpack(request.block_hashes), seed_of(request.decision_id)
-    divider = _Divider(Case(request, hashes, seed, pool.turn, replicas), pool, view, index, catalog)
+    own = division if asked.division is None else asked.division.over(division)
+    case, ratio = Case(request, hashes, seed, pool.turn, replicas), asked.thresholds.imbalance_ratio
+    divider = _Divider(case, pool, view, index, catalog, own, ratio)
     if request.stage is Stage.DECODE:
         return divider.second(by_decode)
-    own = asked.division or division
-    skip_below = division.skip_below_tokens if own.skip_below_tokens is None else own.skip_below_tokens
-    own = Division(skip_below or 0, own.neutral)
-    decision = divider.first(replace(asked, role=Role.PREFILL), by_decode, own)
+    decision = divider.first(replace(asked, role=Role.PREFILL), by_decode)
     if decision is not None:
         return decision
     return schedule(request, view, index, catalog, default=default, replicas=replicas)
@@ -83,16 +82,19 @@ class _Divider:
     view: ClusterView
     index: PrefixIndex
     catalog: Catalog
+    division: Division
+    imbalance_ratio: float
 
-    def first(self, by_prefill: Profile, by_decode: Profile, division: Division) -> Decision | None:
+    def first(self, by_prefill: Profile, by_decode: Profile) -> Decision | None:
         """Both instances, or prefill's; None if one instance is to do all of it."""
-        case, loads = self.case, self.view.loads
+        case, loads, division = self.case, self.view.loads, self.division
         decodes = by_decode.candidates(case, self.pool, loads)
         prefills = _in_groups(by_prefill.candidates(case, self.pool, loads), _groups(decodes), NO_PARTNER)
         if not len(prefills):
             return None
         if division.skip_below_tokens and self._lacks(decodes) < division.skip_below_tokens:
             return self._whole(by_prefill, decodes)
+        prefills, decodes = self._evened(prefills, decodes)
         prefill = self._choose(prefills, by_prefill)
         placed = prefill.outcome
         assert isinstance(placed, Placement)
@@ -115,7 +117,41 @@ class _Divider:
             placed.matched_tokens,
             placed.profile,
         )
-        return msgspec.structs.replace(decode, outcome=both, policy=prefill.policy, prefill=prefill)
+        # Both choices are told in one event.
+        excluded = {**decode.excluded, **{f"prefill-{name}": n for name, n in prefill.excluded.items()}}
+        return msgspec.structs.replace(
+            decode, outcome=both, policy=prefill.policy, excluded=excluded, prefill=prefill
+        )
+
+    def _evened(self, prefills: Candidates, decodes: Candidates) -> tuple[Candidates, Candidates]:
+        """Without those that are no choice while loads differ too much: prefill first, then decode among its
+        partners, then prefill among decode's."""
+        least = self._least_prefills(prefills)
+        if least is not prefills:
+            prefills, decodes = least, _in_groups(decodes, _groups(least), OTHER_GROUP)
+        even = self._least_decodes(decodes)
+        if even is not decodes:
+            # Those without a partner do not count.
+            decodes = self._least_decodes(_in_groups(decodes, _groups(prefills), OTHER_GROUP))
+            prefills = _in_groups(prefills, _groups(decodes), OTHER_GROUP)
+        return prefills, decodes
+
+    def _least_prefills(self, prefills: Candidates) -> Candidates:
+        # A difference of `bound` is none yet here, and one among decodes, as in AIBrix.
+        bound = self.division.prefill_imbalance
+        return self._least_loaded(prefills) if bound and _spread(prefills) > bound else prefills
+
+    def _least_decodes(self, decodes: Candidates) -> Candidates:
+        bound = self.division.decode_imbalance
+        return self._least_loaded(decodes) if bound and _spread(decodes) >= bound else decodes
+
+    def _least_loaded(self, candidates: Candidates) -> Candidates:
+        """Those with the fewest requests alone, if the most are above the mean by the ratio too: what is much
+        among tens is noise among hundreds."""
+        if candidates.most <= (1.0 + self.imbalance_ratio) * candidates.mean:
+            return candidates
+        flags = candidates.requests <= candidates.least
+        return Candidates(candidates.kept.keep(flags, IMBALANCE), candidates.loads)
 
     def _neutral(self, asked: Profile, prefill: Decision, partners: Candidates) -> Decision | None:
         """All of it on a neutral instance, if that one would answer sooner than prefill's is expected to,
@@ -146,7 +182,7 @@ class _Divider:
             decodes = _in_groups(decodes, {group}, OTHER_GROUP)
         if not len(decodes):
             return none_left(request, by_decode, decodes)
-        return self._choose(decodes, by_decode)
+        return self._choose(self._least_decodes(decodes), by_decode)
 
     def _lacks(self, decodes: Candidates) -> int:
         """Prompt tokens that the decode candidate which holds most of them does not."""
@@ -176,6 +212,11 @@ def _group(instance: Instance) -> Group:
 def _groups(candidates: Candidates) -> set[Group]:
     kept = candidates.kept
     return {_group(kept.pool.instances[row]) for row in kept.rows}
+
+
+def _spread(candidates: Candidates) -> float:
+    """Requests in flight by which the most loaded is above the least."""
+    return candidates.most - candidates.least if len(candidates) > 1 else 0.0
 
 
 def _in_groups(candidates: Candidates, groups: Iterable[Group], reason: str) -> Candidates:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from penstock.common.instances import expose
 from penstock.common.messages import Placement
 from penstock.common.telemetry import Metrics
+from penstock.scheduler.dividing import IMBALANCE
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.policies.catalog import WEIGHTED
 from penstock.scheduler.pulse import Pulse
@@ -56,6 +57,11 @@ class Instruments:
         )
         self._ledger_dropped = metrics.counter(
             "penstock_scheduler_ledger_dropped_total", "What the ledger does not count, by reason", "reason"
+        )
+        self._imbalances = metrics.counter(
+            "penstock_scheduler_pair_imbalances_total",
+            "Choices of a prefill or decode instance left to the least loaded, since loads differed too much",
+            "role",
         )
         self._gauges(metrics)
 
@@ -122,11 +128,18 @@ class Instruments:
             self._decisions.inc(decision.policy, "placement")
             self._looked_up.value += len(decision.hashes)
             self._matched.value += outcome.matched_blocks
+            if decision.prefill is not None or IMBALANCE in decision.excluded:
+                self._count_imbalances(decision)
         else:
             # A weighted list is text of a client, who may send any number of them.
             policy = WEIGHTED if ":" in decision.policy else decision.policy
             self._decisions.inc(policy, outcome.reason.value)
         self._seconds.observe(seconds)
+
+    def _count_imbalances(self, decision: Decision) -> None:
+        for one in (decision, decision.prefill):
+            if one is not None and one.basis is not None and IMBALANCE in one.excluded:
+                self._imbalances.inc(one.basis.profile.role.value)
 
     def refresh(self) -> None:
         """Take over what the replica counts itself."""

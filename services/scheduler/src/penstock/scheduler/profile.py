@@ -32,12 +32,27 @@ MAX_STANDING = 256
 
 @dataclass(frozen=True)
 class Division:
-    """When to divide: not if the instance that would decode lacks fewer prompt tokens than
-    `skip_below_tokens` (None: as elsewhere), whose computing costs less than a transfer. `neutral`: an
-    instance that does all of a request takes it where it answers sooner than a pair."""
+    """When to divide, and how far loads may differ; None is as elsewhere.
+
+    Not if the instance that would decode lacks fewer prompt tokens than `skip_below_tokens`, whose computing
+    costs less than a transfer. `neutral`: an instance that does all of a request takes it where it answers
+    sooner than a pair. Where requests in flight differ among prefill instances by more than
+    `prefill_imbalance`, or among those that decode by `decode_imbalance` or more, the least loaded alone are
+    left to choose from; 0: never (AIBrix: its minimal spreads of prefill and decode load imbalance)."""
 
     skip_below_tokens: int | None = None
     neutral: bool = False
+    prefill_imbalance: int | None = None
+    decode_imbalance: int | None = None
+
+    def over(self, base: Division) -> Division:
+        """The same with what it leaves open from `base`."""
+        return Division(
+            base.skip_below_tokens if self.skip_below_tokens is None else self.skip_below_tokens,
+            self.neutral or base.neutral,
+            base.prefill_imbalance if self.prefill_imbalance is None else self.prefill_imbalance,
+            base.decode_imbalance if self.decode_imbalance is None else self.decode_imbalance,
+        )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ from penstock.scheduler.instruments import Instruments
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.peers import SILENCE_S
 from penstock.scheduler.policies.configured import ConfiguredCatalog
-from penstock.scheduler.profile import Division
 from penstock.scheduler.profile_keeping import ProfileKeeper
 from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
@@ -101,7 +100,7 @@ class SchedulerService:
             settings.default_routing_strategy,
             settings.prefix_index_blocks,
             settings.failover_domain_label,
-            Division(settings.pd_skip_below_tokens),
+            settings.division,
             prefix_max_age_s=settings.prefix_index_max_age,
             prefix_kv_factor=settings.prefix_index_kv_factor,
         )

@@ -17,6 +17,7 @@ from penstock.scheduler.policies.catalog import MAX_COEFFICIENT
 from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.custom import Policy
 from penstock.scheduler.policies.table import CACHE_AWARE, STRATEGIES, Thresholds
+from penstock.scheduler.profile import Division
 
 
 class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, OtlpSettings, ServiceSettings):
@@ -45,6 +46,20 @@ class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, OtlpSetting
         le=1_000_000_000,
         description="prompt tokens below which disaggregation is skipped: an instance that decodes and lacks "
         "fewer computes them itself; 0 never skips",
+    )
+    pd_prefill_imbalance: int = Field(
+        16,
+        ge=0,
+        le=100_000,
+        description="disaggregation: if requests in flight on prefill instances differ by more, the least "
+        "loaded takes the prompt, whichever holds its prefix; 0: never",
+    )
+    pd_decode_imbalance: int = Field(
+        16,
+        ge=0,
+        le=100_000,
+        description="disaggregation: if requests in flight on instances that decode differ by so many or "
+        "more, the least loaded decodes; 0: never",
     )
     failover_domain_label: str = Field(
         "",
@@ -129,6 +144,15 @@ class SchedulerSettings(ProfilesFileSettings, InstanceLimitSettings, OtlpSetting
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def division(self) -> Division:
+        """When requests are divided, where no profile says."""
+        return Division(
+            self.pd_skip_below_tokens,
+            prefill_imbalance=self.pd_prefill_imbalance,
+            decode_imbalance=self.pd_decode_imbalance,
+        )
 
     @property
     def thresholds(self) -> Thresholds:

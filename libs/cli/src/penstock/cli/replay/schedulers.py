@@ -25,6 +25,7 @@ from penstock.common.messages import (
 from penstock.common.model import Endpoint, EngineLoad, Instance, Role
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
+from penstock.scheduler.profile import Division
 from penstock.scheduler.replica import Replica
 from penstock.sim.engine import Engine
 from penstock.sim.spec import EngineRequest, TokenEvent
@@ -56,6 +57,7 @@ class Schedulers:
         index_blocks: int,
         kv_factor: float,
         seed: int,
+        division: Division = Division(),  # noqa: B008  # frozen
     ) -> None:
         """`packed` gives the block hashes of a request id as they stand on the bus; instances have the roles
         of their engines."""
@@ -65,7 +67,8 @@ class Schedulers:
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._own = [Identity(SCHEDULER, f"s{number}", INCARNATION) for number in range(setup.replicas)]
         self.replicas = [
-            Replica(own, catalog, setup.asked, index_blocks, prefix_kv_factor=kv_factor) for own in self._own
+            Replica(own, catalog, setup.asked, index_blocks, division=division, prefix_kv_factor=kv_factor)
+            for own in self._own
         ]
         self._timeline = Timeline()
         self._ingresses = [

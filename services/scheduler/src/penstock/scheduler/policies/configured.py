@@ -98,7 +98,11 @@ class ConfiguredCatalog(Catalog):
             return self.find(policy)
         fitting = FittingPrompt(_Lengths(name, one.prompt_buckets, self._own))
         profile, said = self._variant(one).find(policy), one.disaggregation
-        division = Division(said.skip_below_tokens, said.neutral) if said is not None else None
+        division = None
+        if said is not None:
+            division = Division(
+                said.skip_below_tokens, said.neutral, said.prefill_imbalance, said.decode_imbalance
+            )
         return replace(profile, filters=(fitting, *profile.filters), config=name, division=division)
 
     def _variant(self, one: ConfigProfile) -> Catalog:
