@@ -164,10 +164,15 @@ def test_little_to_compute_is_not_divided() -> None:
     assert place(one, request("x3", block_hashes=other))[0].prefill_instance == "p1"
 
 
-def by_profile(*instances: Instance, division: Division = Division(), **said: Any) -> Replica:  # noqa: B008
-    """A replica under a config profile that says so of disaggregation."""
+def by_profile(
+    *instances: Instance,
+    division: Division = Division(),  # noqa: B008  # frozen
+    profile: dict[str, Any] | None = None,
+    **said: Any,
+) -> Replica:
+    """A replica under a config profile that says so, and so of disaggregation."""
     catalog = ConfiguredCatalog(Thresholds())
-    document = read_document({"profiles": {"default": {"disaggregation": said}}})
+    document = read_document({"profiles": {"default": {**(profile or {}), "disaggregation": said}}})
     catalog.configure({"m": document}, ProfileSources(catalog.fault))
     return replica(*instances, division=division, catalog=catalog)
 
