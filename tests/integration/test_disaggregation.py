@@ -333,35 +333,49 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
 
 
 async def test_decode_is_placed_by_whoever_is_left_after_prefill(tmp_path: Path) -> None:
+    models = [model for model, mode in MODES if mode == "staged"]
     with pd_stack(
-        tmp_path, "--schedule-timeout", "0.5", models=["nixl"], modes=["staged"], schedulers=2, sims=1
+        tmp_path, "--schedule-timeout", "5", models=models, modes=["staged"], schedulers=2, sims=1
     ) as pd:
         async with aiohttp.ClientSession() as session:
             await pd.ready(session)
-            url, (prefill,) = pd.urls["staged"], pd.engines["nixl", P]
+            url = pd.urls["staged"]
 
             async def placed_by_schedulers() -> bool:
                 body = body_of("nixl", stream=False)
                 headers = (await ask(session, url, body, **{"routing-strategy": "pd"}))[1]
                 return headers.get("routing-strategy") != "local" and "prefill-target-pod" in headers
 
-            await eventually(placed_by_schedulers, 30.0)
+            async def all_there(engines: list[str], before: list[int]) -> bool:
+                """Whether each has got another request."""
+                now = [await seen_by(session, engine) for engine in engines]
+                return all(one > known for one, known in zip(now, before, strict=True))
+
+            await eventually(placed_by_schedulers, 60.0)
+            prefills = [engine for model in models for engine in pd.engines[model, P]]
             losses: list[Process | NatsServer] = [*pd.stack.schedulers, pd.stack.nats]
-            for lost in losses:
-                slow = {"kind": "slow-start", "count": 1, "ms": 500}
-                async with session.post(f"http://{prefill}/sim/fault", json=slow):
-                    pass
-                body = body_of("nixl", stream=True)
-                asking = asyncio.create_task(ask(session, url, body, **{"routing-strategy": "pd"}))
-                await eventually(lambda: busy(session, prefill))
+            for number, lost in enumerate(losses):
+                asking, before = [], [await seen_by(session, engine) for engine in prefills]
+                for model in models:
+                    (prefill,) = pd.engines[model, P]
+                    slow = {"kind": "slow-start", "count": 1, "ms": 2500}
+                    async with session.post(f"http://{prefill}/sim/fault", json=slow):
+                        pass
+                    body = body_of(model, stream=True)
+                    asking.append(asyncio.create_task(ask(session, url, body, **{"routing-strategy": "pd"})))
+                await eventually(partial(all_there, prefills, before))
                 lost.kill()
-                status, headers, answer = await asking
-                assert status == 200, answer
-                assert headers["prefill-target-pod"].startswith("nixl-prefill-")
-                text = "".join(said_in(one) for one in answer)
-                assert text == expected_text(body["messages"], 12, model="nixl")
+                for model, one in zip(models, asking, strict=True):
+                    status, headers, answer = await one
+                    assert status == 200, (model, answer)
+                    assert headers["prefill-target-pod"].startswith(f"{model}-prefill-")
+                    # The scheduler that is left, which never saw the first stage, then the ingress itself.
+                    assert (headers["routing-strategy"] == "local") is (number > 0), (model, headers)
+                    text = "".join(said_in(piece) for piece in answer)
+                    assert text == expected_text(body["messages"], 12, model=model)
             await pd.settled(session)
 
 
-async def busy(session: aiohttp.ClientSession, engine: str) -> bool:
-    return bool((await sim_state(session, engine))["open"])
+async def seen_by(session: aiohttp.ClientSession, engine: str) -> int:
+    """Requests that it received."""
+    return int((await sim_state(session, engine))["requests_total"])
