@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -75,6 +76,38 @@ async def test_a_request_is_one_trace_over_processes_and_a_lost_collector_harms_
         assert (await chat(session, stack.url, "recovered", headers=headers))[0] == 200
         await eventually(lambda: len(receiver.of_request("after")) == 4)
         assert await metric(session, admin, "penstock_trace_spans_total")
+
+
+async def test_a_divided_request_is_one_trace_over_both_engines(
+    receiver: OtlpReceiver, tmp_path: Path
+) -> None:
+    profiles = tmp_path / "profiles.yaml"
+    profiles.write_text("sim-model: {profiles: {default: {disaggregation: {protocol: vllm-nixl}}}}")
+    with running_stack() as stack:
+        for role in ("prefill", "decode"):
+            stack.start_sims(1, "--role", role, "--kv-connector", "nixl")
+        prefill, decode = stack.engines
+        stack.engines = [f"prefill@{prefill}", f"decode@{decode}"]
+        stack.start_discovery()
+        otlp = "--otlp-endpoint", receiver.endpoint
+        stack.start_scheduler(*otlp)
+        stack.start_ingress(*otlp, "--trace-sample-ratio", "0", "--profiles-file", str(profiles))
+        await stack.ready()
+        async with aiohttp.ClientSession() as session:
+            headers = {"traceparent": CLIENT, "x-request-id": "pair"}
+            status, said, _ = await chat(session, stack.url, "in two", headers=headers)
+            assert (status, said["prefill-target-pod-ip"]) == (200, prefill)
+            await eventually(lambda: len(receiver.of_request("pair")) == 6)
+            named = {span.name: span for span in receiver.of_request("pair")}
+            root, call = named["POST /v1/chat/completions"], named["chat sim-model"]
+            assert {span.trace_id for span in named.values()} == {CLIENT[3:35]}
+            assert (named["schedule"].parent_id, call.parent_id) == (root.span_id, root.span_id)
+            assert named["decide"].parent_id == named["schedule"].span_id
+            assert (named["prefill"].parent_id, named["decode"].parent_id) == (call.span_id, call.span_id)
+            assert named["prefill"].end_ns <= named["decode"].start_ns
+            for engine in (prefill, decode):
+                async with session.get(f"http://{engine}/sim/state") as response:
+                    assert f"00-{call.trace_id}-{call.span_id}-01" in json.dumps(await response.json())
 
 
 async def _counted(session: aiohttp.ClientSession, port: int, result: str) -> bool:

@@ -13,6 +13,7 @@ from penstock.ingress.traced import Tracing
 
 from .conftest import LabOf
 from .ingress_lab import BODY, CHAT, STREAM_BODY, Engine, Lab
+from .test_divided import KEPT, pair_of
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 USAGE = b'{"usage":{"prompt_tokens":70,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":48}}}'
@@ -163,3 +164,63 @@ async def test_a_refused_request_is_a_trace_without_an_error(lab: Lab, spans: Sp
     assert root.attributes["penstock.outcome"] == "rejected"
     assert root.error == ""
     assert "gen_ai.request.model" not in root.attributes
+
+
+@pytest.mark.parametrize("staged", [False, True])
+async def test_a_divided_request_is_one_trace_with_a_span_for_either_half(
+    lab_of: LabOf, staged: bool
+) -> None:
+    pair = await pair_of(lab_of, separate_pd_scheduling=staged)
+    spans = trace(pair.lab, 1.0)
+    client = await pair.lab.client()
+    client.post(traceparent=PARENT)
+    prefill = await pair.prefill.accept()
+    _, of_prefill, _ = await prefill.request()
+    prefill.answer(KEPT)
+    decode = await pair.decode.accept()
+    _, of_decode, _ = await decode.request()
+    decode.answer(USAGE)
+    assert (await client.response()).status == 200
+    outcome = await pair.lab.outcome()
+    ended = spans.take(100)
+    assert {span.trace_id.hex() for span in ended} == {PARENT[3:35]} == {outcome["trace_id"]}
+    (root,) = [span for span in ended if span.name == f"POST {CHAT}"]
+    calls = [span for span in ended if span.name == "chat m"]
+    halves = {span.name: span for span in ended if span.kind == "internal"}
+    assert len(ended) == 4 + len(calls) + staged
+    assert len(calls) == 1 + staged
+    assert {span.parent_id for span in calls} == {root.span_id}
+    for (name, half), call, told in zip(
+        sorted(halves.items(), reverse=True), calls * (2 - staged), (of_prefill, of_decode), strict=True
+    ):
+        assert name == ("prefill" if told is of_prefill else "decode")
+        assert half.attributes["penstock.instance"] == name[0]
+        assert half.parent_id == call.span_id
+        assert call.start_ns <= half.start_ns <= half.end_ns <= call.end_ns
+        # The engine's own spans are children of the call.
+        assert read_traceparent(told["traceparent"].encode()) == (call.context, True)
+    assert halves["prefill"].end_ns <= halves["decode"].start_ns
+    assert calls[-1].attributes["gen_ai.usage.output_tokens"] == 5
+
+
+async def test_a_pair_that_fails_ends_its_spans_with_it(lab_of: LabOf) -> None:
+    pair = await pair_of(lab_of)
+    spans = trace(pair.lab, 1.0)
+    client = await pair.lab.client()
+    client.post()
+    prefill = await pair.prefill.accept()
+    await prefill.request()
+    prefill.answer(b'{"error":"no"}', "422 Unprocessable Content")
+    assert (await client.response()).status == 422
+    await pair.lab.outcome()
+    named = by_name(spans)
+    assert set(named) == {f"POST {CHAT}", "schedule", "chat m", "prefill"}
+    client.post()
+    await prefill.request()
+    prefill.answer(KEPT)
+    decode = await pair.decode.accept()
+    await decode.request()
+    client.close()
+    await pair.lab.settled()
+    named = by_name(spans)
+    assert named["prefill"].end_ns <= named["decode"].end_ns <= named["chat m"].end_ns

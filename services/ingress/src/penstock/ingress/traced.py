@@ -99,9 +99,10 @@ class Trace:
             parent.span_id if parent is not None else 0,
             tracing.wall_ns(),
         )
-        # The span in hand below the request's, and that of prefill below it.
+        # The span in hand below the request's, and those of the halves of a pair below it.
         self._step: Span | None = None
         self._prefill: Span | None = None
+        self._decode: Span | None = None
         self._block = (_PARENT if parent is not None else _OTHERS).sub(b"", head.block)
         self._operation = "chat" if head.path in _CHATS else _OPERATIONS.get(head.path, "generate_content")
 
@@ -137,6 +138,9 @@ class Trace:
     def _end(self, exchange: Exchange, error: str = "") -> None:
         """End the step in hand."""
         self._end_prefill(exchange)
+        decode, self._decode = self._decode, None
+        if decode is not None:
+            self._close(decode, error)
         step, self._step = self._step, None
         if step is not None:
             self._close(step, error)
@@ -210,10 +214,17 @@ class Trace:
         self._end(exchange, code)
 
     def attempting(self, exchange: Exchange, attempt: Attempt) -> None:
-        """A half of a pair, both of which have one parent; or an external endpoint."""
-        if exchange.divided is not None and attempt.target == exchange.divided.prefill_instance:
-            self._end_prefill(exchange)
-            self._prefill = self._open("prefill", "internal", self.at, {"penstock.instance": attempt.target})
+        """A half of a pair, told once; or an external endpoint."""
+        prefill = exchange.divided.prefill_instance if exchange.divided is not None else ""
+        if not prefill or self._step is None:
+            return
+        if attempt.target != prefill:
+            self._decode = self._decode or self._half("decode", self._step, attempt)
+        elif self._prefill is None:
+            self._prefill = self._half("prefill", self._step, attempt)
+
+    def _half(self, name: str, call: Span, attempt: Attempt) -> Span:
+        return self._open(name, "internal", call, {"penstock.instance": attempt.target})
 
     def goes_outside(self, exchange: Exchange) -> None:
         """It is about to go to an external endpoint."""
