@@ -179,7 +179,7 @@ def by_profile(
 
 @pytest.mark.parametrize(("flag", "said", "divided"), [(0, 900, False), (900, 0, True), (900, None, False)])
 def test_the_profiles_threshold_counts_before_the_flag(flag: int, said: int | None, divided: bool) -> None:
-    told = {} if said is None else {"skip_below_tokens": said}
+    told: dict[str, Any] = {} if said is None else {"skip_below_tokens": said}
     one = by_profile(instance("p1"), instance("d1"), division=Division(flag), **told)
     assert bool(place(one, request())[0].prefill_instance) is divided
 

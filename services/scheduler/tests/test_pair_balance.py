@@ -112,7 +112,7 @@ def test_an_idle_instance_without_a_partner_is_no_reason_to_move() -> None:
     ],
 )
 def test_the_profiles_guard_counts_before_the_flag(
-    flags: Division, said: dict[str, int], guarded: bool
+    flags: Division, said: dict[str, Any], guarded: bool
 ) -> None:
     one = by_profile(*fleet("p1", "p2", "d1"), division=flags, **said)
     warm(one, "p1")
