@@ -332,6 +332,39 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     await pd.settled(session)
 
 
+async def test_prompts_that_nobody_fetches_are_counted_of_answers_in_one_piece_too(
+    pd: PdStack, session: aiohttp.ClientSession
+) -> None:
+    decodes, (port,) = pd.engines["nixl", D], pd.stack.scheduler_ports
+
+    async def kept(what: str) -> int:
+        states = [await sim_state(session, engine) for engine in pd.engines["nixl", P]]
+        return sum(int(state["transfers"][what]) for state in states)
+
+    async def is_kept() -> bool:
+        return await kept("held") == 1
+
+    async def is_told(expired: int) -> bool:
+        told = await metric(session, port, "penstock_scheduler_prompts_expired_total")
+        return told == await kept("expired") == expired
+
+    before = await kept("expired")
+    for left, stream in enumerate((False, True), 1):
+        slow = {"kind": "slow-start", "count": 1, "ms": 30_000}
+        for engine in decodes:
+            async with session.post(f"http://{engine}/sim/fault", json=slow):
+                pass
+        body = body_of("nixl", stream=stream)
+        asking = asyncio.create_task(ask(session, pd.urls["batched"], body, **{"routing-strategy": "pd"}))
+        await eventually(is_kept)
+        # NIXL has no order to drop what is kept: it ends by the engine's lease.
+        asking.cancel()
+        await asyncio.wait([asking])
+        await eventually(partial(is_told, before + left), 60.0)
+        await heal(session, decodes)
+    await pd.settled(session)
+
+
 async def test_decode_is_placed_by_whoever_is_left_after_prefill(tmp_path: Path) -> None:
     models = [model for model, mode in MODES if mode == "staged"]
     with pd_stack(

@@ -40,9 +40,21 @@ vllm:request_success_total{finished_reason="stop"} 5.0
             EngineLoad(running=7, kv_usage_ratio=0.9, kv_blocks=30, block_size=16),
         ),
         (b"vllm:num_requests_running 0\n", EngineLoad(running=0)),
+        (b'vllm:nixl_num_kv_expired_reqs_total{engine="0"} 2\n', EngineLoad(kv_expired=2)),
+        (b"vllm:nixl_num_kv_expired_reqs 3\n", EngineLoad(kv_expired=3)),
         (b"", EngineLoad()),
     ],
-    ids=["vllm", "crlf", "old name, no newline", "sglang with time", "two engines", "idle", "empty"],
+    ids=[
+        "vllm",
+        "crlf",
+        "old name",
+        "sglang",
+        "two engines",
+        "idle",
+        "expired",
+        "expired, old name",
+        "empty",
+    ],
 )
 def test_load_is_read_from_an_engines_own_names(text: bytes, load: EngineLoad) -> None:
     assert parse_engine_load(text) == load

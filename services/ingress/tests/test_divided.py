@@ -302,8 +302,9 @@ async def test_a_prompt_that_decode_neither_fetches_nor_refuses_is_told_a_second
     decode, _, _ = await asked(pair.decode)
     assert lab.metric("penstock_ingress_prompt_holds") == 1
     await eventually(lambda: lab.metric("penstock_ingress_prompt_holds") == 0)
-    # Of an answer in one piece nobody knows when it was fetched.
+    # Of an answer in one piece nobody here knows when it was fetched.
     assert lab.metric("penstock_ingress_prompt_leaks_total") == stream
+    assert lab.metric("penstock_ingress_prompt_holds_unseen_total") == (not stream)
     client.close()
     await decode.gone()
     await lab.settled()

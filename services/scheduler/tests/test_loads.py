@@ -199,3 +199,11 @@ def test_what_ingresses_say_of_strangers_or_before_they_left_is_not_kept() -> No
     heard.forget(ingresses=("i",))
     assert (heard._count, heard._heard) == (0, {})
     assert MAX_HEARD > 0
+
+
+def test_prompts_that_nobody_fetched_are_the_engines_last_word() -> None:
+    view = view_of("a", "b")
+    view.take_status("a", EngineLoad(1, kv_expired=2), 1.0)
+    view.take_status("a", EngineLoad(1), 2.0)
+    view.take_status("gone", EngineLoad(1, kv_expired=9), 2.0)
+    assert view.kv_expired() == [("a", 2.0)]

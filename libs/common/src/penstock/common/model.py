@@ -116,3 +116,5 @@ class EngineLoad(msgspec.Struct, frozen=True):
     kv_usage_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     kv_blocks: Figure | None = None
     block_size: Figure | None = None
+    # Prompts that the engine kept for decode and nobody fetched within their lease, since it began.
+    kv_expired: Figure | None = None

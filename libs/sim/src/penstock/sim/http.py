@@ -181,7 +181,9 @@ class EngineServer:
         return self._faults.take(request.path, generates=generates)
 
     def _metrics(self, _: web.BaseRequest, __: bytes) -> web.Response:
-        page = metrics.render(self._runner.engine, self._profile.models[0], self._profile.metrics_style)
+        expired = self._transfers.expired if self._transfers is not None else None
+        style = self._profile.metrics_style
+        page = metrics.render(self._runner.engine, self._profile.models[0], style, expired)
         return web.Response(body=page.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     def _models(self, _: web.BaseRequest, __: bytes) -> web.Response:

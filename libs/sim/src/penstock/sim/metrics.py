@@ -10,10 +10,13 @@ MetricsStyle = Literal["vllm", "sglang"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def render(engine: Engine, model: str, style: MetricsStyle) -> str:
+def render(engine: Engine, model: str, style: MetricsStyle, expired: int | None = None) -> str:
+    """`expired`: prompts kept for decode that nobody fetched; None if none are kept at all."""
     page = _Page(f'model_name="{_escape(model)}"')
     if style == "vllm":
         _vllm(page, engine)
+        if expired is not None:
+            page.counter("vllm:nixl_num_kv_expired_reqs_total", expired)
     else:
         _sglang(page, engine)
     return page.text()

@@ -135,6 +135,11 @@ class Transfers:
         """End what is kept for a request that nobody wants any more."""
         self._free(self.holds.cancel(rid))
 
+    @property
+    def expired(self) -> int | None:
+        """Prompts that nobody fetched within their lease, where the connector tells."""
+        return self.holds.expired if self.connector.name == "nixl" else None
+
     def state(self) -> dict[str, Any]:
         """For `/sim/state`."""
         holds, now = self.holds, asyncio.get_running_loop().time()

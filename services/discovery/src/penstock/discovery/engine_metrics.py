@@ -11,6 +11,8 @@ from penstock.common.model import EngineLoad
 RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs")
 WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs")
 KV_USAGE = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc", b"sglang:token_usage")
+# vLLM's NIXL connector; prometheus_client adds the ending in newer releases.
+KV_EXPIRED = (b"vllm:nixl_num_kv_expired_reqs_total", b"vllm:nixl_num_kv_expired_reqs")
 CACHE_CONFIG = (b"vllm:cache_config_info",)
 
 # What an engine says is bounded: longer lines, more lines of one name and larger values are not load.
@@ -70,6 +72,7 @@ def parse_engine_load(text: bytes) -> EngineLoad:
         kv_usage_ratio=min(max(usage), 1.0) if usage else None,
         kv_blocks=_total(blocks),
         block_size=max(block_sizes, default=None),
+        kv_expired=_total(_values(text, _of(prefix, KV_EXPIRED))),
     )
 
 

@@ -243,9 +243,7 @@ class Divided:
         gateway.upstreams.acquire(instance, attempt)
 
     def _note_passed(self, pair: Pair) -> None:
-        # Of an answer in one piece nobody can tell when its prompt was fetched.
-        if self._exchange.stream:
-            self._dividing.holds.passed(pair.transfer_id)
+        self._dividing.holds.passed(pair.transfer_id, stream=self._exchange.stream)
 
     def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
         """Pass it on once prefill has said yes too."""

@@ -65,6 +65,12 @@ class Dividing:
             "penstock_ingress_prompt_leaks_total",
             "Prompts kept by prefill that were neither fetched nor given up 1 s after their lease",
         ).labels()
+        metrics.tally(
+            "penstock_ingress_prompt_holds_unseen_total",
+            "Prompts kept by prefill whose answer in one piece had not come 1 s after their lease: whether "
+            "they were fetched the engines alone know",
+            lambda: self.holds.unseen,
+        )
         self.prefill_time = metrics.histogram(
             "penstock_ingress_prefill_seconds", "Prefill request sent to its answer"
         ).labels()

@@ -14,30 +14,35 @@ class PromptHolds:
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
-        # Until when, at whom, and whether somebody was told to fetch.
-        self._held: dict[str, tuple[float, InstanceId, bool]] = {}
+        # Until when, at whom; and once somebody was told to fetch, whether he answers in a stream.
+        self._held: dict[str, tuple[float, InstanceId, bool | None]] = {}
+        # Of those whose answer comes in one piece: how many outlived their lease before it came. Whether they
+        # were fetched is not to be seen here; engines count what nobody fetched.
+        self.unseen = 0
 
     def __len__(self) -> int:
         return len(self._held)
 
     def begin(self, transfer_id: str, prefill: InstanceId, now: float) -> None:
         """Prefill keeps a prompt for decode to fetch."""
-        self._held[transfer_id] = now + self._lease_s, prefill, False
+        self._held[transfer_id] = now + self._lease_s, prefill, None
 
-    def passed(self, transfer_id: str) -> None:
-        """Decode was told to fetch it. One that is not there is no fault."""
+    def passed(self, transfer_id: str, *, stream: bool) -> None:
+        """Decode was told to fetch it, and will answer in a stream or in one piece. One that is not there is
+        no fault."""
         held = self._held.get(transfer_id)
         if held is not None:
-            self._held[transfer_id] = *held[:2], True
+            self._held[transfer_id] = *held[:2], stream
 
     def end(self, transfer_id: str) -> None:
         """It was fetched, or given up. One that is not there is no fault."""
         self._held.pop(transfer_id, None)
 
     def leaked(self, now: float) -> list[tuple[str, InstanceId]]:
-        """Those that decode has neither fetched nor refused GRACE_S past their lease, each once. What was
-        passed to nobody ends with its lease: it is passed to nobody any more."""
+        """Those that decode, asked for a stream, has neither fetched nor refused GRACE_S past their lease,
+        each once. What was passed to nobody ends with its lease: it is passed to nobody any more."""
         over = [(one, held) for one, held in self._held.items() if held[0] + GRACE_S <= now]
-        for transfer_id, _ in over:
+        for transfer_id, (_, _, stream) in over:
             del self._held[transfer_id]
-        return [(transfer_id, prefill) for transfer_id, (_, prefill, passed) in over if passed]
+            self.unseen += stream is False
+        return [(transfer_id, prefill) for transfer_id, (_, prefill, stream) in over if stream]

@@ -103,6 +103,13 @@ class Instruments:
             "instance",
         )
 
+        metrics.tally(
+            "penstock_scheduler_prompts_expired_total",
+            "Prompts that an engine kept for decode and nobody fetched within their lease, by its own count",
+            lambda: [((i,), count) for i, count in replica.view.kv_expired()],
+            "instance",
+        )
+
     def follow(self, warming: Warming, pulse: Pulse, intake: Intake) -> None:
         """Read what makes the replica take requests."""
         metrics = self._metrics

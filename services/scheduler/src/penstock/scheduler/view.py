@@ -41,6 +41,7 @@ class ClusterView:
         self._table = InstanceTable()
         self._slots: dict[InstanceId, int] = {}
         self._free: list[int] = []
+        self._kv_expired: dict[InstanceId, int] = {}
         self._pools: dict[str, Pool] = {}
 
     def __len__(self) -> int:
@@ -74,6 +75,8 @@ class ClusterView:
         gone = sorted(self._slots.keys() - held)
         if gone:
             free = [self._slots.pop(instance) for instance in gone]
+            for instance in gone:
+                self._kv_expired.pop(instance, None)
             forget(sum(1 << slot for slot in free))
             self._free.extend(free)
         added = sorted(held - self._slots.keys())
@@ -149,6 +152,8 @@ class ClusterView:
         slot, loads = self._slots.get(instance), self.loads
         if slot is None or not math.isfinite(measured_at) or measured_at < loads.status_at[slot]:
             return False
+        if load.kv_expired is not None:
+            self._kv_expired[instance] = load.kv_expired
         kv_tokens = (load.kv_blocks or 0) * (load.block_size or 0)
         if 0 < kv_tokens <= MAX_KV_TOKENS:
             loads.kv_tokens[slot] = kv_tokens
@@ -168,6 +173,10 @@ class ClusterView:
         if load.kv_usage_ratio is not None and 0 <= load.kv_usage_ratio <= 1:
             loads.kv_at[slot] = measured_at
         return usable
+
+    def kv_expired(self) -> list[tuple[InstanceId, float]]:
+        """(instance, prompts that it kept for decode and nobody fetched in time), of those that say so."""
+        return [(i, float(self._kv_expired[i])) for i in self._slots if i in self._kv_expired]
 
     def status_ages(self, now: float) -> list[tuple[InstanceId, float]]:
         """(instance, seconds since the engine's numbers were true), of those that ever reported."""
