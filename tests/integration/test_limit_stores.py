@@ -8,92 +8,23 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
 
+from integration.limit_labs import STORES, StoreLab, asked, counting_ingress, within_a_minute
 from integration.redis_lab import RedisServer
 from integration.servers import NatsServer, eventually
-from integration.stack import Ingress, Stack, chat, running_stack
-from penstock.common.adapters.nats_bus import NatsBus
-from penstock.common.settings import BusSettings
-from penstock.common.telemetry import Metrics
-from penstock.ingress.adapters.limit_store import RedisLimitStore
-from penstock.ingress.adapters.parent_limits import CountCall, ParentCounts, ParentLimitStore
-from penstock.ingress.bus_limit_store import BusLimitStore
-from penstock.ingress.limit_settings import LimitSettings
+from integration.stack import Stack, chat
 from penstock.ingress.limits import REQUESTS, TOKENS, Correction, LocalCounts, Part, Verdict, window
 from penstock.ingress.ports import LimitStore, StoreLost
 
 pytestmark = pytest.mark.integration
 
 SOAK = "PENSTOCK_SOAK_SECONDS" in os.environ
-STORES = ("memory", "redis", "nats")
 # Each takes two seconds to start on a slow core.
 WORKERS = (1, 4, 8) if SOAK else (2,)
-
-
-class StoreLab:
-    """Stores that count together, of one kind."""
-
-    def __init__(self, kind: str, redis: RedisServer, nats: NatsServer) -> None:
-        self.kind = kind
-        self._redis, self._nats = redis, nats
-        self._parent = ParentCounts(time.time)
-        self._stores: list[LimitStore] = []
-        self._buses: list[NatsBus] = []
-
-    async def store(self) -> LimitStore:
-        """One more process."""
-        store: LimitStore
-        if self.kind == "redis":
-            url = f"redis://{self._redis.address}/1"
-            store = RedisLimitStore(LimitSettings(limits_store="redis", limits_redis_url=url))
-        elif self.kind == "nats":
-            bus = NatsBus(BusSettings(nats_url=self._nats.url), f"ingress/{len(self._buses)}", Metrics())
-            self._buses.append(bus)
-            await bus.start()
-            await eventually(lambda: bus.connected)
-            store = BusLimitStore(bus, 2.0)
-        else:
-            store = self._of_parent()
-        self._stores.append(store)
-        return store
-
-    def _of_parent(self) -> LimitStore:
-        async def send(call: CountCall) -> None:
-            store.answered(self._parent.answer(call))
-
-        store = ParentLimitStore(send)
-        return store
-
-    async def close(self) -> None:
-        for store in self._stores:
-            await store.close()
-        for bus in self._buses:
-            await bus.close()
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack() as stack:
-        stack.start_sims(1)
-        stack.start_discovery()
-        yield stack
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        yield session
 
 
 @pytest.fixture(params=STORES)
@@ -110,7 +41,7 @@ def part(key: str, amount: int = 1, limit: int = 10, window_s: int = 60) -> Part
 
 
 async def settled(store: LimitStore, *claims: list[Part]) -> list[Verdict]:
-    return await store.settle(claims, [])
+    return await asked(store, claims)
 
 
 async def test_it_counts_as_one_process_does(lab: StoreLab) -> None:
@@ -125,7 +56,7 @@ async def test_it_counts_as_one_process_does(lab: StoreLab) -> None:
             Correction(rng.choice(names), 60, number - rng.randint(0, 1), rng.randint(-20, 9))
             for _ in range(rng.randint(0, 1))
         ]
-        verdicts = await store.settle(claims, corrections)
+        verdicts = await asked(store, claims, corrections)
         now = verdicts[0].now
         local.correct(corrections, now)
         assert verdicts == [local.claim(parts, now) for parts in claims]
@@ -135,13 +66,13 @@ async def test_it_counts_as_one_process_does(lab: StoreLab) -> None:
 
 async def test_fifty_at_once_of_eight_processes_against_ten(lab: StoreLab) -> None:
     stores = [await lab.store() for _ in range(8)]
-    await asyncio.gather(*(store.settle([], []) for store in stores))
+    await asyncio.gather(*(asked(store, []) for store in stores))
 
     async def burst(name: str) -> None:
         # In batches of all sizes, as turns of event loops make them.
         batches = [[[part(name)] for _ in range(size)] for size in (1, 2, 3, 4, 5, 8, 12, 15)]
-        asked = (store.settle(claims, []) for store, claims in zip(stores, batches, strict=True))
-        verdicts = [verdict for answer in await asyncio.gather(*asked) for verdict in answer]
+        asking = (asked(store, claims) for store, claims in zip(stores, batches, strict=True))
+        verdicts = [verdict for answer in await asyncio.gather(*asking) for verdict in answer]
         assert Counter(verdict.over for verdict in verdicts) == {-1: 10, 0: 40}
         (after,) = await settled(stores[0], [part(name, 1, 1)])
         assert (after.over, after.used) == (0, (10,))
@@ -178,36 +109,12 @@ async def test_names_of_any_kind_have_counts_of_their_own(lab: StoreLab) -> None
     await within_a_minute(count)
 
 
-async def within_a_minute(attempt: Callable[[str], Awaitable[None]]) -> None:
-    """Run `attempt` under one name after the other until one ran within a window of the clock, which is that
-    of the servers here too."""
-    for number in range(3):
-        begun = window(time.time(), 60)
-        try:
-            await attempt(f"{time.time_ns()} {number}")
-        except AssertionError:
-            if window(time.time(), 60) == begun:
-                raise
-        else:
-            return
-    raise AssertionError("no attempt ended within a minute")
-
-
-async def ingress_of(stack: Stack, redis: RedisServer, kind: str, workers: int, *flags: str) -> Ingress:
-    """An ingress that counts in a store of that kind."""
-    of_redis = ("--limits-redis-url", f"redis://{redis.address}/0") if kind == "redis" else ()
-    stack.ingresses.clear()
-    ingress = stack.start_ingress("--workers", str(workers), "--limits-store", kind, *of_redis, *flags)
-    await stack.ready()
-    return ingress
-
-
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("kind", STORES)
 async def test_fifty_clients_of_all_workers_against_ten(
     stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, kind: str, workers: int
 ) -> None:
-    ingress = await ingress_of(stack, redis, kind, workers, "--limits-default-rpm", "10")
+    ingress = await counting_ingress(stack, redis, kind, workers, "--limits-default-rpm", "10")
 
     async def burst(user: str) -> None:
         asked = [chat(session, ingress.url, f"{user} {n}", headers={"user": user}) for n in range(50)]
@@ -229,7 +136,7 @@ async def test_fifty_clients_of_all_workers_against_ten(
 async def test_a_burst_against_a_leased_limit_never_passes_it(
     stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, kind: str, workers: int
 ) -> None:
-    ingress = await ingress_of(stack, redis, kind, workers, "--limits-default-rpm", "400")
+    ingress = await counting_ingress(stack, redis, kind, workers, "--limits-default-rpm", "400")
 
     async def burst(user: str) -> None:
         statuses: Counter[int] = Counter()

@@ -7,15 +7,15 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import aiohttp
 import pytest
 
+from integration.limit_labs import asked, counting_ingress, ledger, within_a_minute
 from integration.redis_lab import RedisServer
 from integration.servers import eventually
-from integration.stack import MODEL, Ingress, Stack, chat, messages, metric, running_stack, stream_chat
+from integration.stack import MODEL, Stack, chat, messages, metric, stream_chat
 from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.limits import TOKENS, Part
@@ -28,67 +28,12 @@ LOST = "penstock_ingress_limits_store_lost"
 LEAVE_AFTER = 5
 
 
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack() as stack:
-        stack.start_sims(1)
-        stack.start_discovery()
-        yield stack
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        yield session
-
-
-async def ingress_of(stack: Stack, redis: RedisServer, *flags: str, workers: str = WORKERS) -> Ingress:
-    """An ingress that counts in `redis`."""
-    store = ("--limits-store", "redis", "--limits-redis-url", f"redis://{redis.address}/0")
-    stack.ingresses.clear()
-    ingress = stack.start_ingress("--workers", workers, *store, *flags)
-    await stack.ready()
-    return ingress
-
-
-async def within_a_minute(redis: RedisServer, attempt: Callable[[str], Awaitable[None]]) -> None:
-    """Run `attempt` as one user after the other until one ran within a window of the clock of Redis."""
-
-    def minute() -> int:
-        with redis.client() as client:
-            seconds, _ = client.time()
-            return int(seconds) // 60
-
-    for number in range(3):
-        begun = await asyncio.to_thread(minute)
-        try:
-            await attempt(f"user {number}")
-        except AssertionError:
-            if await asyncio.to_thread(minute) == begun:
-                raise
-        else:
-            return
-    raise AssertionError("no attempt ended within a minute")
-
-
-def counted(redis: RedisServer, user: str, what: str) -> int:
-    """What Redis holds for a user, in all windows."""
-    with redis.client() as client:
-        keys = client.keys(f"penstock:limits:{len(user)}:{user}|{what}:*")
-        return sum(int(client.get(key) or 0) for key in keys)
-
-
 async def test_the_ledger_is_the_engine_s_own_count(
     stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
 ) -> None:
-    ingress = await ingress_of(stack, redis, "--limits-default-tpm", "1000000", "--retry-max-count", "2")
+    ingress = await counting_ingress(
+        stack, redis, "redis", WORKERS, "--limits-default-tpm", "1000000", "--retry-max-count", "2"
+    )
     url = f"http://{stack.engines[0]}/metrics"
 
     async def engine_tokens() -> int:
@@ -106,7 +51,7 @@ async def test_the_ledger_is_the_engine_s_own_count(
         used = await engine_tokens() - before
         await eventually(lambda: _is_counted(redis, user, used))
 
-    await within_a_minute(redis, ask)
+    await within_a_minute(ask)
     ingress.process.terminate()
 
 
@@ -117,13 +62,13 @@ async def _streamed(session: aiohttp.ClientSession, url: str, prompt: str, user:
 
 
 async def _is_counted(redis: RedisServer, user: str, tokens: int) -> bool:
-    return await asyncio.to_thread(counted, redis, user, "t") == tokens
+    return await asyncio.to_thread(ledger, redis, user) == tokens
 
 
 async def test_an_aborted_stream_is_counted_by_what_came(
     stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
 ) -> None:
-    ingress = await ingress_of(stack, redis, "--limits-default-tpm", "100000")
+    ingress = await counting_ingress(stack, redis, "redis", WORKERS, "--limits-default-tpm", "100000")
 
     async def leave(user: str) -> None:
         body: dict[str, Any] = {"model": MODEL, "messages": messages("go on"), "max_tokens": 4000}
@@ -138,18 +83,18 @@ async def test_an_aborted_stream_is_counted_by_what_came(
             response.close()
 
         async def counted_in_part() -> bool:
-            return LEAVE_AFTER <= await asyncio.to_thread(counted, redis, user, "t") < 4000
+            return LEAVE_AFTER <= await asyncio.to_thread(ledger, redis, user) < 4000
 
         await eventually(counted_in_part)
 
-    await within_a_minute(redis, leave)
+    await within_a_minute(leave)
     ingress.process.terminate()
 
 
 async def test_users_records_count_at_once_in_every_worker(
     stack: Stack, redis: RedisServer, session: aiohttp.ClientSession
 ) -> None:
-    ingress = await ingress_of(stack, redis)
+    ingress = await counting_ingress(stack, redis, "redis", WORKERS)
 
     async def write(user: str) -> None:
         record = {"rpm": 0, "models": {MODEL: {"rpm": 3}}}
@@ -167,7 +112,7 @@ async def test_users_records_count_at_once_in_every_worker(
         async with session.put(f"{ingress.admin_url}/admin/api/users/{user}", json={"rmp": 1}) as response:
             assert response.status == 400
 
-    await within_a_minute(redis, write)
+    await within_a_minute(write)
     ingress.process.terminate()
 
 
@@ -200,22 +145,29 @@ async def test_a_profile_s_requests_per_second_count_at_once_over_all_workers(
 
 
 @pytest.mark.parametrize(
-    ("mode", "away"),
-    [("local", {200, 429}), ("open", {200}), ("closed", {503})],
+    ("kind", "mode", "away"),
+    [
+        ("redis", "local", {200, 429}),
+        ("redis", "open", {200}),
+        ("redis", "closed", {503}),
+        ("nats", "local", {200, 429}),
+        ("nats", "closed", {503}),
+    ],
     ids=str,
 )
-async def test_redis_is_restarted_in_a_burst(
-    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, mode: str, away: set[int]
+async def test_the_store_is_restarted_in_a_burst(
+    stack: Stack, redis: RedisServer, session: aiohttp.ClientSession, kind: str, mode: str, away: set[int]
 ) -> None:
+    server = redis if kind == "redis" else stack.nats
     flags = ("--limits-default-rpm", "5", "--limits-on-store-loss", mode)
-    ingress = await ingress_of(stack, redis, *flags, workers="1")
+    ingress = await counting_ingress(stack, redis, kind, 1, *flags)
     statuses: list[int] = []
-    stop = asyncio.Event()
+    stop, down = asyncio.Event(), False
 
     async def client(number: int) -> None:
         asked = 0
         while not stop.is_set():
-            user = f"{mode} {number} {asked // 10}"
+            user = f"{kind} {mode} {number} {asked // 10}"
             status, _, _ = await chat(session, ingress.url, "hi", max_tokens=1, headers={"user": user})
             statuses.append(status)
             asked += 1
@@ -232,23 +184,25 @@ async def test_redis_is_restarted_in_a_burst(
     clients = [asyncio.create_task(client(number)) for number in range(4)]
     try:
         assert await more() == {200, 429}
-        redis.kill()
+        server.kill()
+        down = True
         await eventually(lambda: lost(1.0))
         assert await more() == away
-        await asyncio.to_thread(redis.start)
+        await asyncio.to_thread(server.start)
+        down = False
         await eventually(lambda: lost(0.0))
         assert await more() == {200, 429}
     finally:
         stop.set()
         await asyncio.gather(*clients)
-        if redis.process is None:
-            redis.start()
+        if down:
+            server.start()
         ingress.process.terminate()
     assert set(statuses) <= {200, 429} | away
 
 
 async def test_what_is_no_redis_and_what_is_no_count(redis: RedisServer) -> None:
-    asked = [[Part("k", 60, 1, 10, TOKENS, "")]]
+    claims = [[Part("k", 60, 1, 10, TOKENS, "")]]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10)
@@ -267,5 +221,5 @@ async def test_what_is_no_redis_and_what_is_no_count(redis: RedisServer) -> None
                 LimitSettings(limits_store="redis", limits_redis_url=f"redis://{address}")
             )
             with pytest.raises(StoreLost):
-                await store.settle(asked, [])
+                await asked(store, claims)
             await store.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from integration.limit_labs import ledger
 from integration.pd_stack import pd_stack
 from integration.redis_lab import RedisServer
 from integration.servers import eventually
@@ -21,19 +22,6 @@ from penstock.common.model import Role
 pytestmark = pytest.mark.integration
 
 LEAVE_AFTER = 5
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        yield session
 
 
 @pytest.fixture
@@ -46,13 +34,6 @@ def counting(redis: RedisServer) -> tuple[str, ...]:
     """The flags of an ingress that counts in Redis."""
     url = f"redis://{redis.address}/0"
     return "--limits-store", "redis", "--limits-redis-url", url, "--limits-default-tpm", "1000000"
-
-
-def ledger(redis: RedisServer, user: str) -> int:
-    """What Redis holds of a user's tokens, in all windows."""
-    with redis.client() as client:
-        keys = client.keys(f"penstock:limits:{len(user)}:{user}|t:*")
-        return sum(int(client.get(key) or 0) for key in keys)
 
 
 async def becomes(redis: RedisServer, user: str, tokens: int) -> None:

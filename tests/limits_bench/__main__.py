@@ -49,8 +49,12 @@ class Setting(NamedTuple):
 class Bench:
     """Ingresses, and what was measured by setting."""
 
-    def __init__(self, stack: Stack, settings: dict[str, Setting], flags: argparse.Namespace) -> None:
+    def __init__(
+        self, stack: Stack, redis: RedisServer, settings: dict[str, Setting], flags: argparse.Namespace
+    ) -> None:
         self._stack, self._settings, self._flags = stack, settings, flags
+        assert redis.process is not None
+        self._stores = {"nats": [stack.nats.process.pid], "redis": [redis.process.pid]}
         self._ways: dict[str, Way] = {}
         self._windows: dict[str, list[Window]] = defaultdict(list)
         self._tally = Tally()
@@ -64,7 +68,7 @@ class Bench:
                 ingress = self._stack.start_ingress("--access-log", "false", *setting.flags)
                 url = f"{ingress.admin_url}/readyz"
                 await asyncio.to_thread(ingress.process.wait_for_http, url, timeout_s=60)
-                parts = {GATEWAY: [_worker(ingress.process)], "nats": [self._stack.nats.process.pid]}
+                parts = {GATEWAY: [_worker(ingress.process)], **self._stores}
                 started[place] = Way(name, [Address("127.0.0.1", ingress.port)], parts=parts)
             self._ways[name] = started[place]
         for number in range(-1, self._flags.rounds):
@@ -102,17 +106,19 @@ class Bench:
 
     def print(self) -> None:
         """The median over rounds; ratios are made inside a round."""
-        print("\n| | req/s | gateway µs | NATS µs | µs more | of the gateway's CPU |")
-        print("|---|---|---|---|---|---|")
+        print("\n| | req/s | of without | gateway µs | NATS µs | Redis µs | µs more | of the gateway's CPU |")
+        print("|---|---|---|---|---|---|---|---|")
         for name, setting in self._settings.items():
             own, base = self._windows[name], self._windows[setting.base]
             each = [window.each_us(GATEWAY) for window in own]
             more = [a - b.each_us(GATEWAY) for a, b in zip(each, base, strict=True)]
             share = [100 * a / b.each_us(GATEWAY) for a, b in zip(more, base, strict=True)]
+            rates = [100 * a.rate / b.rate for a, b in zip(own, base, strict=True)]
             median = statistics.median
             print(
-                f"| {name} | {median(window.rate for window in own):.0f} | {median(each):.1f} | "
-                f"{median(window.each_us('nats') for window in own):.1f} | {median(more):+.1f} | "
+                f"| {name} | {median(window.rate for window in own):.0f} | {median(rates):.0f} % | "
+                f"{median(each):.1f} | {median(window.each_us('nats') for window in own):.1f} | "
+                f"{median(window.each_us('redis') for window in own):.1f} | {median(more):+.1f} | "
                 f"{median(share):+.1f} % ({min(share):+.1f}..{max(share):+.1f}) |"
             )
 
@@ -157,7 +163,7 @@ async def measure(flags: argparse.Namespace, folder: Path) -> None:
         chosen = {
             name: one for name, one in settings.items() if not flags.only or name in flags.only.split("+")
         }
-        bench = Bench(stack, chosen, flags)
+        bench = Bench(stack, redis, chosen, flags)
         await bench.run()
         bench.print()
 

@@ -19,11 +19,12 @@ from penstock.ingress.api_keys import LIVE, ApiKey, ApiKeys, BadKeys, read_key, 
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import HeadMemo, parse_request
 from penstock.ingress.key_keeping import KeyKeeper
+from penstock.ingress.limit_settings import UserRecord
 from penstock.ingress.limiter import Limiter
 from penstock.ingress.settings import IngressSettings
 
 from .conftest import LabOf
-from .ingress_lab import BODY, CHAT, Lab
+from .ingress_lab import BODY, CHAT, Lab, Response
 from .scripted import config
 
 SECRET = "sk-alice-0123456789abcdef"
@@ -159,6 +160,42 @@ async def test_limits_count_for_the_keys_owner_or_for_whom_the_header_names(
         for user, status in zip(("u", "u", "forged"), statuses, strict=True):
             answer = await (await lab.client()).ask(BODY, authorization=f"Bearer {SECRET}", user=user)
             assert answer.status == status
+        answering.cancel()
+
+
+async def test_a_key_has_limits_of_its_own_beside_its_owners(lab_of: LabOf) -> None:
+    other = "sk-alice-other"
+    keys = api_key(rpm=2, tpm=10_000), api_key(other, rpm=1)
+    lab, held = await guarded(lab_of, *keys)
+    engine = await lab.engine()
+    limiter = Limiter(lab.settings, lab.metrics, lab.gateway.degraded, Clock())
+    limiter.keys = held
+    lab.gateway.limits = limiter.if_active
+
+    async def answers() -> None:
+        peer = await engine.accept()
+        while True:
+            await peer.request()
+            peer.answer()
+
+    async def ask(key: str) -> Response:
+        return await (await lab.client()).ask(BODY, authorization=f"Bearer {key}", user="forged")
+
+    async with asyncio.TaskGroup() as tasks:
+        answering = tasks.create_task(answers())
+        first = await ask(SECRET)
+        assert (first.status, first.headers["x-ratelimit-limit-requests"]) == (200, "2")
+        assert first.headers["x-ratelimit-limit-tokens"] == "10000"
+        assert [(await ask(key)).status for key in (other, SECRET, other, SECRET)] == [200, 200, 429, 429]
+        refused = (await ask(SECRET)).error["message"]
+        assert refused == "the API key is over its limit of 2 requests per minute, 2 are counted"
+        # Its owner's count first, whichever key is used.
+        limiter.allowances.put("alice", UserRecord(rpm=3))
+        held.replace([{"a": api_key(rpm=9), "b": api_key(other)}])
+        assert [(await ask(key)).status for key in (SECRET, other, SECRET, other)] == [200, 200, 200, 429]
+        held.replace([{"a": api_key()}])
+        limiter.allowances.put("alice", None)
+        assert limiter.if_active is None
         answering.cancel()
 
 

@@ -15,10 +15,10 @@ from penstock.ingress.limits import (
     Correction,
     LocalCounts,
     Part,
-    Plan,
     Verdict,
     window,
 )
+from penstock.ingress.plans import Plan
 
 NOW = 1_700_000_040.0
 

@@ -15,16 +15,15 @@ from penstock.ingress.limits import (
     MINUTE_S,
     REQUESTS,
     TOKENS,
-    Allowances,
     Correction,
     LocalCounts,
     Part,
-    Reservation,
     left_s,
     rate_headers,
     refusal,
     window,
 )
+from penstock.ingress.plans import Allowances, Plan
 from penstock.ingress.rates import Rates
 
 NOW = 1_700_000_040.0
@@ -109,7 +108,7 @@ def test_made_up_names_share_one_allowance_beyond_the_bound() -> None:
 def test_settling_corrects_tokens_once_and_leaves_requests() -> None:
     kept = Kept()
     parts = [part("r"), part("t", 100, 500, TOKENS)]
-    reservation = Reservation(parts, LocalCounts().claim(parts, NOW), kept)
+    reservation = Plan(parts).held(parts, LocalCounts().claim(parts, NOW), kept)
     reservation.settle(130)
     reservation.settle(0)
     assert kept.corrections == [Correction("t", MINUTE_S, window(NOW, MINUTE_S), 30)]
@@ -158,6 +157,11 @@ def test_headers_tell_the_tightest_limit_of_each_kind() -> None:
         "x-ratelimit-remaining-tokens: 40",
         "x-ratelimit-reset-tokens: 1m0s",
     ]
+    # What has no two of a kind is told by another way, and the same.
+    for some in (parts[:1], parts[1:2], parts[:2]):
+        for now in (NOW, NOW + 0.3, NOW + 59.9):
+            verdict = LocalCounts().claim(some, now)
+            assert Plan(some).held(some, verdict, Kept()).headers == rate_headers(some, verdict)
     verdict = LocalCounts().claim([part("t", 60, 50, TOKENS)], NOW + 59.2)
     error = refusal([part("t", 60, 50, TOKENS)], verdict)
     assert (error.status, error.retry_after_s) == (429, 1)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from integration.limit_labs import asked
 
 from penstock.ingress.adapters.limit_store import PREFIX, RedisLimitStore
 from penstock.ingress.adapters.redis_connection import MAX_REPLY_BYTES, command
@@ -67,7 +68,7 @@ async def test_it_greets_names_the_script_and_sends_it_where_it_is_not_known() -
     user = {"limits_redis_username": "limits", "limits_redis_password": "secret"}
     async with redis(answer, path="/3", **user) as (store, heard):
         for _ in range(2):
-            (verdict,) = await store.settle([CLAIM], [])
+            (verdict,) = await asked(store, [CLAIM])
             assert (verdict.over, verdict.used, verdict.now) == (-1, (3,), 1_700_000_040.5)
     assert heard[:2] == [[b"AUTH", b"limits", b"secret"], [b"SELECT", b"3"]]
     assert [words[0] for words in heard[2:]] == [b"EVALSHA", b"EVAL", b"EVALSHA"]
@@ -97,8 +98,8 @@ async def test_another_answer_loses_the_store_and_the_next_call_connects_anew(an
     answers = iter([answer, GRANTED])
     async with redis(lambda _: next(answers)) as (store, _):
         with pytest.raises(StoreLost):
-            await store.settle([CLAIM], [])
-        (verdict,) = await store.settle([CLAIM], [])
+            await asked(store, [CLAIM])
+        (verdict,) = await asked(store, [CLAIM])
         assert verdict.over == -1
 
 
@@ -110,8 +111,8 @@ async def test_a_silent_one_is_lost_in_time_and_a_late_answer_is_nobody_s() -> N
 
     async with redis(answer, limits_redis_timeout="0.5") as (store, _):
         with pytest.raises(StoreLost, match="no answer"):
-            await store.settle([CLAIM], [])
-        assert (await store.settle([CLAIM], []))[0].over == -1
+            await asked(store, [CLAIM])
+        assert (await asked(store, [CLAIM]))[0].over == -1
 
 
 def test_words_of_any_bytes_are_one_command() -> None:

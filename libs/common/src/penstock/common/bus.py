@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -175,9 +175,9 @@ class Bus(Protocol):
             BusError: the bus cannot be asked, or refused.
         """
 
-    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
-        """Add to one number, 0 until it is added to first, which is created with it. The future gives the
-        sum, or BusError when it is not known to be added; nothing is added twice."""
+    def add(self, counters: Counters, deltas: Sequence[tuple[str, int]]) -> asyncio.Future[list[int]]:
+        """Add to numbers by key, each 0 until it is added to first, which is created with it. The future
+        gives the sums, or BusError when one of them is not known to be added; nothing is added twice."""
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         """Create the bucket unless it exists; True if it was created. Raises BusError."""

@@ -27,6 +27,8 @@ from pydantic import (
 from penstock.common.followed_file import MAX_FILE_BYTES
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import HeadMemo, RequestHead
+from penstock.ingress.limit_settings import MAX_REQUESTS, MAX_TOKENS
+from penstock.ingress.limits import Part, parts_of
 
 # In the place of a file: the live configuration's keys are all there are.
 LIVE = "live"
@@ -55,18 +57,22 @@ class ApiKey(BaseModel):
     models: Annotated[tuple[Text, ...], Field(max_length=1024)] | None = Field(
         None, description="models it may ask for; left out: all"
     )
+    rpm: int = Field(0, ge=0, le=MAX_REQUESTS, description="requests per minute with it; 0: no limit")
+    tpm: int = Field(0, ge=0, le=MAX_TOKENS, description="tokens per minute with it; 0: no limit")
     expires_at: AwareDatetime | None = Field(
         None, description="when it ends, ISO 8601 with its offset; left out: never"
     )
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who a key belongs to. `expires_at` in seconds since 1970; `models` None for all."""
+    """Who a key belongs to. `expires_at` in seconds since 1970; `models` None for all; `counts` are those of
+    its own limits, beside its owner's."""
 
     key: str
     owner: str
     models: frozenset[str] | None = None
     expires_at: float = float("inf")
+    counts: tuple[Part, ...] = ()
 
     def may(self, model: str) -> bool:
         """Whether the model may be asked for."""
@@ -86,6 +92,8 @@ class ApiKeys:
         """`clock` is the time of day, in seconds since 1970."""
         self._clock = clock
         self._callers: dict[bytes, tuple[bytes, Caller]] = {}
+        # Whether a key has limits of its own.
+        self.limited = False
 
     def __len__(self) -> int:
         return len(self._callers)
@@ -97,11 +105,13 @@ class ApiKeys:
             for name, key in source.items():
                 ends = key.expires_at.astimezone(UTC).timestamp() if key.expires_at else float("inf")
                 models = frozenset(key.models) if key.models is not None else None
-                caller = Caller(name, key.owner, models, ends)
+                counts = tuple(parts_of(f"k{len(name)}:{name}", "API key", key.rpm, key.tpm))
+                caller = Caller(name, key.owner, models, ends, counts)
                 for text in key.hashes:
                     digest = bytes.fromhex(text)
                     callers.setdefault(digest, (digest, caller))
         self._callers = callers
+        self.limited = any(caller.counts for _, caller in callers.values())
 
     def known(self, head: RequestHead, memo: HeadMemo[RequestHead]) -> RequestHead | None:
         """The request as it goes on, if its key is that of the head like it that `memo` remembers, and still

@@ -20,6 +20,7 @@ from penstock.common.errors import BusError
 from penstock.common.subjects import LIMITS
 from penstock.ingress.limits import OVERFLOW, Correction, Part, Verdict, window
 from penstock.ingress.ports import StoreLost
+from penstock.ingress.tasked_store import TaskedStore
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ MAX_NAMES = 50_000
 Place = tuple[str, int, int]
 
 
-class BusLimitStore:
-    """Fulfils `penstock.ingress.ports.LimitStore`."""
+class BusLimitStore(TaskedStore):
+    """The bus belongs to others, and stays when this is closed."""
 
     def __init__(self, bus: Bus, timeout_s: float) -> None:
         self._bus, self._timeout_s = bus, timeout_s
@@ -42,10 +43,8 @@ class BusLimitStore:
         # By length of the window: its number, and the names that were counted in it.
         self._names: dict[int, tuple[int, set[str]]] = {}
 
-    async def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
-    ) -> list[Verdict]:
-        """As of the port."""
+    async def ask(self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]) -> list[Verdict]:
+        """As of `TaskedStore`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 now = await self._now(probing=not (claims or corrections))
@@ -74,9 +73,6 @@ class BusLimitStore:
             raise StoreLost(f"no answer within {self._timeout_s:g} s") from None
         return verdicts
 
-    async def close(self) -> None:
-        """The bus belongs to others."""
-
     async def _now(self, *, probing: bool) -> float:
         """The server's clock. Raises BusError."""
         if probing or time.monotonic() >= self._clock_due:
@@ -98,9 +94,7 @@ class BusLimitStore:
     async def _add(self, added: Counter[Place], asked: Counter[Place]) -> dict[Place, int]:
         """Add everything, one message per count; what each count was before what is `asked`."""
         places = list(added.keys() | asked.keys())
-        sums = await asyncio.gather(
-            *(self._bus.add(LIMITS, _key(place), added[place] + asked[place]) for place in places)
-        )
+        sums = await self._bus.add(LIMITS, [(_key(place), added[place] + asked[place]) for place in places])
         before: dict[Place, int] = {}
         lost: dict[Place, int] = {}
         for place, total in zip(places, sums, strict=True):
@@ -114,11 +108,12 @@ class BusLimitStore:
 
     async def _take_back(self, amounts: Mapping[Place, int]) -> None:
         """Subtract. What the bus does not take leaves a count too high until its window is over."""
-        if amounts:
-            taken = (self._bus.add(LIMITS, _key(place), -amount) for place, amount in amounts.items())
-            for fault in await asyncio.gather(*taken, return_exceptions=True):
-                if isinstance(fault, BaseException):
-                    log.debug("a count was not corrected: %s", fault)
+        if not amounts:
+            return
+        try:
+            await self._bus.add(LIMITS, [(_key(place), -amount) for place, amount in amounts.items()])
+        except BusError as exc:
+            log.debug("counts were not corrected: %s", exc)
 
 
 def _decide(

@@ -21,9 +21,16 @@ Degraded = Callable[[str, bool, str], None]
 class KeyKeeper:
     """Keys of the file count before those of the live configuration. What cannot be used leaves the last."""
 
-    def __init__(self, keys: ApiKeys, source: str, live: LiveConfig, degraded: Degraded) -> None:
-        """`source` is a path, or LIVE."""
-        self._keys, self._live, self._degraded = keys, live, degraded
+    def __init__(
+        self,
+        keys: ApiKeys,
+        source: str,
+        live: LiveConfig,
+        degraded: Degraded,
+        applied: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`source` is a path, or LIVE; `applied` is called when keys have changed."""
+        self._keys, self._live, self._degraded, self._applied = keys, live, degraded, applied
         self._path = None if source == LIVE else Path(source)
         self._of_file: Mapping[str, ApiKey] = {}
         self._of_live: dict[str, ApiKey] = {}
@@ -72,6 +79,7 @@ class KeyKeeper:
 
     def _apply(self) -> None:
         self._keys.replace((self._of_file, self._of_live))
+        self._applied()
         log.info("API keys", extra={"fields": {"hashes": len(self._keys)}})
 
     def _tell(self, what: str, cause: str) -> None:

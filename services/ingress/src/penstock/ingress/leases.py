@@ -10,17 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from penstock.ingress.limits import (
-    TOKENS,
-    Correction,
-    Part,
-    Plan,
-    Verdict,
-    left_s,
-    lines_after,
-    lines_before,
-    window,
-)
+from penstock.ingress.limits import TOKENS, Correction, Part, Verdict, window
+from penstock.ingress.plans import Plan
 
 # A lease is at most one part in so many of its limit, and leaves at least one part in so many free.
 SHARE, FREE = 100, 10
@@ -110,12 +101,7 @@ class Leases:
                 return False
         plan.leased_from = math.floor(now)
         plan.leased_until = min(plan.leased_from + 1, first.ends_at, other.ends_at)
-        plan.lines = b"".join(
-            lines_before(lease.part.what, lease.limit)
-            + b"%d"
-            + lines_after(lease.part.what, left_s(now, lease.part.window_s))
-            for lease in (plan.leases if other is not first else plan.leases[:1])
-        )
+        plan.lines = plan.shape.lines(now)
         return True
 
     def counted(self, plan: Plan, parts: Sequence[Part], verdict: Verdict) -> None:

@@ -11,23 +11,23 @@ from pydantic import ValidationError
 
 from penstock.common.live_config import USER, Changed, LiveConfig
 from penstock.common.telemetry import Metrics
+from penstock.ingress.api_keys import ApiKeys
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.limit_settings import Limits, LimitSettings, UserRecord
 from penstock.ingress.limits import (
     OUTPUT_TOKENS,
-    Allowances,
     Correction,
     Counts,
     Held,
     LocalCounts,
     Part,
-    Reservation,
     Verdict,
     refusal,
 )
 from penstock.ingress.metering import ask_for_usage
 from penstock.ingress.outcomes import Outcome
+from penstock.ingress.plans import Allowances, Plan
 from penstock.ingress.ports import LimitStore
 from penstock.ingress.rates import Rates
 from penstock.ingress.request_body import InferenceRequest
@@ -43,6 +43,7 @@ GENERATES = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/respon
 CLOSED_RETRY_S = 1.0
 
 Inference = InferenceRequest | Facts
+_NO_PARTS: tuple[Part, ...] = ()
 
 
 class _Local:
@@ -74,6 +75,8 @@ class Limiter:
         """Without `store` this process counts for itself. `wall`: seconds since 1970."""
         self.allowances = Allowances(Limits(rpm=settings.limits_default_rpm, tpm=settings.limits_default_tpm))
         self.rates = Rates()
+        # Where requests need keys, which may have limits of their own.
+        self.keys: ApiKeys | None = None
         self._plans = self.allowances.plans
         self._on_loss = settings.limits_on_store_loss
         self._degraded = degraded
@@ -96,7 +99,8 @@ class Limiter:
     @property
     def if_active(self) -> Limiter | None:
         """Itself while anybody is limited."""
-        return self if self.allowances.active or self.rates.active else None
+        keys = self.keys is not None and self.keys.limited
+        return self if keys or self.allowances.active or self.rates.active else None
 
     def follow(self, live: LiveConfig, changed: Changed) -> None:
         """Users' records changed. One that is not valid leaves the last good one in place."""
@@ -115,11 +119,15 @@ class Limiter:
         """Whether it may go on at once; if not, `exchange.go` or `exchange.fail` is called later. `user` and
         `profile` are as it says, empty for none. Raises GatewayError for one over a limit."""
         prompt_tokens, max_tokens = inference.prompt_tokens, inference.max_tokens
-        rate = None
+        caller, more = exchange.head.caller, _NO_PARTS
+        if caller is not None:
+            more = caller.counts
         if self.rates.active:
             rate = self.rates.part(inference.model, profile, prompt_tokens, max_tokens)
-        plan = self._plans.get((user, inference.model, rate)) or self.allowances.plan(
-            user, inference.model, rate
+            if rate is not None:
+                more = (*more, rate)
+        plan = self._plans.get((user, inference.model, more)) or self.allowances.plan(
+            user, inference.model, more
         )
         if not plan.counts:
             return True
@@ -135,11 +143,11 @@ class Limiter:
             return True
         parts = plan.parts(tokens)
         if line is None:
-            self._take(exchange, inference, parts, self.local.claim(parts), self.local)
+            self._take(exchange, inference, plan, parts, self.local.claim(parts), self.local)
         elif line.lost:
-            self._without_store(exchange, inference, parts)
+            self._without_store(exchange, inference, plan, parts)
         else:
-            line.ask(plan, parts, partial(self._resolve, line, exchange, inference, parts))
+            line.ask(plan, parts, partial(self._resolve, line, exchange, inference, plan, parts))
             return False
         return True
 
@@ -160,6 +168,7 @@ class Limiter:
         line: StoreLine,
         exchange: Exchange,
         inference: Inference,
+        plan: Plan,
         parts: list[Part],
         verdict: Verdict | None,
     ) -> None:
@@ -168,12 +177,12 @@ class Limiter:
             if not exchange.waiting:
                 # Its client left meanwhile: what was held for it goes back.
                 if verdict is not None and verdict.over < 0:
-                    Reservation(parts, verdict, line).settle(0)
+                    plan.held(parts, verdict, line).settle(0)
                 return
             if verdict is None:
-                self._without_store(exchange, inference, parts)
+                self._without_store(exchange, inference, plan, parts)
             else:
-                self._take(exchange, inference, parts, verdict, line)
+                self._take(exchange, inference, plan, parts, verdict, line)
             exchange.go(inference)
         except GatewayError as exc:
             exchange.fail(exc, Outcome.REJECTED)
@@ -181,9 +190,9 @@ class Limiter:
             log.exception("claiming a limit failed")
             exchange.broken()
 
-    def _without_store(self, exchange: Exchange, inference: Inference, parts: list[Part]) -> None:
+    def _without_store(self, exchange: Exchange, inference: Inference, plan: Plan, parts: list[Part]) -> None:
         if self._on_loss == "local":
-            self._take(exchange, inference, parts, self.local.claim(parts), self.local)
+            self._take(exchange, inference, plan, parts, self.local.claim(parts), self.local)
             return
         self._claimed.inc(self._on_loss)
         if self._on_loss == "closed":
@@ -194,6 +203,7 @@ class Limiter:
         self,
         exchange: Exchange,
         inference: Inference,
+        plan: Plan,
         parts: list[Part],
         verdict: Verdict,
         counts: Counts,
@@ -201,7 +211,7 @@ class Limiter:
         if verdict.over >= 0:
             self._claimed.inc(parts[verdict.over].what)
             raise refusal(parts, verdict)
-        self._hold(exchange, inference, Reservation(parts, verdict, counts))
+        self._hold(exchange, inference, plan.held(parts, verdict, counts))
 
     def _hold(self, exchange: Exchange, inference: Inference, held: Held) -> None:
         self._granted.value += 1

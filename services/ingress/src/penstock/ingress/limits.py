@@ -7,13 +7,11 @@ requests can both take the last place. Tokens are added by estimate and correcte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.limit_settings import Limits, UserRecord
 
 MINUTE_S, SECOND_S = 60, 1
 REQUESTS, TOKENS = "requests", "tokens"
@@ -22,7 +20,6 @@ OUTPUT_TOKENS = 256
 MAX_KEYS = 200_000
 # Counted together beyond MAX_KEYS: a flood of made-up names gets one allowance, and costs no memory.
 OVERFLOW = "*"
-MAX_PLANS = 8192
 
 
 class Part(NamedTuple):
@@ -35,6 +32,10 @@ class Part(NamedTuple):
     what: str
     # Whose limit it is, for people.
     whose: str
+
+
+# Makes one without its constructor, which costs twice as much.
+new_part = tuple.__new__
 
 
 class Verdict(NamedTuple):
@@ -76,18 +77,16 @@ class Held(Protocol):
 
 
 class Reservation:
-    """A claim that a store granted. Fulfils `Held`."""
+    """A claim that a store granted, at `now` by its clock. Fulfils `Held`."""
 
     __slots__ = ("_counts", "_parts", "counts_tokens", "headers", "hide_usage", "now")
 
-    def __init__(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> None:
-        self._parts, self._counts = parts, counts
-        self.now = verdict.now
-        self.headers = rate_headers(parts, verdict)
-        self.hide_usage = self.counts_tokens = False
-        for part in parts:
-            if part.what is TOKENS:
-                self.counts_tokens = True
+    def __init__(
+        self, parts: Sequence[Part], counts: Counts, now: float, headers: bytes, *, counts_tokens: bool
+    ) -> None:
+        """`counts` hear what is settled."""
+        self._parts, self._counts, self.now, self.headers = parts, counts, now, headers
+        self.counts_tokens, self.hide_usage = counts_tokens, False
 
     def settle(self, tokens: int | None) -> None:
         """As of `Held`."""
@@ -95,9 +94,9 @@ class Reservation:
         if tokens is None or not self.counts_tokens:
             return
         corrections = [
-            Correction(part.key, part.window_s, window(self.now, part.window_s), tokens - part.amount)
-            for part in parts
-            if part.what is TOKENS and tokens != part.amount
+            Correction(key, window_s, int(self.now // window_s), tokens - amount)
+            for key, window_s, amount, _, what, _ in parts
+            if what is TOKENS and tokens != amount
         ]
         if corrections:
             self._counts.correct(corrections)
@@ -144,104 +143,13 @@ class LocalCounts:
         return held[1]
 
 
-class Plan:
-    """The counts that requests of one user for one model add to. `counts`: there are any; `several`: more
-    than one of a kind.
-
-    `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
-    and `lines` the header lines for their numbers: the notes of `penstock.ingress.leases`."""
-
-    __slots__ = (
-        "_parts",
-        "counts",
-        "counts_tokens",
-        "leased_from",
-        "leased_until",
-        "leases",
-        "lines",
-        "several",
-    )
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        """What a request adds to `parts` is 1, or its tokens."""
-        self._parts = tuple(parts)
-        self.counts_tokens = any(part.what is TOKENS for part in parts)
-        self.several = len({part.what for part in parts}) < len(parts)
-        self.counts = bool(parts)
-        self.leases: Any = None
-        self.leased_from = self.leased_until = 0
-        self.lines = b""
-
-    def parts(self, tokens: int) -> list[Part]:
-        """What a request with an estimate of `tokens` adds."""
-        # Of more than the limit the whole limit is held: in an empty window any request passes.
-        return [
-            part
-            if part.what is REQUESTS
-            else Part(
-                part.key, part.window_s, max(1, min(tokens, part.limit)), part.limit, TOKENS, part.whose
-            )
-            for part in self._parts
-        ]
-
-
-class Allowances:
-    """Who may ask how much: the defaults, and users' records. `plans` are those that `plan` made last."""
-
-    def __init__(self, default: Limits) -> None:
-        self._default = default
-        self._records: dict[str, UserRecord] = {}
-        self.plans: dict[tuple[str, str, Part | None], Plan] = {}
-
-    @property
-    def active(self) -> bool:
-        """Whether anybody is limited."""
-        return bool(self._records or self._default.rpm or self._default.tpm)
-
-    def put(self, user: str, record: UserRecord | None) -> None:
-        """A user's record; None: there is none any more."""
-        self.plans.clear()
-        if record is None:
-            self._records.pop(user, None)
-        else:
-            self._records[user] = record
-
-    def plan(self, user: str, model: str, rate: Part | None = None) -> Plan:
-        """What requests of `user` (empty: nobody) for `model` add to, `rate` included; empty: no limit."""
-        key = user, model, rate
-        plan = self.plans.get(key)
-        if plan is None:
-            if len(self.plans) >= MAX_PLANS:
-                self.plans.clear()
-            parts = self._parts(user, model) if user else []
-            plan = self.plans[key] = Plan(parts if rate is None else [*parts, rate])
-        return plan
-
-    def parts(self, user: str, model: str, tokens: int) -> list[Part]:
-        """What a request of `user` for `model` with an estimate of `tokens` adds."""
-        return self.plan(user, model).parts(tokens)
-
-    def _parts(self, user: str, model: str) -> list[Part]:
-        record, default = self._records.get(user), self._default
-        if record is None:
-            return _parts(f"{len(user)}:{user}", "user", default.rpm, default.tpm)
-        rpm = default.rpm if record.rpm is None else record.rpm
-        tpm = default.tpm if record.tpm is None else record.tpm
-        parts = _parts(f"{len(user)}:{user}", "user", rpm, tpm)
-        limits = record.models.get(model)
-        if limits is not None:
-            # The length keeps a user and a model apart from a user with a longer name.
-            key = f"{len(user)}:{user}:{model}"
-            parts += _parts(key, "user for this model", limits.rpm, limits.tpm)
-        return parts
-
-
-def _parts(key: str, whose: str, rpm: int, tpm: int) -> list[Part]:
+def parts_of(key: str, whose: str, rpm: int, tpm: int) -> list[Part]:
+    """The counts of one whose requests and tokens per minute are limited; 0: they are not."""
     parts = []
     if rpm:
-        parts.append(Part(f"{key}|r", MINUTE_S, 1, rpm, REQUESTS, whose))
+        parts.append(new_part(Part, (key + "|r", MINUTE_S, 1, rpm, REQUESTS, whose)))
     if tpm:
-        parts.append(Part(f"{key}|t", MINUTE_S, 1, tpm, TOKENS, whose))
+        parts.append(new_part(Part, (key + "|t", MINUTE_S, 1, tpm, TOKENS, whose)))
     return parts
 
 
@@ -252,25 +160,21 @@ def window(now: float, window_s: int) -> int:
 
 def left_s(now: float, window_s: int) -> int:
     """Whole seconds after which the window is over, 1 or more."""
-    return max(1, math.ceil((window(now, window_s) + 1) * window_s - now))
+    return window_s - int(now) % window_s
 
 
 def rate_headers(parts: Sequence[Part], verdict: Verdict) -> bytes:
     """The `x-ratelimit-*` lines, as OpenAI's; of several limits of one kind, the one with the least left."""
-    tightest: dict[str, tuple[int, Part]] = {}
-    for part, used in zip(parts, verdict.used, strict=True):
-        left = part.limit - used
-        if part.what not in tightest or left < tightest[part.what][0]:
-            tightest[part.what] = left, part
-    return b"".join(
-        b"%b%d%b"
-        % (
-            lines_before(part.what, part.limit),
-            max(0, left),
-            lines_after(part.what, left_s(verdict.now, part.window_s)),
-        )
-        for left, part in tightest.values()
-    )
+    tightest: dict[str, tuple[int, int, int]] = {}
+    for (_, window_s, _, limit, what, _), used in zip(parts, verdict.used, strict=True):
+        left = limit - used
+        if what not in tightest or left < tightest[what][0]:
+            tightest[what] = left, limit, window_s
+    lines = b""
+    for what, (left, limit, window_s) in tightest.items():
+        after = lines_after(what, left_s(verdict.now, window_s))
+        lines += b"%b%d%b" % (lines_before(what, limit), left if left > 0 else 0, after)
+    return lines
 
 
 @lru_cache(4096)

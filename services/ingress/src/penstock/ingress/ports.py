@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from penstock.common.model import Instance
@@ -145,14 +145,19 @@ class StoreLost(Exception):
     """The store of rate limits did not answer; the text says why, and holds no secret."""
 
 
+# Told a verdict for each claim, or why there are none.
+Settled = Callable[[list[Verdict] | StoreLost], None]
+
+
 class LimitStore(Protocol):
     """Counts that all ingress processes share."""
 
-    async def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
-    ) -> list[Verdict]:
-        """Apply the corrections, then each claim in order; one verdict for each claim. Without any of them
-        it says whether the store is there. Raises StoreLost."""
+    def settle(
+        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
+    ) -> None:
+        """Apply the corrections, then each claim in order. `settled` is called once, later or at once: with a
+        verdict for each claim, or with StoreLost. Without any of them it says whether the store is there. One
+        call at a time; one that `close` ends is not told."""
 
     async def close(self) -> None:
         """Give connections back."""

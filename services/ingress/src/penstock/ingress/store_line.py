@@ -6,14 +6,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import msgspec
 
 from penstock.common.telemetry import Metrics
 from penstock.ingress.leases import UNUSED_S, Leases
-from penstock.ingress.limits import MINUTE_S, Correction, Part, Plan, Verdict
+from penstock.ingress.limits import MINUTE_S, Correction, Part, Verdict
+from penstock.ingress.plans import Plan
 from penstock.ingress.ports import LimitStore, StoreLost
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,7 @@ RETRY_S = 0.25
 Settled = Callable[[Verdict | None], None]
 
 
-class _Claim(NamedTuple):
-    plan: Plan
-    parts: list[Part]
-    settled: Settled
+_Claim = tuple[Plan, list[Part], Settled]
 
 
 class Leased(msgspec.Struct, gc=False):
@@ -76,10 +74,14 @@ class StoreLine:
         # The store's clock less ours.
         self._ahead_s = 0.0
         self._looked_at = 0.0
+        # There are leases, or the store is away: something to look at from time to time.
         self._woken = asyncio.Event()
+        # A call is under way; one is about to be made; corrections have waited long enough.
+        self._asking = self._scheduled = self._due = False
         self._claims: list[_Claim] = []
         self._corrections: dict[tuple[str, int, int], int] = {}
-        self._correcting: asyncio.TimerHandle | None = None
+        # A timer runs: of the first correction that waited for one, which may have gone since.
+        self._correcting = False
         self.lost = False
         self._dropped = metrics.counter(
             "penstock_ingress_limit_corrections_dropped_total",
@@ -98,20 +100,24 @@ class StoreLine:
             return None
         self._by_lease.value += 1
         if self._leases.wanting:
-            self._woken.set()
+            self._soon()
         return Leased(self, plan, tokens, int(now // MINUTE_S), lines, plan.counts_tokens)
 
     def ask(self, plan: Plan, parts: list[Part], settled: Settled) -> None:
         """Have the store decide; `settled` is called later."""
         self._by_store.value += 1
-        self._claims.append(_Claim(plan, parts, settled))
-        self._woken.set()
+        self._claims.append((plan, parts, settled))
+        if not (self._asking or self._scheduled):
+            self._soon()
 
     def correct(self, corrections: Iterable[Correction]) -> None:
         """Keep them for a moment; beyond MAX_CORRECTIONS they are dropped, and counted."""
         now = self._wall() + self._ahead_s
         for correction in corrections:
-            if delta := self._leases.absorb(correction, now):
+            delta = self._leases.absorb(correction, now)
+            if delta == correction.delta:
+                self._add(correction)
+            elif delta:
                 self._add(correction._replace(delta=delta))
 
     def _add(self, correction: Correction) -> None:
@@ -121,17 +127,25 @@ class StoreLine:
             self._dropped.inc()
             return
         self._corrections[place] = self._corrections.get(place, 0) + delta
-        if self._correcting is None:
-            self._correcting = asyncio.get_running_loop().call_later(CORRECT_S, self._woken.set)
+        if not self._correcting:
+            self._correcting = True
+            asyncio.get_running_loop().call_later(CORRECT_S, self._correct)
+
+    def _correct(self) -> None:
+        self._correcting = False
+        if self._corrections:
+            self._due = True
+            self._soon()
 
     async def run(self) -> None:
-        """Ask the store whenever there is something to ask: an eternal loop."""
+        """Give back leases that nobody uses, and see whether a store that is away has come back: an eternal
+        loop."""
         try:
             while True:
-                await (asyncio.sleep(RETRY_S) if self.lost else self._something())
+                await (asyncio.sleep(RETRY_S) if self.lost or self._leases.any else self._woken.wait())
                 self._woken.clear()
                 self._give_back()
-                await self._turn()
+                self._ask(probing=self.lost)
         finally:
             await self._store.close()
 
@@ -143,56 +157,68 @@ class StoreLine:
             for correction in self._leases.unused(now):
                 self._add(correction)
 
-    async def _something(self) -> None:
-        if self._woken.is_set():
-            return
-        try:
-            async with asyncio.timeout(UNUSED_S if self._leases.any else None):
-                await self._woken.wait()
-        except TimeoutError:
-            # Leases are looked at.
-            return
+    def _soon(self) -> None:
+        """Ask at the end of this turn of the loop, unless that is to come anyway."""
+        if not (self._asking or self._scheduled or self.lost):
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._ask)
 
-    async def _turn(self) -> None:
-        claims, self._claims = self._claims[:MAX_BATCH], self._claims[MAX_BATCH:]
-        wanted, corrections = self._leases.wanted(), self._take_corrections()
-        if self._claims or self._corrections:
-            self._woken.set()
-        if not (claims or wanted or corrections or self.lost):
+    def _ask(self, *, probing: bool = False) -> None:
+        """Ask for all that came, unless an answer is still to come: then it goes with the next call."""
+        self._scheduled = False
+        if self._asking:
             return
-        try:
-            verdicts = await self._store.settle(
-                [*(claim.parts for claim in claims), *([part] for part in wanted)], corrections
-            )
-        except StoreLost as exc:
+        claims = self._claims
+        if len(claims) > MAX_BATCH:
+            claims, self._claims = claims[:MAX_BATCH], claims[MAX_BATCH:]
+        else:
+            self._claims = []
+        wanted = self._leases.wanted() if self._leases.wanting else []
+        corrections = self._take_corrections() if self._corrections else []
+        if not (claims or wanted or corrections or probing):
+            return
+        self._asking = True
+        parts: list[Sequence[Part]] = [claim[1] for claim in claims]
+        parts += [[part] for part in wanted]
+        self._store.settle(parts, corrections, partial(self._answered, claims, wanted, len(corrections)))
+
+    def _answered(
+        self, claims: list[_Claim], wanted: list[Part], corrections: int, verdicts: list[Verdict] | StoreLost
+    ) -> None:
+        self._asking = False
+        if isinstance(verdicts, StoreLost):
             # Nobody knows whether they were counted, so they are not sent again.
-            self._dropped.inc(by=len(corrections))
+            self._dropped.inc(by=corrections)
             self._leases.lost()
-            self._lose(True, str(exc))
+            self._lose(True, str(verdicts))
             claims, self._claims = [*claims, *self._claims], []
-            for claim in claims:
-                claim.settled(None)
+            for _, _, settled in claims:
+                settled(None)
             return
         self._lose(False, "")
         if verdicts:
             self._ahead_s = verdicts[-1].now - self._wall()
+        leases = self._leases
         for part, verdict in zip(wanted, verdicts[len(claims) :], strict=True):
-            self._leases.answered(part, verdict)
-        for claim, verdict in zip(claims, verdicts, strict=False):
+            leases.answered(part, verdict)
+        for (plan, parts, settled), verdict in zip(claims, verdicts, strict=False):
             if verdict.over < 0:
-                self._leases.counted(claim.plan, claim.parts, verdict)
-            claim.settled(verdict)
-        if self._leases.wanting:
+                leases.counted(plan, parts, verdict)
+            settled(verdict)
+        if leases.any and not self._woken.is_set():
             self._woken.set()
+        if self._claims or self._due or leases.wanting:
+            self._soon()
 
     def _take_corrections(self) -> list[Correction]:
-        if self._correcting is not None:
-            self._correcting.cancel()
-            self._correcting = None
-        places = list(itertools.islice(self._corrections, MAX_BATCH))
-        return [Correction(*place, self._corrections.pop(place)) for place in places]
+        held, self._due = self._corrections, len(self._corrections) > MAX_BATCH
+        if self._due:
+            return [Correction(*place, held.pop(place)) for place in list(itertools.islice(held, MAX_BATCH))]
+        self._corrections = {}
+        return [Correction(*place, delta) for place, delta in held.items()]
 
     def _lose(self, lost: bool, cause: str) -> None:
         if lost is not self.lost:
             self.lost = lost
+            self._woken.set()
             self._say_lost(lost, cause)

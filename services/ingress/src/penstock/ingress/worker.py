@@ -172,8 +172,12 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     gateway.waiting = WaitingRoom(gateway, waiting, host.metrics)
     keys = None
     if settings.api_keys:
-        gateway.api_keys = ApiKeys(time.time)
-        keys = KeyKeeper(gateway.api_keys, settings.api_keys, live, gateway.degraded)
+        gateway.api_keys = limiter.keys = ApiKeys(time.time)
+
+        def keys_changed() -> None:
+            gateway.limits = limiter.if_active
+
+        keys = KeyKeeper(gateway.api_keys, settings.api_keys, live, gateway.degraded, keys_changed)
         host.lifecycle.require("api-keys", keys.missing)
         if settings.api_keys != LIVE:
             host.lifecycle.add_loop("api-keys-file", keys.follow_file())

@@ -9,7 +9,7 @@ import asyncio
 import fnmatch
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -317,14 +317,17 @@ class MemoryBus:
         self._broker.counters.setdefault(counters.name, {})
         return time.time()
 
-    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
-        added: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    def add(self, counters: Counters, deltas: Sequence[tuple[str, int]]) -> asyncio.Future[list[int]]:
+        added: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         held = self._broker.counters.get(counters.name)
         if not self._broker.up or held is None:
-            added.set_exception(BusUnavailable(counters.subject(key), "there are no such counters"))
-        else:
+            added.set_exception(BusUnavailable(counters.name, "there are no such counters"))
+            return added
+        sums = []
+        for key, delta in deltas:
             held[key] = total = held.get(key, 0) + delta
-            added.set_result(total)
+            sums.append(total)
+        added.set_result(sums)
         return added
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from penstock.common.adapters.nats_connection import NatsConnection, RawSubscription
+from penstock.common.adapters.nats_counting import add_all
 from penstock.common.adapters.nats_directory import Directory
 from penstock.common.adapters.nats_log import follow, read
 from penstock.common.adapters.nats_streams import api, watch_bucket
@@ -188,8 +189,20 @@ class NatsBus:
             raise BusUnavailable(counters.name, f"an answer without the server's time: {exc!r}") from exc
         return now + (time.monotonic() - asked_at) / 2
 
-    def add(self, counters: Counters, key: str, delta: int) -> asyncio.Future[int]:
-        return self._write_one(counters.subject(key), b"", {"Nats-Incr": f"{delta:+d}"}, _sum_of)
+    def add(self, counters: Counters, deltas: Sequence[tuple[str, int]]) -> asyncio.Future[list[int]]:
+        added: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+
+        def settle(answers: Sequence[Message | BusError]) -> None:
+            if added.done():
+                return
+            try:
+                added.set_result([_sum_of(counters.name, answer) for answer in answers])
+            except BusError as exc:
+                added.set_exception(exc)
+
+        subjects = [(counters.subject(key), delta) for key, delta in deltas]
+        add_all(self._connection, subjects, WRITE_DEADLINE_S, settle)
+        return added
 
     async def ensure_bucket(self, bucket: Bucket) -> bool:
         config = {
@@ -337,8 +350,10 @@ def _sequence_of(subject: str, data: bytes) -> int:
     return _acknowledged(subject, data).seq
 
 
-def _sum_of(subject: str, data: bytes) -> int:
-    digits = _acknowledged(subject, data).val
+def _sum_of(subject: str, answer: Message | BusError) -> int:
+    if isinstance(answer, BusError):
+        raise answer
+    digits = _acknowledged(subject, answer.data).val
     try:
         return int(digits)
     except ValueError:

@@ -194,7 +194,7 @@ class NatsConnection:
             else:
                 future.set_result(result)
 
-        token = self._expect(subject, payload, headers, settle)
+        token = self.expect(subject, payload, headers, settle)
         future.add_done_callback(lambda _: self._answers.pop(token, None))
         return future
 
@@ -208,12 +208,14 @@ class NatsConnection:
             settled(result)
 
         timer: asyncio.TimerHandle | None = None
-        token = self._expect(subject, payload, None, settle)
+        token = self.expect(subject, payload, None, settle)
         if token:
             timer = self._step(token, deadline_s, WAIT_STEPS)
 
-    def _expect(self, subject: str, payload: bytes, headers: Headers | None, settle: Settled) -> str:
-        """Send and remember who waits; "" if that failed, which `settle` is told."""
+    def expect(
+        self, subject: str, payload: bytes, headers: Headers | None, settle: Settled, *, flush: bool = True
+    ) -> str:
+        """Send and remember who waits; "" if that failed, which `settle` is told. With `flush` at once."""
         if len(self._answers) >= MAX_PENDING_REQUESTS:
             settle(BusUnavailable(subject, "too many requests without an answer"))
             return ""
@@ -222,7 +224,7 @@ class NatsConnection:
         if trouble:
             settle(BusUnavailable(subject, trouble))
             return ""
-        if self._client is not None:
+        if flush and self._client is not None:
             # Who waits for an answer has gathered what belongs together; a turn more is 50 us of latency.
             self._client.flush()
         self._answers[token] = settle, subject
@@ -234,11 +236,12 @@ class NatsConnection:
 
     def _waited(self, token: str, deadline_s: float, steps: int) -> None:
         if not steps:
-            self._give_up(token, deadline_s)
+            self.give_up(token, deadline_s)
         elif token in self._answers:
             self._step(token, deadline_s, steps)
 
-    def _give_up(self, token: str, deadline_s: float) -> None:
+    def give_up(self, token: str, deadline_s: float) -> None:
+        """Nobody waits for an answer any more, if somebody does: tell them."""
         waiting = self._answers.pop(token, None)
         if waiting is not None:
             settle, subject = waiting

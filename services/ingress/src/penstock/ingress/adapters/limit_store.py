@@ -10,6 +10,7 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from hashlib import sha1
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -17,41 +18,61 @@ import msgspec
 from penstock.ingress.adapters.redis_connection import RedisConnection, RedisRefused, command
 from penstock.ingress.limit_settings import LimitSettings
 from penstock.ingress.limits import Correction, Part, Verdict
-from penstock.ingress.ports import StoreLost
+from penstock.ingress.ports import Settled, StoreLost
 
+READ_S = 0.005
 PREFIX = b"penstock:limits:"
 DEFAULT_PORT = 6379
 
-# ARGV[1], MessagePack: corrections as [name, window, number of the window, delta], claims as lists of
-# [name, window, amount, limit]. Answers the clock, then for each claim the first part over its limit
-# (-1: none) and the counts, in MessagePack too. Counts outlive their window by another one, for late
-# corrections.
+# ARGV[1], MessagePack, one flat list: how many corrections, and name, window, delta, number of the window of
+# each; how many claims, and of each how many parts, and name, window, amount, limit of each of them. Answers
+# the clock, then for each claim the first part over its limit (-1: none) and the counts, in MessagePack too.
+# Counts outlive their window by another one, for late corrections.
 SCRIPT = """
 local time = redis.call('TIME')
 local now = tonumber(time[1])
-local corrections, claims = unpack(cmsgpack.unpack(ARGV[1]))
-local function add(name, seconds, amount)
-  local key = KEYS[1] .. name .. ':' .. string.format('%.0f', math.floor(now / seconds))
-  local count = redis.call('INCRBY', key, string.format('%.0f', amount))
+local given = cmsgpack.unpack(ARGV[1])
+local numbers = {}
+local function add(at, sign)
+  local seconds = given[at + 1]
+  local number = numbers[seconds]
+  if not number then
+    number = ':' .. string.format('%.0f', math.floor(now / seconds))
+    numbers[seconds] = number
+  end
+  local key, amount = KEYS[1] .. given[at] .. number, sign * given[at + 2]
+  local count = redis.call('INCRBY', key, amount)
   if count == amount then redis.call('EXPIRE', key, 2 * seconds) end
   if count < 0 then redis.call('DEL', key) count = 0 end
   return count
 end
-for _, c in ipairs(corrections) do
-  if c[4] > 0 or math.floor(now / c[2]) == c[3] then add(c[1], c[2], c[4]) end
+local at = 2
+for _ = 1, given[1] do
+  local delta, number = given[at + 2], given[at + 3]
+  if delta > 0 or math.floor(now / given[at + 1]) == number then add(at, 1) end
+  at = at + 4
 end
-local answer = {now, tonumber(time[2])}
-for _, parts in ipairs(claims) do
-  local over, used = -1, {}
-  for i, p in ipairs(parts) do
-    used[i] = add(p[1], p[2], p[3])
-    if used[i] > p[4] and over < 0 then over = i - 1 end
+local claims = given[at]
+at = at + 1
+local answer, last = {now, tonumber(time[2])}, 2
+for _ = 1, claims do
+  local first, over, verdict = at + 1, -1, last + 1
+  local stop = at + 4 * given[at]
+  answer[verdict], last = -1, verdict
+  for part = first, stop, 4 do
+    local count = add(part, 1)
+    last = last + 1
+    answer[last] = count
+    if count > given[part + 3] and over < 0 then over = last - verdict - 1 end
   end
   if over >= 0 then
-    for i, p in ipairs(parts) do used[i] = add(p[1], p[2], -p[3]) end
+    answer[verdict], last = over, verdict
+    for part = first, stop, 4 do
+      last = last + 1
+      answer[last] = add(part, -1)
+    end
   end
-  answer[#answer + 1] = over
-  for i = 1, #used do answer[#answer + 1] = used[i] end
+  at = stop + 1
 end
 return cmsgpack.pack(answer)
 """
@@ -60,7 +81,18 @@ return cmsgpack.pack(answer)
 _SCRIPT = SCRIPT.encode()
 # Only names the script; nothing depends on its strength.
 _DIGEST = sha1(_SCRIPT, usedforsecurity=False).hexdigest().encode()
+# A call up to the length of its batch.
+_EVALSHA = command(b"EVALSHA", _DIGEST, b"1", PREFIX).replace(b"*4", b"*5", 1) + b"$%d\r\n%b\r\n"
 _decode = msgspec.msgpack.Decoder(list[int]).decode
+
+
+class _Call(NamedTuple):
+    """The one that is under way."""
+
+    claims: Sequence[Sequence[Part]]
+    batch: bytes
+    settled: Settled
+    deadline: float
 
 
 class RedisLimitStore:
@@ -80,49 +112,93 @@ class RedisLimitStore:
         if database := url.path.removeprefix("/"):
             self._greetings.append([b"SELECT", database.encode()])
         self._connection: RedisConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._call: _Call | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
-    ) -> list[Verdict]:
+    def settle(
+        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
+    ) -> None:
         """As of the port. A call whose answer is lost may have been counted: it is not sent again."""
-        named = [[(part.key, part.window_s, part.amount, part.limit) for part in parts] for parts in claims]
-        batch = msgspec.msgpack.encode(([tuple(one) for one in corrections], named))
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return _verdicts(claims, _decode(await self._run(batch)))
-        except TimeoutError:
-            self._drop()
-            raise StoreLost(f"no answer within {self._timeout_s:g} s") from None
-        except (OSError, RedisRefused, msgspec.MsgspecError, LookupError, ValueError) as exc:
-            self._drop()
-            raise StoreLost(str(exc)[:256] or type(exc).__name__) from exc
-        except asyncio.CancelledError:
-            # The answer, which would be taken for that to the next call, may still come.
-            self._drop()
-            raise
+        given: list[object] = [len(corrections)]
+        for key, window_s, number, delta in corrections:
+            given += (key, window_s, delta, number)
+        given.append(len(claims))
+        for parts in claims:
+            given.append(len(parts))
+            for part in parts:
+                given += part[:4]
+        loop = asyncio.get_running_loop()
+        self._call = _Call(claims, msgspec.msgpack.encode(given), settled, loop.time() + self._timeout_s)
+        if self._timer is None:
+            self._timer = loop.call_at(self._call.deadline, self._look)
+        if self._connection is None or self._connection.lost:
+            self._connecting = asyncio.create_task(self._connect(self._call), name="limits-redis")
+        else:
+            self._connection.ask(_EVALSHA % (len(self._call.batch), self._call.batch), self._answered)
 
     async def close(self) -> None:
         """As of the port."""
+        self._call = None
         self._drop()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    async def _run(self, batch: bytes) -> bytes:
-        connection = self._connection
-        if connection is None or connection.lost:
-            connection = self._connection = await RedisConnection.connect(
-                self._host, self._port, self._tls, self._greetings
-            )
+    async def _connect(self, call: _Call) -> None:
         try:
-            return await connection.ask(command(b"EVALSHA", _DIGEST, b"1", PREFIX, batch))
-        except RedisRefused as exc:
+            connection = await RedisConnection.connect(self._host, self._port, self._tls, self._greetings)
+        except (OSError, RedisRefused) as exc:
+            if self._call is call:
+                self._lost(str(exc) or type(exc).__name__)
+            return
+        self._connection = connection
+        connection.ask(_EVALSHA % (len(call.batch), call.batch), self._answered)
+
+    def _answered(self, said: bytes | Exception) -> None:
+        call, connection = self._call, self._connection
+        if call is None or connection is None:
+            return
+        if isinstance(said, RedisRefused) and str(said).startswith("NOSCRIPT"):
             # Not run, and not counted.
-            if not str(exc).startswith("NOSCRIPT"):
-                raise
-        return await connection.ask(command(b"EVAL", _SCRIPT, b"1", PREFIX, batch))
+            connection.ask(command(b"EVAL", _SCRIPT, b"1", PREFIX, call.batch), self._answered)
+        elif isinstance(said, Exception):
+            self._lost(str(said) or type(said).__name__)
+        else:
+            try:
+                verdicts = _verdicts(call.claims, _decode(said))
+            except (msgspec.MsgspecError, LookupError, ValueError) as exc:
+                self._lost(str(exc))
+            else:
+                self._call = None
+                call.settled(verdicts)
+
+    def _look(self, late: _Call | None = None) -> None:
+        """Whether the call is late: one timer for all calls, since next to none lives to see it. An answer to
+        one that is (`late`) may have come that this process had no time to read: it is read first."""
+        self._timer, call = None, self._call
+        loop = asyncio.get_running_loop()
+        if call is None:
+            return
+        if call is late:
+            self._lost(f"no answer within {self._timeout_s:g} s")
+        elif loop.time() < call.deadline:
+            self._timer = loop.call_at(call.deadline, self._look)
+        else:
+            self._timer = loop.call_later(READ_S, self._look, call)
+
+    def _lost(self, cause: str) -> None:
+        call, self._call = self._call, None
+        # The answer, which would be taken for that to the next call, may still come.
+        self._drop()
+        if call is not None:
+            call.settled(StoreLost(cause[:256]))
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        if self._connecting is not None:
+            self._connecting.cancel()
 
 
 def _verdicts(claims: Sequence[Sequence[Part]], answer: list[int]) -> list[Verdict]:

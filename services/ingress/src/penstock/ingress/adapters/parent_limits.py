@@ -10,6 +10,7 @@ import msgspec
 
 from penstock.ingress.limits import Correction, LocalCounts, Part, Verdict
 from penstock.ingress.ports import StoreLost
+from penstock.ingress.tasked_store import TaskedStore
 
 ANSWER_WITHIN_S = 1.0
 
@@ -43,18 +44,16 @@ class ParentCounts:
         return CountReply(call.number, [self._counts.claim(parts, now) for parts in call.claims])
 
 
-class ParentLimitStore:
-    """A worker's end; fulfils `penstock.ingress.ports.LimitStore`."""
+class ParentLimitStore(TaskedStore):
+    """A worker's end."""
 
     def __init__(self, send: Callable[[CountCall], Awaitable[None]]) -> None:
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[list[Verdict]]] = {}
 
-    async def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]
-    ) -> list[Verdict]:
-        """As of the port."""
+    async def ask(self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]) -> list[Verdict]:
+        """As of `TaskedStore`."""
         call = CountCall(next(self._numbers), [list(parts) for parts in claims], list(corrections))
         answer: asyncio.Future[list[Verdict]] = asyncio.get_running_loop().create_future()
         self._waiting[call.number] = answer
@@ -74,6 +73,3 @@ class ParentLimitStore:
         answer = self._waiting.get(reply.number)
         if answer is not None and not answer.done():
             answer.set_result(reply.verdicts)
-
-    async def close(self) -> None:
-        """The channel belongs to others."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 MAX_REPLY_BYTES = 1024 * 1024
@@ -18,12 +18,16 @@ class RedisRefused(Exception):
     """An error that Redis answered; the text begins with its code."""
 
 
+# Told an answer, a simple or a bulk string; or why there is none: OSError, RedisRefused.
+Answered = Callable[[bytes | Exception], None]
+
+
 class RedisConnection(asyncio.Protocol):
-    """Made by `connect`."""
+    """Made by `connect`. Answers are told by a call: to wake a task costs as much as all the rest of one."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[bytes] | None = None
+        self._answered: Answered | None = None
         self._held = b""
         self.lost = False
 
@@ -36,27 +40,34 @@ class RedisConnection(asyncio.Protocol):
         _, connection = await loop.create_connection(cls, host, port, ssl=context)
         try:
             for words in greetings:
-                await connection.ask(command(*words))
+                await connection._greet(command(*words))
         except BaseException:
             connection.close()
             raise
         return connection
 
-    async def ask(self, sent: bytes) -> bytes:
-        """Send a command and wait for its answer, a simple or a bulk string. Raises OSError, RedisRefused."""
-        if self.lost or self._transport is None or self._answer is not None:
-            raise ConnectionError("the connection is closed, or in use")
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._answer = answer
+    def ask(self, sent: bytes, answered: Answered) -> None:
+        """Send a command while no other one waits for its answer; `answered` is called once, unless the
+        connection is closed before."""
+        if self.lost or self._transport is None or self._answered is not None:
+            answered(ConnectionError("the connection is closed, or in use"))
+            return
+        self._answered = answered
         self._transport.write(sent)
-        try:
-            return await answer
-        finally:
-            self._answer = None
+
+    async def _greet(self, sent: bytes) -> None:
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def answered(said: bytes | Exception) -> None:
+            if not answer.done():
+                answer.set_exception(said) if isinstance(said, Exception) else answer.set_result(said)
+
+        self.ask(sent, answered)
+        await answer
 
     def close(self) -> None:
-        """End it at once."""
-        self.lost = True
+        """End it at once; who waits for an answer hears nothing."""
+        self.lost, self._answered = True, None
         if self._transport is not None:
             self._transport.abort()
 
@@ -73,7 +84,7 @@ class RedisConnection(asyncio.Protocol):
         kind = data[:1]
         if end < 0:
             self._hold(data)
-        elif self._answer is None or self._answer.done():
+        elif self._answered is None:
             self._end(ConnectionError("bytes that nobody asked for"))
         elif kind == b"$" and data[1:end].isdigit() and end < 16:
             start, size = end + 2, int(data[1:end])
@@ -82,12 +93,10 @@ class RedisConnection(asyncio.Protocol):
             elif len(data) < start + size + 2:
                 self._hold(data)
             else:
-                self._answer.set_result(data[start : start + size])
+                self._answer(data[start : start + size])
         elif kind in b"+-" and len(data) == end + 2:
-            if kind == b"+":
-                self._answer.set_result(data[1:end])
-            else:
-                self._answer.set_exception(RedisRefused(data[1:end].decode("utf-8", "replace")[:256]))
+            text = data[1:end]
+            self._answer(text if kind == b"+" else RedisRefused(text.decode("utf-8", "replace")[:256]))
         else:
             self._end(ConnectionError("what answers is no Redis, or gives another answer than expected"))
 
@@ -97,9 +106,15 @@ class RedisConnection(asyncio.Protocol):
             self._end(ConnectionError("a reply that is too long"))
 
     def _end(self, cause: Exception) -> None:
+        answered = self._answered
         self.close()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(cause)
+        if answered is not None:
+            answered(cause)
+
+    def _answer(self, said: bytes | Exception) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(said)
 
 
 def command(*words: bytes) -> bytes:

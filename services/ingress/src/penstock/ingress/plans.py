@@ -1,0 +1,159 @@
+"""Who may ask how much, and what a request adds to which counts: found once, then kept by user and model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from penstock.ingress.limit_settings import Limits, UserRecord
+from penstock.ingress.limits import (
+    TOKENS,
+    Counts,
+    Part,
+    Reservation,
+    Verdict,
+    left_s,
+    lines_after,
+    lines_before,
+    new_part,
+    parts_of,
+    rate_headers,
+)
+
+MAX_PLANS = 8192
+
+
+class Shape:
+    """What all plans with the same limits have in common. `several`: more than one of a kind."""
+
+    __slots__ = ("_limits", "_lines", "_second", "counts_tokens", "kinds", "several")
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.kinds = [(part.what, part.limit, part.window_s) for part in parts]
+        self._limits = [part.limit for part in parts]
+        tokens = sum(part.what is TOKENS for part in parts)
+        self.counts_tokens = tokens > 0
+        self.several = tokens > 1 or len(parts) - tokens > 1
+        self._second, self._lines = -1, b""
+
+    def lines(self, now: float) -> bytes:
+        """The `x-ratelimit-*` lines, with `%d` for what is left of each limit."""
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._lines = b"".join(
+                lines_before(what, limit) + b"%d" + lines_after(what, left_s(now, window_s))
+                for what, limit, window_s in self.kinds
+            )
+        return self._lines
+
+    def headers(self, verdict: Verdict) -> bytes:
+        """The lines for a claim that was granted; not for `several`."""
+        limits, used, lines = self._limits, verdict.used, self.lines(verdict.now)
+        if len(limits) == 2:
+            return lines % (limits[0] - used[0], limits[1] - used[1])
+        return lines % (limits[0] - used[0])
+
+
+class Plan:
+    """The counts that requests of one user for one model add to. `counts`: there are any; `several`: more
+    than one of a kind.
+
+    `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
+    and `lines` the header lines for their numbers: the notes of `penstock.ingress.leases`."""
+
+    __slots__ = (
+        "_parts",
+        "counts",
+        "counts_tokens",
+        "leased_from",
+        "leased_until",
+        "leases",
+        "lines",
+        "several",
+        "shape",
+    )
+
+    def __init__(self, parts: Sequence[Part], shape: Shape | None = None) -> None:
+        """What a request adds to `parts` is 1, or its tokens."""
+        self._parts = parts
+        self.shape = shape = shape or Shape(parts)
+        self.counts, self.counts_tokens, self.several = bool(parts), shape.counts_tokens, shape.several
+        self.leases: Any = None
+        self.leased_from = self.leased_until = 0
+        self.lines = b""
+
+    def parts(self, tokens: int) -> list[Part]:
+        """What a request with an estimate of `tokens` adds."""
+        parts = []
+        for part in self._parts:
+            key, window_s, _, limit, what, whose = part
+            if what is TOKENS:
+                # Of more than the limit the whole limit is held: in an empty window any request passes.
+                amount = tokens if 0 < tokens <= limit else limit if tokens > 0 else 1
+                part = new_part(Part, (key, window_s, amount, limit, TOKENS, whose))
+            parts.append(part)
+        return parts
+
+    def held(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> Reservation:
+        """What a request holds whose claim of `parts` was granted; `counts` hear what is settled."""
+        headers = rate_headers(parts, verdict) if self.several else self.shape.headers(verdict)
+        return Reservation(parts, counts, verdict.now, headers, counts_tokens=self.counts_tokens)
+
+
+class Allowances:
+    """Who may ask how much: the defaults, and users' records. `plans` are those that `plan` made last."""
+
+    def __init__(self, default: Limits) -> None:
+        self._default = default
+        self._records: dict[str, UserRecord] = {}
+        self._shape = Shape(parts_of("", "", default.rpm, default.tpm))
+        self.plans: dict[tuple[str, str, tuple[Part, ...]], Plan] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody is limited."""
+        return bool(self._records or self._default.rpm or self._default.tpm)
+
+    def put(self, user: str, record: UserRecord | None) -> None:
+        """A user's record; None: there is none any more."""
+        self.plans.clear()
+        if record is None:
+            self._records.pop(user, None)
+        else:
+            self._records[user] = record
+
+    def plan(self, user: str, model: str, more: tuple[Part, ...] = ()) -> Plan:
+        """What requests of `user` (empty: nobody) for `model` add to, and `more`; empty: no limit."""
+        key = user, model, more
+        plan = self.plans.get(key)
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            plan = self.plans[key] = self._plan(user, model, more)
+        return plan
+
+    def parts(self, user: str, model: str, tokens: int) -> list[Part]:
+        """What a request of `user` for `model` with an estimate of `tokens` adds."""
+        return self.plan(user, model).parts(tokens)
+
+    def _plan(self, user: str, model: str, more: tuple[Part, ...]) -> Plan:
+        default = self._default
+        if user and not more and user not in self._records:
+            return Plan(parts_of(f"{len(user)}:{user}", "user", default.rpm, default.tpm), self._shape)
+        parts = self._parts(user, model) if user else []
+        return Plan([*parts, *more])
+
+    def _parts(self, user: str, model: str) -> list[Part]:
+        record, default = self._records.get(user), self._default
+        if record is None:
+            return parts_of(f"{len(user)}:{user}", "user", default.rpm, default.tpm)
+        rpm = default.rpm if record.rpm is None else record.rpm
+        tpm = default.tpm if record.tpm is None else record.tpm
+        parts = parts_of(f"{len(user)}:{user}", "user", rpm, tpm)
+        limits = record.models.get(model)
+        if limits is not None:
+            # The length keeps a user and a model apart from a user with a longer name.
+            key = f"{len(user)}:{user}:{model}"
+            parts += parts_of(key, "user for this model", limits.rpm, limits.tpm)
+        return parts
