@@ -45,7 +45,8 @@ def _virtual(flags: argparse.Namespace) -> None:
     for rate in map(float, flags.rates.split(",")):
         for fleet in FLEETS:
             started = time.perf_counter()
-            found = virtual.run(settings, replace(fleet, division=guards), trace, rate)
+            guarded = replace(fleet, division=fleet.division.over(guards))
+            found = virtual.run(settings, guarded, trace, rate)
             print(virtual.line(fleet, rate, found), f"  {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -53,6 +54,8 @@ FLEETS = (
     virtual.Fleet(neutral=8),
     virtual.Fleet(prefill=4, decode=4),
     virtual.Fleet(prefill=4, decode=4, staged=True),
+    virtual.Fleet(prefill=4, decode=4, division=Division(10_000)),
+    virtual.Fleet(prefill=4, decode=2, neutral=2, division=Division(neutral=True)),
     virtual.Fleet(prefill=6, decode=2),
     virtual.Fleet(prefill=6, decode=2, staged=True),
 )

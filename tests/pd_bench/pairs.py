@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from penstock.cli.replay.ingress import SimIngress
-from penstock.cli.replay.schedulers import MODEL, ReplayFailed, Schedulers
+from penstock.cli.replay.schedulers import MODEL, Schedulers
 from penstock.cli.replay.setups import Setup
 from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.ingress.in_flight import of_prefill_id
@@ -48,6 +48,8 @@ class _Books:
     waiting: dict[str, _Divided] = field(default_factory=dict)
     sent_s: dict[str, float] = field(default_factory=dict)
     prefill_cached: dict[str, int] = field(default_factory=dict)
+    # Requests that one engine does all of.
+    whole: set[str] = field(default_factory=set)
 
 
 class PairSchedulers(Schedulers):
@@ -83,6 +85,11 @@ class PairSchedulers(Schedulers):
         self.later: Callable[[Arrival], None] = lambda arrival: None
 
     @property
+    def undivided(self) -> int:
+        """Requests that one engine did all of."""
+        return len(self._books.whole)
+
+    @property
     def sent_s(self) -> dict[str, float]:
         """When decode's part of a request reached its engine."""
         return self._books.sent_s
@@ -92,8 +99,10 @@ class PairSchedulers(Schedulers):
         """Prompt tokens that prefill found in its cache."""
         return self._books.prefill_cached
 
-    def decide(self, request: EngineRequest, now: float, engines: Sequence[Engine]) -> int:
-        """Index of the engine of the part that arrives."""
+    def decide_part(
+        self, request: EngineRequest, now: float, engines: Sequence[Engine]
+    ) -> int | tuple[int, EngineRequest]:
+        """Index of the engine of the part that arrives, or of all of the request, which comes with it."""
         divided = self._books.waiting.pop(request.request_id, None)
         if divided is not None:
             # Fetched: prefill's blocks are free.
@@ -102,16 +111,17 @@ class PairSchedulers(Schedulers):
             return self._numbers[divided.decode]
         return self._first(request, now)
 
-    def _first(self, request: EngineRequest, now: float) -> int:
+    def _first(self, request: EngineRequest, now: float) -> int | tuple[int, EngineRequest]:
         self._timeline.pass_to(now)
         name, tokens = request.request_id.removesuffix(PREFILL), request.prompt_tokens
         ingress = self._to_ingress.choice(self._ingresses)
         stage = (Mode.PD_STAGED, Stage.PREFILL) if self._staged else (Mode.PD_BATCH, Stage.ONLY)
         wanted = msgspec.structs.replace(self._wanted(request), mode=stage[0], stage=stage[1])
         placement = self._place(ingress, wanted, now)
+        self.expected_tokens += placement.matched_tokens
         prefill = placement.prefill_instance
         if not prefill:
-            raise ReplayFailed(f"request {name} was not divided")
+            return self._whole(name, ingress, placement, now)
         divided = _Divided(self._requests[int(name)], ingress, self._numbers[prefill])
         of_prefill = msgspec.structs.replace(placement, instance=prefill)
         if not self._staged:
@@ -121,8 +131,17 @@ class PairSchedulers(Schedulers):
         ingress.sent(request.request_id, of_prefill, tokens, now)
         self._open[request.request_id] = ingress
         self._books.waiting[name] = divided
-        self.expected_tokens += placement.matched_tokens
         return divided.prefill
+
+    def _whole(
+        self, name: str, ingress: SimIngress, placement: Placement, now: float
+    ) -> tuple[int, EngineRequest]:
+        request = self._requests[int(name)]
+        ingress.sent(name, placement, request.prompt_tokens, now)
+        self._open[name] = ingress
+        self.sent_s[name] = now
+        self._books.whole.add(name)
+        return self._numbers[placement.instance], request
 
     def _decode_placed(self, divided: _Divided, placement: Placement, now: float) -> None:
         """All of the prompt is computed elsewhere."""
@@ -135,6 +154,8 @@ class PairSchedulers(Schedulers):
     def observe(self, event: TokenEvent, engine: int, now: float) -> None:
         """A token came back; with prefill's, decode is next."""
         super().observe(event, engine, now)
+        if event.finished and event.request_id in self._books.whole:
+            self.prefill_cached[event.request_id] = event.cached_tokens
         if event.finished and event.request_id.endswith(PREFILL):
             name = event.request_id.removesuffix(PREFILL)
             self.prefill_cached[name] = event.cached_tokens

@@ -39,9 +39,12 @@ class Fleet:
     @property
     def name(self) -> str:
         """For the table."""
-        if self.neutral:
+        if not self.prefill:
             return f"{self.neutral} neutral"
-        return f"{self.prefill} prefill + {self.decode} decode, {'staged' if self.staged else 'batched'}"
+        neutral = f" + {self.neutral} n" if self.neutral else ""
+        skip = self.division.skip_below_tokens
+        less = f", from {skip} tokens on" if skip else ""
+        return f"{self.prefill} p + {self.decode} d{neutral}, {'staged' if self.staged else 'batched'}{less}"
 
     def engines(self, settings: ReplaySettings) -> list[Engine]:
         """All alike but for their role."""
@@ -60,7 +63,7 @@ def run(settings: ReplaySettings, fleet: Fleet, trace: Sequence[TraceRequest], r
         EngineRequest(str(number), one.prompt_tokens, one.output_tokens, tuple(unpack(one.packed_hashes)))
         for number, one in enumerate(trace)
     ]
-    whole = _neutral if fleet.neutral else _divided
+    whole = _divided if fleet.prefill else _neutral
     served, refused, expected = whole(settings, fleet, engines, trace, requests, times)
     slo_s = settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000
     return figures(served, len(engines), refused, expected, slo_s)
@@ -114,7 +117,7 @@ def _divided(
         kv_factor=settings.prefix_index_kv_factor,
         seed=settings.seed,
     )
-    cluster = Cluster(engines, schedulers.decide, schedulers.observe)
+    cluster = Cluster(engines, schedulers.decide_part, schedulers.observe)
     schedulers.later = cluster.add
     parts = [
         msgspec.structs.replace(one, request_id=one.request_id + PREFILL, output_tokens=1, keeps=True)

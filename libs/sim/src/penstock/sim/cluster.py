@@ -13,8 +13,9 @@ from itertools import count
 from penstock.sim.engine import Engine
 from penstock.sim.spec import DoesNotFit, EngineRequest, QueueFull, TokenEvent
 
-# Index of the engine that gets the request, from (request, now in seconds, engines).
-Decide = Callable[[EngineRequest, float, Sequence[Engine]], int]
+# Index of the engine that gets the request, from (request, now in seconds, engines); or index and another
+# request of the same moment in its place.
+Decide = Callable[[EngineRequest, float, Sequence[Engine]], int | tuple[int, EngineRequest]]
 # Told of a request's first and last token and of some between: (event, engine's index, now in seconds).
 Observe = Callable[[TokenEvent, int, float], None]
 
@@ -105,8 +106,10 @@ class Cluster:
             yield heapq.heappop(self._coming)[2]
 
     def _arrive(self, arrival: Arrival) -> int:
-        request, now = arrival.request, arrival.at_s
-        index = self._decide(request, now, self._engines)
+        now, decided = arrival.at_s, self._decide(arrival.request, arrival.at_s, self._engines)
+        if not isinstance(decided, int):
+            arrival = Arrival(now, decided[1])
+        request, index = arrival.request, decided if isinstance(decided, int) else decided[0]
         try:
             self._engines[index].submit(request, now)
         except (DoesNotFit, QueueFull) as exc:
