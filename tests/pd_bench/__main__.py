@@ -54,7 +54,7 @@ FLEETS = (
     virtual.Fleet(neutral=8),
     virtual.Fleet(prefill=4, decode=4),
     virtual.Fleet(prefill=4, decode=4, staged=True),
-    virtual.Fleet(prefill=4, decode=4, division=Division(10_000)),
+    virtual.Fleet(prefill=4, decode=4, division=Division(6_000)),
     virtual.Fleet(prefill=4, decode=2, neutral=2, division=Division(neutral=True)),
     virtual.Fleet(prefill=6, decode=2),
     virtual.Fleet(prefill=6, decode=2, staged=True),

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
+from penstock.common.messages import Placement, ScheduleRequest, Stage
 from penstock.common.model import Instance
-from penstock.ingress.attempt import Attempt, Failure, Retry
-from penstock.ingress.collecting import Held
-from penstock.ingress.disaggregation.bodies import Members, edited
+from penstock.ingress.attempt import Attempt, Failure
+from penstock.ingress.decoding import Decoding
+from penstock.ingress.disaggregation.bodies import Members
 from penstock.ingress.disaggregation.protocol import Answer, Order, Pair, ProtocolError
 from penstock.ingress.disaggregation.protocols import Method
+from penstock.ingress.disaggregation.stages import decode_stage, first_stage
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.in_flight import Work, of_prefill_id
 from penstock.ingress.ports import ResponseListener
@@ -32,8 +33,8 @@ MAX_PASSED = 2
 
 
 class Divided:
-    """The way of one request over pairs of instances, one pair at a time; owns the attempt at decode
-    (`penstock.ingress.attempt.AttemptOwner`)."""
+    """The way of one request over pairs of instances, one pair at a time; hears what became of both parts
+    (`PrefillOwner`, `DecodeOwner`)."""
 
     # Of the last pair, for the log; 0 where there is no such phase.
     prefill_ms = transfer_wait_ms = decode_ttft_ms = 0.0
@@ -41,9 +42,7 @@ class Divided:
     computed_by = ""
     _pair: Pair | None = None
     _prefilling: Prefilling | None = None
-    _decode: Attempt | None = None
-    # An answer of decode that waits for prefill's.
-    _held: tuple[Attempt, ResponseHead, Held] | None = None
+    _decoding: Decoding | None = None
     _answer = Answer()
     _agreed = _fetched = False
     _passed = 0
@@ -118,28 +117,14 @@ class Divided:
 
     def first_stage(self, request: ScheduleRequest) -> ScheduleRequest:
         """The request for a fresh pair."""
-        if request.stage is not Stage.DECODE:
-            return request
-        mode, stage = self._method.first_call
-        return msgspec.structs.replace(
-            request, mode=mode, stage=stage, prefill_instance="", prefill_group="", lease_ms=0
-        )
+        return first_stage(request, self._method) if request.stage is Stage.DECODE else request
 
     def _ask_decode(self, pair: Pair, *excluded: str) -> None:
         """Have decode placed, on the load of this moment."""
         self._release_unsent()
-        exchange, left_s = self._exchange, max(0.0, self._lease_until - self._gateway.clock())
+        exchange, left_s = self._exchange, self._lease_until - self._gateway.clock()
         request = self._gateway.another_attempt(exchange.request, (*exchange.request.excluded, *excluded))
-        exchange.ask(
-            msgspec.structs.replace(
-                request,
-                mode=Mode.PD_STAGED,
-                stage=Stage.DECODE,
-                prefill_instance=pair.prefill.id,
-                prefill_group=pair.prefill.group,
-                lease_ms=int(left_s * 1000),
-            )
-        )
+        exchange.ask(decode_stage(request, pair.prefill, left_s))
 
     # -- prefill (`penstock.ingress.prefilling.PrefillOwner`) --------------------------------------
 
@@ -148,20 +133,15 @@ class Divided:
         exchange.deadline = min(self._deadline, self._gateway.clock() + self._dividing.prefill_timeout_s)
         prefilling = self._prefilling = Prefilling(self._gateway, self._dividing, self, self._method, pair)
         prefilling.send(exchange.head, self._parts, work, retry=self._moved)
-        if self._prefilling is prefilling and self._decode is None:
+        if self._prefilling is prefilling and self._decoding is None:
             exchange.attempting(prefilling.attempt)
 
     def prefill_agreed(self) -> None:
         """Decode's answer counts from here on."""
         self._note_prefill()
         self._agreed = True
-        if self._held is None:
-            return
-        (attempt, head, held), self._held = self._held, None
-        listener = self._decode_answered(attempt, head)
-        if listener is not None:
-            held.pass_on(listener)
-            attempt.resume()
+        if self._decoding is not None:
+            self._decoding.agree()
 
     def prefill_done(self, answer: Answer) -> None:
         """Go to decode, or have one placed."""
@@ -183,7 +163,7 @@ class Divided:
         assert prefilling is not None
         assert pair is not None
         self._dividing.holds.begin(pair.transfer_id, pair.prefill.id, prefilling.answered_at)
-        if self._decode is not None:
+        if self._decoding is not None:
             self._note_passed(pair)
         self._exchange.deadline = self._deadline
         self.prefill_ms = (prefilling.answered_at - prefilling.attempt.sent_at) * 1000
@@ -207,7 +187,7 @@ class Divided:
         self._forget()
         self._fail(attempt, failure, cause)
 
-    # -- decode ------------------------------------------------------------------------------------
+    # -- decode (`penstock.ingress.decoding.DecodeOwner`) ------------------------------------------
 
     def _send_decode(self, instance: Instance) -> None:
         pair, gateway, exchange = self._pair, self._gateway, self._exchange
@@ -231,30 +211,19 @@ class Divided:
             self._note_passed(pair)
         else:
             self._dividing.holds.end(pair.transfer_id)
-        body = edited(self._parts, edit)
-        wire = gateway.upstream_head(exchange.head, instance, pair.request_id, len(body))
         work = next(work for work in self._unsent if work.instance == instance.id)
         self._unsent.remove(work)
-        make = Retry if self._moved else Attempt
-        attempt = self._decode = make(gateway, self, instance, instance.id, work, wire, body)
-        exchange.attempting(attempt)
-        if gateway.tripped:
-            gateway.breakers.sent(instance.id, gateway.clock())
-        gateway.upstreams.acquire(instance, attempt)
+        waits = self._order is Order.TOGETHER and not self._agreed
+        decoding = self._decoding = Decoding(gateway, self, waits=waits)
+        decoding.prepare(instance, exchange.head, pair.request_id, self._parts, edit, work, retry=self._moved)
+        exchange.attempting(decoding.attempt)
+        decoding.go()
 
     def _note_passed(self, pair: Pair) -> None:
         self._dividing.holds.passed(pair.transfer_id, stream=self._exchange.stream)
 
-    def answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
-        """Pass it on once prefill has said yes too."""
-        if self._order is Order.TOGETHER and head.status == 200 and not self._agreed:
-            held = Held()
-            attempt.pause()
-            self._held = attempt, head, held
-            return held
-        return self._decode_answered(attempt, head)
-
-    def _decode_answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
+    def decode_answered(self, attempt: Attempt, head: ResponseHead) -> ResponseListener | None:
+        """Its answer is the client's, or there is another pair."""
         self._exchange.deadline = self._deadline
         if head.status == 200:
             self._result = "answered"
@@ -268,7 +237,7 @@ class Divided:
             self._dividing.transfer_wait.observe(wait_s)
         return self._exchange.answered(attempt, head)
 
-    def failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
+    def decode_failed(self, attempt: Attempt, failure: Failure, cause: str) -> None:
         """Another pair, or another decode where it can have seen nothing of what prefill keeps. Who closes a
         connection that was used before may have read the request."""
         if failure in (Failure.LOST, Failure.STALE):
@@ -318,12 +287,12 @@ class Divided:
 
     def began(self, now: float) -> None:
         """The first piece of that answer."""
-        if self._result != "answered" or self._decode is None:
+        if self._result != "answered" or self._decoding is None:
             return
         self._fetched = True
         if self._pair is not None:
             self._dividing.holds.end(self._pair.transfer_id)
-        ttft_s = now - self._decode.sent_at
+        ttft_s = now - self._decoding.attempt.sent_at
         self.decode_ttft_ms = ttft_s * 1000
         self._dividing.decode_ttft.observe(ttft_s)
         # Where prefill had no request of its own, its share ends here.
@@ -346,9 +315,9 @@ class Divided:
         self._answer, self._agreed = Answer(), False
 
     def _end_decode(self) -> None:
-        if self._decode is not None:
-            self._decode.close()
-        self._decode = self._held = None
+        if self._decoding is not None:
+            self._decoding.close()
+        self._decoding = None
 
     def _release_unsent(self) -> None:
         unsent, self._unsent = self._unsent, []

@@ -15,6 +15,7 @@ from penstock.common.telemetry import Metrics
 from penstock.ingress.disaggregation.bodies import DIVIDED_PATHS, Members, divisible, members, members_at
 from penstock.ingress.disaggregation.protocol import Pair, Question
 from penstock.ingress.disaggregation.protocols import PD, Method
+from penstock.ingress.disaggregation.stages import first_stage
 from penstock.ingress.divided import Divided
 from penstock.ingress.errands import Errands
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
@@ -101,8 +102,7 @@ class Dividing:
         parts = _parts(exchange, inference)
         if not parts or not divisible(path, parts):
             return
-        mode, stage = method.first_call
-        exchange.request = msgspec.structs.replace(request, mode=mode, stage=stage)
+        exchange.request = first_stage(request, method)
         exchange.divided = Divided(self._gateway, self, exchange, method, parts)
 
     def pair(self, prefill: Instance, decode: Instance | None, decision_id: str, request_id: str) -> Pair:
