@@ -181,15 +181,17 @@ class Lab:
                 replica.status(EngineStatus(name, load), now)
 
 
-def burst(lab: Lab, requests: int, within_s: float, at_s: float, blocks: Sequence[int] = ()) -> Counter[int]:
-    """Requests per engine of a burst of new prompts."""
+def burst(
+    lab: Lab, requests: int, within_s: float, at_s: float, blocks: Sequence[int] = (), first: int = 0
+) -> Counter[int]:
+    """Requests per engine of a burst of new prompts, numbered from `first`."""
     return Counter(
         lab.decide(
             EngineRequest(f"b{number}", 500, 100, tuple(blocks) or (10**6 + number,)),
-            at_s + within_s * number / requests,
+            at_s + within_s * (number - first) / requests,
             lab.engines,
         )
-        for number in range(requests)
+        for number in range(first, first + requests)
     )
 
 

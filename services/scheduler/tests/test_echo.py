@@ -35,12 +35,38 @@ def test_placements_of_a_second_message_count_for_the_siblings_until_they_come_b
     one.placed_here(second, 2, 1000, 1.001)
     assert view.loads.echo[:4].tolist() == [0, 0, 2, 0]
     assert view.loads.echo_ms[2] == pytest.approx(2 * 125)
+    # Two replicas times two placements under way, on four instances.
     assert view.loads.rank[:4].tolist() == [0, 1, 2, 0]
+    assert view.loads.ranked_ms_per_token[:4].tolist() == [0.125, 0.25, 0.375, 0.125]
     one.came_back(2)
     assert view.loads.echo[2] == 2
     one.came_back(5)
     assert (view.loads.echo.sum(), view.loads.echo_ms.sum(), view.loads.rank.sum()) == (0, 0, 0)
+    assert view.loads.ranked_ms_per_token[:4].tolist() == [0.125] * 4
     assert (view.loads.queued == 0).all()
+
+
+def test_a_placement_that_a_prefix_draws_says_nothing_of_the_siblings() -> None:
+    one, view = echo()
+    one.rank(range(4), 0, 3)
+    for message in range(3):
+        one.placed_here(message, 1, 1000, 1.0, by_prefix=True)
+    assert view.loads.echo.sum() == 0
+
+
+def test_what_siblings_usually_place_unseen_is_expected_before_it_is_heard() -> None:
+    one, view = echo()
+    one.rank(range(4), 0, 3)
+    for message in range(200):
+        one.placed_here(message, 0, 1000, float(message))
+        one.heard(2)
+        one.came_back(1)
+    assert view.loads.rank[:4] == pytest.approx([0, 0.5, 1, 0], rel=0.25)
+    for message in range(300):
+        one.placed_here(message, 0, 1000, 300.0 + message)
+        one.came_back(1)
+        one.heard(2)
+    assert view.loads.rank.sum() == 0
 
 
 def test_what_does_not_come_back_is_given_up() -> None:
@@ -97,3 +123,20 @@ def test_the_herd_factor_of_a_burst_is_bounded(policy: str, skewed: bool) -> Non
         for feed_s in (0.001, 0.005, 0.05):
             most = most_on_one(policy, replicas, feed_s, size=128, skewed=skewed)
             assert most <= bound * alone, (replicas, feed_s, most, alone)
+
+
+def test_requests_of_one_instant_at_several_replicas_keep_apart_once_they_are_expected() -> None:
+    """Nothing tells a replica of the others' requests before its own are placed, but their habit."""
+    alone, several = (_instants(replicas) for replicas in (1, 4))
+    assert several <= 1.5 * alone
+
+
+def _instants(replicas: int) -> float:
+    """Most requests on an instance, mean of the later ones of 60 bursts of 10 requests, each a message."""
+    lab = Lab([EngineSpec()] * 16, "cache-aware", replicas=replicas, feed_s=0.005)
+    lab.beat(0.0)
+    most = [
+        max(burst(lab, 10, within_s=1e-6, at_s=3.0 * number, first=10 * number).values())
+        for number in range(1, 61)
+    ]
+    return sum(most[20:]) / 40

@@ -71,7 +71,7 @@ def chosen(policy: str, one: Case, among: Candidates) -> str:
         (ExpectedTtft(), {"requests": [0, 5]}, (), case(prompt=1000), [125, 175]),
         (ExpectedTtft(), {"requests": [0, 5]}, (0, 8), case(10, prompt=1000), [125, 75]),
         (ExpectedTtft(), {"backlog_ms": [300, 0]}, (10, 0), case(10, prompt=1000), [300, 125]),
-        (ExpectedTtft(), {"ms_per_token": [0.1, 0.4]}, (0, 5), case(10, prompt=1000), [100, 200]),
+        (ExpectedTtft(), {"ranked_ms_per_token": [0.1, 0.4]}, (0, 5), case(10, prompt=1000), [100, 200]),
         (ExpectedTtft(), {"kv_wait_ms": [0, 500]}, (), case(), [0, 500]),
         (UnmatchedBlocks(), {}, (0, 3, 10), case(10), [10, 7, 0]),
         (Served(), {"served": [3000, 0], "tokens": [0, 500]}, (), case(), [3000, 1000]),

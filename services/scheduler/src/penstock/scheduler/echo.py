@@ -1,14 +1,19 @@
 """Echo: what the siblings are doing at this moment, as far as it can be guessed.
 
 While placements are on their way to each other, each of R replicas sees the same gap and fills it, so that
-an instance with room for ten gets 10 R. Siblings see what this replica sees, and ingresses ask all in turn:
-if a second message is decided here while placements of a first are on their way, siblings have had theirs,
-and a placement stands for R - 1 that are under way elsewhere. It counts R-fold until it comes back by the
-bus, since what siblings published before then has come in too: so the delay measures itself.
+an instance with room for ten gets 10 R. Two things are known without talking: how many placements of siblings
+a replica usually hears of between one of its own and that one's return by the bus, which were made without
+either knowing of the other; and, in a burst, that siblings see what this one sees and are asked in turn, so
+that a placement of an earlier message that is still on its way stands for R - 1 elsewhere.
 
-Counting by R alone, all replicas would choose the same instances and none the others. So in a burst each sees
-an instance as busier by its rank there, 0 to R - 1, another one for each replica: rounding to multiples of R
-with offsets 0..R - 1 adds up to what a single replica would have placed.
+*Ranks.* The greater of the two, by instance, is what siblings are expected to add to an instance by the time
+that they are heard. Each replica holds so many requests like the one in hand against the instances, times
+their rank there, 0 to R - 1, another one for each replica: each begins with a part of the fleet of its own.
+Where nobody is expected nothing changes; and since it counts for the uncached part of a prompt alone,
+prefixes draw as ever.
+
+*Echo.* A placement that was drawn by room alone, of a second message, counts R-fold until it comes back: the
+siblings see the same room. One drawn by a prefix says nothing of what siblings, asked for other prompts, do.
 """
 
 from __future__ import annotations
@@ -24,49 +29,67 @@ from penstock.scheduler.loads import Loads
 WINDOW_S = 0.1
 # Of placements on their way; past it the oldest count once.
 MAX_ECHOES = 4096
-# Share of the last placement in the mean prefill of one.
-_LAST = 0.1
+# Share of the last placement in the mean of siblings' placements unseen.
+_LAST = 0.05
+# Placements expected on an instance below which nobody is, and what a change of them is worth showing.
+_FEW, _CHANGE = 1 / 256, 0.25
 
 
 class Echo:
-    """Keeps `echo`, `echo_ms`, `rank` and `rank_ms` of the loads; `now` is a monotonic clock in seconds."""
+    """Keeps `echo`, `echo_ms` and `rank` of the loads; `now` is a monotonic clock in seconds."""
 
     def __init__(self, loads: Loads) -> None:
         self._loads = loads
-        # Placements made here and not come back: (until, slot, requests expected elsewhere, ms of prefill).
-        self._under_way: deque[tuple[float, int, int, float]] = deque()
-        self._mean_ms, self._replicas, self._ranked = 0.0, 1, False
+        # Placements made here and not come back: (until, slot, requests expected elsewhere, ms of prefill,
+        # placements of siblings heard of before).
+        self._under_way: deque[tuple[float, int, int, float, int]] = deque()
+        self._replicas = 1
         self._ranks: dict[int, int] = {}
-        # Decided while nothing was on its way: alone as far as is known.
-        self._first: object = None
+        # Of siblings: placements heard of, and the mean number that a placement is made without knowing.
+        self._heard, self._unseen = 0, 0.0
+        # The message in hand, and how many placements were under way when it came.
+        self._message: object = None
+        self._before = 0
+        # What each rank counts as it is shown, in requests.
+        self._shown = 0.0
 
     def rank(self, slots: Iterable[int], own: int, replicas: int) -> None:
         """`slots` in an order that all replicas share, this one the `own`-th (from 0) of `replicas`."""
         self._replicas = replicas
         self._ranks = {slot: (position + own) % replicas for position, slot in enumerate(slots)}
-        self._show_ranks(False)
+        if replicas < 2:
+            self._unseen = 0.0
+        self._show(self._expected())
 
-    def placed_here(self, message: object, slot: int, uncached_tokens: int, now: float) -> None:
-        """A placement of this replica, asked for by `message`."""
+    def placed_here(
+        self, message: object, slot: int, uncached_tokens: int, now: float, *, by_prefix: bool = False
+    ) -> None:
+        """A placement of this replica, asked for by `message`; `by_prefix`: on an instance that holds a part
+        of its prompt."""
         if self._replicas < 2:
             return
         if len(self._under_way) >= MAX_ECHOES:
             self._end(1)
-        if not self._under_way:
-            self._first = message
-        burst = message is not self._first
-        expected = (self._replicas - 1) * burst
+        if message is not self._message:
+            self._message, self._before = message, len(self._under_way)
         ms_each = uncached_tokens * self._loads.ms_per_token.item(slot)
-        self._mean_ms += (ms_each - self._mean_ms) * (_LAST if self._mean_ms else 1.0)
-        self._under_way.append((now + WINDOW_S, slot, expected, expected * ms_each))
-        if burst:
+        expected = 0 if by_prefix or not self._before else self._replicas - 1
+        self._under_way.append((now + WINDOW_S, slot, expected, expected * ms_each, self._heard))
+        if expected:
             self._add(slot, expected, expected * ms_each)
-            if not self._ranked:
-                self._show_ranks(True)
+        self._adjust()
+
+    def heard(self, placements: int) -> None:
+        """So many placements of siblings came in."""
+        self._heard += placements
 
     def came_back(self, placements: int) -> None:
         """So many placements of this replica, the oldest on their way, came back by the bus."""
-        self._end(min(placements, len(self._under_way)))
+        count = min(placements, len(self._under_way))
+        for number in range(count):
+            unseen = self._heard - self._under_way[number][4]
+            self._unseen += (unseen - self._unseen) * _LAST
+        self._end(count)
 
     def expire(self, now: float) -> None:
         """Give up what did not come back."""
@@ -81,11 +104,11 @@ class Echo:
 
     def _end(self, count: int) -> None:
         for _ in range(count):
-            _, slot, expected, ms = self._under_way.popleft()
+            _, slot, expected, ms, _ = self._under_way.popleft()
             if expected:
                 self._add(slot, -expected, -ms)
-        if self._ranked and not self._under_way:
-            self._show_ranks(False)
+        self._before = max(0, self._before - count)
+        self._adjust()
 
     def _add(self, slot: int, requests: int, ms: float) -> None:
         loads = self._loads
@@ -94,14 +117,19 @@ class Echo:
         loads.echo_ms[slot] = max(0.0, loads.echo_ms.item(slot) + ms) if loads.echo.item(slot) else 0.0
         loads.sum_up(slot)
 
-    def _show_ranks(self, shown: bool) -> None:
-        self._ranked = shown
-        loads = self._loads
-        loads.rank.fill(0.0)
-        loads.rank_ms.fill(0.0)
-        if shown and self._ranks:
-            slots = np.fromiter(self._ranks.keys(), dtype=np.intp)
-            ranks = np.fromiter(self._ranks.values(), dtype=np.float64)
-            loads.rank[slots] = ranks
-            loads.rank_ms[slots] = ranks * self._mean_ms
-        loads.sum_up_all()
+    def _expected(self) -> float:
+        """Placements of siblings by instance, 0..1, made by the time that they are heard."""
+        unseen = max(self._unseen, (self._replicas - 1.0) * self._before)
+        expected = min(1.0, unseen / len(self._ranks)) if self._ranks and self._replicas > 1 else 0.0
+        return expected if expected >= _FEW else 0.0
+
+    def _adjust(self) -> None:
+        """Show what is expected, if it is another than what is shown."""
+        expected, shown = self._expected(), self._shown
+        if abs(expected - shown) > _CHANGE * max(expected, shown):
+            self._show(expected)
+
+    def _show(self, expected: float) -> None:
+        self._shown = expected
+        slots = np.fromiter(self._ranks.keys(), dtype=np.intp)
+        self._loads.put_ranks(slots, np.fromiter(self._ranks.values(), dtype=np.float64) * expected)

@@ -48,21 +48,20 @@ class Loads:
     """One number per slot.
 
     From the ledger: `requests`, `tokens` and `pending` (prompt tokens before a first answer) in flight;
-    `echo` and `echo_ms` are what siblings are expected to add, `rank` and `rank_ms` what keeps them apart
-    (see Echo). From the engine: `running`,
-    `waiting` as of the monotonic second `status_at` (-inf: never), `kv_usage_ratio` as of `kv_at`,
-    `kv_tokens` its KV size (0: unknown). From the ingresses, fading: sums of `prefill_ms`,
-    `prefill_tokens`, `decode_ms`, `decode_tokens`, `answers`, `answer_tokens`, `served` (2 x prompt +
-    output tokens). `weight` is relative to the mean of all instances.
+    `echo` and `echo_ms` are what siblings are expected to add, `rank` what keeps them apart, in requests (see
+    Echo). From the engine: `running`, `waiting` as of the monotonic second `status_at` (-inf: never),
+    `kv_usage_ratio` as of `kv_at`, `kv_tokens` its KV size (0: unknown). From the ingresses, fading: sums of
+    `prefill_ms`, `prefill_tokens`, `decode_ms`, `decode_tokens`, `answers`, `answer_tokens`, `served` (2 x
+    prompt + output tokens). `weight` is relative to the mean of all instances.
 
-    Derived: `queued` (requests with echo / weight), `ms_per_token` of prefill, `tpot_ms`, `output_tokens` per
-    answer, `backlog_ms` (prefill ahead of a new prompt), `kv_used` (0..1), `kv_size` in tokens,
-    `kv_wait_ms`, `wait_ms` (all that a new prompt waits for), `busy` (share of the last time with work),
-    `usual` (requests).
+    Derived: `queued` (requests with echo / weight), `ms_per_token` of prefill, `ranked_ms_per_token` (the
+    same, (1 + rank)-fold), `tpot_ms`, `output_tokens` per answer, `backlog_ms` (prefill ahead of a new
+    prompt), `kv_used` (0..1), `kv_size` in tokens, `kv_wait_ms`, `wait_ms` (all that a new prompt waits for),
+    `busy` (share of the last time with work), `usual` (requests).
     """
 
     GIVEN = (
-        *("requests", "tokens", "pending", "echo", "echo_ms", "rank", "rank_ms"),
+        *("requests", "tokens", "pending", "echo", "echo_ms", "rank"),
         *("running", "waiting", "kv_usage_ratio", "status_at", "kv_at", "kv_tokens", "weight"),
     )
     FADING = (
@@ -70,7 +69,16 @@ class Loads:
         *("answers", "answer_tokens", "served"),
     )
     DERIVED = (
-        *("queued", "ms_per_token", "tpot_ms", "output_tokens", "backlog_ms", "kv_used", "kv_size"),
+        *(
+            "queued",
+            "ms_per_token",
+            "ranked_ms_per_token",
+            "tpot_ms",
+            "output_tokens",
+            "backlog_ms",
+            "kv_used",
+            "kv_size",
+        ),
         *("kv_wait_ms", "wait_ms", "busy", "usual"),
     )
     NAMES = GIVEN + FADING + DERIVED
@@ -79,6 +87,7 @@ class Loads:
         "kv_at": -math.inf,
         "weight": 1.0,
         "ms_per_token": DEFAULT_MS_PER_TOKEN,
+        "ranked_ms_per_token": DEFAULT_MS_PER_TOKEN,
         "tpot_ms": DEFAULT_TPOT_MS,
         "output_tokens": DEFAULT_OUTPUT_TOKENS,
         "kv_size": DEFAULT_KV_TOKENS,
@@ -89,7 +98,6 @@ class Loads:
     echo: Floats
     echo_ms: Floats
     rank: Floats
-    rank_ms: Floats
     running: Floats
     waiting: Floats
     kv_usage_ratio: Floats
@@ -106,6 +114,7 @@ class Loads:
     served: Floats
     queued: Floats
     ms_per_token: Floats
+    ranked_ms_per_token: Floats
     tpot_ms: Floats
     output_tokens: Floats
     backlog_ms: Floats
@@ -155,7 +164,7 @@ class Loads:
         cells = self._cells
         queued = cells.requests[slot] + cells.echo[slot] + cells.rank[slot]
         cells.queued[slot] = queued / cells.weight[slot]
-        ahead_ms = cells.backlog_ms[slot] + cells.echo_ms[slot] + cells.rank_ms[slot] + cells.kv_wait_ms[slot]
+        ahead_ms = cells.backlog_ms[slot] + cells.echo_ms[slot] + cells.kv_wait_ms[slot]
         cells.wait_ms[slot] = ahead_ms + queued * (STEPS_PER_REQUEST * cells.tpot_ms[slot])
 
     def advance(self, now: float) -> None:
@@ -178,8 +187,15 @@ class Loads:
         """`sum_up` for all slots."""
         queued = self.requests + self.echo + self.rank
         np.divide(queued, self.weight, out=self.queued)
-        ahead_ms = self.backlog_ms + self.echo_ms + self.rank_ms + self.kv_wait_ms
+        ahead_ms = self.backlog_ms + self.echo_ms + self.kv_wait_ms
         np.add(ahead_ms, queued * self.tpot_ms * STEPS_PER_REQUEST, out=self.wait_ms)
+
+    def put_ranks(self, slots: Rows, ranks: Floats | float) -> None:
+        """Ranks of these slots, 0 for all others."""
+        self.rank.fill(0.0)
+        self.rank[slots] = ranks
+        np.multiply(self.ms_per_token, 1.0 + self.rank, out=self.ranked_ms_per_token)
+        self.sum_up_all()
 
     def _keep_kv(self, now: float) -> None:
         known = self.kv_tokens > 0
@@ -211,6 +227,7 @@ class Loads:
             / (PRIOR_PREFILL_TOKENS + self.prefill_tokens[slots]),
             *MS_PER_TOKEN,
         )
+        self.ranked_ms_per_token[slots] = self.ms_per_token[slots] * (1.0 + self.rank[slots])
         prior = _mean(self.decode_ms[slots], self.decode_tokens[slots], DEFAULT_TPOT_MS) / weight
         self.tpot_ms[slots] = np.clip(
             (PRIOR_DECODE_TOKENS * prior + self.decode_ms[slots])
@@ -226,7 +243,7 @@ class _Cells:
     """Some of the arrays, to read and write one number of: 0.09 us instead of numpy's 0.3."""
 
     __slots__ = (
-        *("requests", "tokens", "pending", "backlog_ms", "echo", "echo_ms", "rank", "rank_ms", "kv_wait_ms"),
+        *("requests", "tokens", "pending", "backlog_ms", "echo", "echo_ms", "rank", "kv_wait_ms"),
         *("queued", "wait_ms", "weight", "ms_per_token", "tpot_ms"),
     )
 
@@ -234,7 +251,7 @@ class _Cells:
         self.requests, self.tokens = _cells(loads.requests), _cells(loads.tokens)
         self.pending, self.backlog_ms = _cells(loads.pending), _cells(loads.backlog_ms)
         self.echo, self.echo_ms = _cells(loads.echo), _cells(loads.echo_ms)
-        self.rank, self.rank_ms = _cells(loads.rank), _cells(loads.rank_ms)
+        self.rank = _cells(loads.rank)
         self.kv_wait_ms, self.wait_ms = _cells(loads.kv_wait_ms), _cells(loads.wait_ms)
         self.queued, self.weight = _cells(loads.queued), _cells(loads.weight)
         self.ms_per_token, self.tpot_ms = _cells(loads.ms_per_token), _cells(loads.tpot_ms)

@@ -117,6 +117,8 @@ class Replica:
         elif request.stage is Stage.DECODE:
             parts = ((*own[:3], 0, 0),)
         placed, within_s = [], confirm_within_s(batch)
+        basis = decision.basis
+        drawn = outcome.matched_blocks > 0 and basis is not None and basis.profile.by_prefix
         for decision_id, instance, slot, matched, to_compute in parts:
             known = self.index.insert(decision.hashes, slot, matched)
             one = Placed(
@@ -130,7 +132,7 @@ class Replica:
                 to_compute,
             )
             self.ledger.place(one, within_s, now)
-            self._echo.placed_here(batch, slot, to_compute, now)
+            self._echo.placed_here(batch, slot, to_compute, now, by_prefix=drawn)
             placed.append(one)
         self._kv_bound.placed(request.prompt_tokens, len(decision.hashes))
         self.view.take(self.ledger.changes())
@@ -164,6 +166,7 @@ class Replica:
 
     def _follow(self, feed: PlacedFeed, now: float) -> None:
         self._age.fed(now)
+        self._echo.heard(len(feed.placed))
         missed = self._reader.missed(feed)
         self.feed_missed += missed
         self.missing += missed

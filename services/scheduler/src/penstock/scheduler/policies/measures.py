@@ -53,20 +53,21 @@ class ExpectedTtft:
     less the time since they were placed), plus half a decode step (TPOT, ms) for each request in flight,
     since each lengthens the steps that prefill shares, plus up to 1 s for a KV cache that is nearly full
     (from 0.9 on). Uncached is the prompt less the share of it that the instance holds by the
-    prefix index. Speeds are those that ingresses measured, fading, else the pool's (see Loads).
-    Waiting counts `wait_weight` times.
+    prefix index. Speeds are those that ingresses measured, fading, else the pool's (see Loads). While
+    siblings decide at the same time, uncached tokens count (1 + rank)-fold (see Echo): requests that room
+    alone draws keep apart. Waiting counts `wait_weight` times.
     """
 
     wait_weight: float = 1.0
     small: float = 100.0
     by_prefix: bool = True
-    reads: ClassVar[tuple[str, ...]] = ("ms_per_token", "wait_ms")
+    reads: ClassVar[tuple[str, ...]] = ("ranked_ms_per_token", "wait_ms")
 
     def of(self, case: Case, candidates: Candidates) -> Floats:
         loads, slots = candidates.loads, candidates.kept.slots
         tokens = case.request.prompt_tokens
         # `take` needs half the time of an index.
-        cost = loads.ms_per_token.take(slots)
+        cost = loads.ranked_ms_per_token.take(slots)
         if candidates.steps:
             uncached = candidates.shares(case, -tokens)
             uncached += tokens
