@@ -89,9 +89,10 @@ def test_nixl_passes_what_prefill_returned_on_as_it_is(staged: bool) -> None:
     assert b'"kv_transfer_params":' + given_back in edited(members(BODY), protocol.decode(PAIR, answer))
 
 
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("name", ["vllm-nixl", "vllm-mooncake"])
-def test_without_parameters_decode_computes_the_prompt(name: str) -> None:
-    _, decode = received(name, staged=False)
+def test_without_parameters_decode_computes_the_prompt(name: str, staged: bool) -> None:
+    _, decode = received(name, staged=staged)
     assert decode == sent_by_client()
 
 
@@ -106,18 +107,23 @@ def test_mooncake_of_the_older_generation(staged: bool) -> None:
     assert find("vllm-mooncake", staged=staged).question(PAIR, answer) is None
 
 
-def test_mooncake_of_the_current_generation_asks_the_bootstrap_server() -> None:
-    protocol = find("vllm-mooncake", staged=True)
+@pytest.mark.parametrize("staged", [False, True])
+def test_mooncake_of_the_current_generation_asks_the_bootstrap_server(staged: bool) -> None:
+    protocol = find("vllm-mooncake", staged=staged)
+    assert protocol.order is Order.PREFILL_FIRST
     assert protocol.question(PAIR, Answer()) == Question(8999, "/query")
     asked = {"0": {"engine_id": "other"}, "1": {"engine_id": "e-1", "worker_addr": {}}}
-    _, decode = received("vllm-mooncake", staged=True, answer=Answer(asked=asked))
-    assert decode["kv_transfer_params"] == {
+    prefill, decode = received("vllm-mooncake", staged=staged, answer=Answer(asked=asked))
+    # The same for both generations: prefill's answer tells which one it is.
+    assert prefill == {**REST, "stream": False, "kv_transfer_params": {**HOLD, "transfer_id": "xfer-1"}}
+    params = {
         "do_remote_decode": False,
         "do_remote_prefill": True,
         "remote_bootstrap_addr": "http://10.0.0.1:8999",
         "remote_engine_id": "e-1",
         "transfer_id": "xfer-1",
     }
+    assert decode == sent_by_client(kv_transfer_params=params)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +163,10 @@ def test_rooms_fit_and_tell_the_rank(draw: int, rank: int, size: int) -> None:
 
 def test_prefill_writes_one_token_whichever_way_the_client_asks() -> None:
     parts = members(b'{"model":"m","messages":[1],"max_completion_tokens":9}')
-    for name in ("vllm-kvt", "vllm-nixl", "vllm-mooncake"):
-        body = msgspec.json.decode(edited(parts, find(name, staged=True).prefill(PAIR, parts)))
-        assert (body["max_tokens"], body["max_completion_tokens"]) == (1, 1)
+    for modes in PROTOCOLS.values():
+        for protocol in modes.values():
+            body = msgspec.json.decode(edited(parts, protocol.prefill(PAIR, parts)))
+            assert (body["max_tokens"], body["max_completion_tokens"]) == (1, 1)
 
 
 def test_what_is_between_gateway_and_engines_does_not_come_from_clients() -> None:
