@@ -50,8 +50,8 @@ def test_prompts_go_to_the_pair_of_their_length_else_to_a_neutral_instance(
 
 @BOTH_MODES
 def test_a_pair_of_which_half_takes_the_length_is_none(mode: Mode, stage: Stage) -> None:
-    # The decode instance of the medium prompts is gone: prefill there would have nobody to decode for it.
-    fleet = [*tiered("short"), tiered("medium")[0], COMBINED]
+    # Prefill there would have nobody to decode for it.
+    fleet = [instance("p1", labels={"tier": "medium"}), instance("d1", labels={"tier": "short"}), COMBINED]
     placed, _ = place(bucketed(*fleet), request("x", mode, stage=stage, prompt_tokens=20))
     assert (placed.instance, placed.prefill_instance) == ("n1", "")
 
