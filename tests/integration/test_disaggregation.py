@@ -28,7 +28,7 @@ FLAGS = (
 SOAK = "PENSTOCK_SOAK_SECONDS" in os.environ
 # Questions after which one has surely met one of two instances.
 TURNS = 40
-# Requests whose clients leave, over all connectors.
+# Clients that leave before they are answered, over all connectors.
 CANCELLED, CLIENTS = int(os.environ.get("PENSTOCK_CANCELS", "10000" if SOAK else "200")), 20
 PROMPT = "What is the answer to everything? " * 20
 # A conversation in which a tool was called before.
@@ -317,18 +317,26 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     chance = random.Random(model)
     modes = [mode for mode in pd.urls if (model, mode) in MODES]
 
-    async def leave(number: int) -> None:
+    async def leave(number: int, within_s: float) -> bool:
+        """Whether the client left before the answer was complete."""
         body = body_of(model, stream=bool(number % 2), user=str(number))
         body["messages"][0]["content"] = f"{number} {PROMPT}"
         body["max_tokens"] = 40
+        url = pd.urls[modes[number // 2 % len(modes)]]
         try:
-            async with asyncio.timeout(chance.uniform(0, 0.3)):
-                await ask(session, pd.urls[modes[number % len(modes)]], body, **{"routing-strategy": "pd"})
+            async with asyncio.timeout(chance.uniform(0, within_s)):
+                await ask(session, url, body, **{"routing-strategy": "pd"})
         except TimeoutError:
-            pass
+            return True
+        return False
 
-    for start in range(0, CANCELLED // len(CONNECTORS), CLIENTS):
-        await asyncio.gather(*(leave(start + n) for n in range(CLIENTS)))
+    left, asked, within_s = 0, 0, 0.3
+    while left < CANCELLED // len(CONNECTORS):
+        gone = sum(await asyncio.gather(*(leave(asked + n, within_s) for n in range(CLIENTS))))
+        left, asked = left + gone, asked + CLIENTS
+        # About half of them leave, so that they do it in every phase, however fast the machine is.
+        within_s *= 0.8 if gone < CLIENTS // 2 else 1.25
+    print(f"{model}: {left} of {asked} clients left")
     await pd.settled(session)
 
 
