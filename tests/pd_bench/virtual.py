@@ -87,7 +87,7 @@ def _neutral(
         lambda name: trace[int(name)].packed_hashes,
         index_blocks=settings.prefix_index_blocks,
         kv_factor=settings.prefix_index_kv_factor,
-        seed=settings.seed,
+        seed=settings.seeds[0],
     )
     cluster = Cluster(engines, schedulers.decide, schedulers.observe)
     outcomes = cluster.run(map(Arrival, times, requests))
@@ -115,7 +115,7 @@ def _divided(
         transfer=TRANSFER,
         index_blocks=settings.prefix_index_blocks,
         kv_factor=settings.prefix_index_kv_factor,
-        seed=settings.seed,
+        seed=settings.seeds[0],
     )
     cluster = Cluster(engines, schedulers.decide_part, schedulers.observe)
     schedulers.later = cluster.add

@@ -47,6 +47,17 @@ def test_placement_by_prefix_beats_chance(capsys: pytest.CaptureFixture[str]) ->
     assert chance["hit_ratio_to_oracle"] is None
 
 
+def test_on_a_mixed_fleet_the_default_sends_work_where_it_is_done_sooner(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--policy", "cache-aware,least-request", "--slow-ratio", "0.5", "--slow-speed", "0.3")
+    aware, fewest = runs(capsys, *flags)
+    even, _ = runs(capsys, *flags[:2])
+    assert aware["ttft_mean_s"] < 0.8 * fewest["ttft_mean_s"]
+    assert even["ttft_mean_s"] < aware["ttft_mean_s"]
+    assert "50% of them at 0.3 x speed" in replay(capsys, *flags, "--limit", "2")
+
+
 SEEDED = (
     *("--policy", "cache-aware,random,ref:aibrix-prefix-cache", "--limit", "100"),
     *("--replicas", "2", "--ingresses", "3", "--json"),
@@ -62,6 +73,29 @@ def test_the_same_seed_gives_the_same_output_in_every_process(capsys: pytest.Cap
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == replay(capsys, *SEEDED)
+
+
+def test_several_seeds_are_a_line_with_their_mean_and_range(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ("--policy", "cache-aware,oracle", "--limit", "30", "--ingresses", "3", "--replicas", "2")
+    plot = tmp_path / "plot.svg"
+    out = replay(capsys, *flags, "--seed", "1,2,3", "--plot", str(plot))
+    lines = out.split("\n\n")[1].splitlines()[1:]
+    assert "seeds 1,2,3" in out
+    assert [line.split()[:2] for line in lines] == [
+        ["cache-aware", "1"],
+        ["cache-aware", "2"],
+        ["oracle", "1"],
+    ]
+    assert plot.read_text().count(">oracle, 1 repl<") == 6
+    found = runs(capsys, *flags, "--seed", "1,2,3")
+    several = [run["ttft_mean_s"] for run in found if run["replicas"] == 2]
+    assert len(several) == len(set(several)) == 3
+    mean, low, high = sum(several) / 3, min(several), max(several)
+    assert f"{mean:.2f} ({low:.2f}..{high:.2f})" in lines[1]
+    alone = [run["hit_ratio_to_one_replica"] for run in found if run["replicas"] == 2]
+    assert None not in alone
 
 
 def test_replicas_are_compared_with_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +181,8 @@ def faults(*flags: str) -> str:
         (("--instances", "0"), "--instances is a list of numbers from 1 to 256"),
         (("--instances", "8,x"), "--instances is a list of numbers"),
         (("--replicas", "1.5"), "--replicas is a list of numbers"),
+        (("--seed", "-1"), "--seed is a list of numbers from 0"),
+        (("--seed", "0.5"), "--seed is a list of numbers"),
         (("--event-delay-ms", "nan"), "--event-delay-ms is a list of numbers from 0"),
         (("--max-batch", "4096"), "--step-token-budget is at least --max-batch"),
     ],

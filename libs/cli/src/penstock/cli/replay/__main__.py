@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from penstock.cli.replay.plot import svg
-from penstock.cli.replay.report import as_json, header, table
+from penstock.cli.replay.report import as_json, header, over_seeds, table
 from penstock.cli.replay.run import Run, replay
 from penstock.cli.replay.schedulers import ReplayFailed
 from penstock.cli.replay.settings import PROG, ReplaySettings
@@ -47,7 +47,7 @@ def _runs(settings: ReplaySettings, trace: Sequence[TraceRequest]) -> Iterator[R
 
 
 def _label(setup: Setup) -> str:
-    return f"{setup.policy}, {setup.instances} instances, {setup.replicas} replicas"
+    return f"{setup.policy}, {setup.instances} instances, {setup.replicas} replicas, seed {setup.seed}"
 
 
 def _progress(label: str, total: int) -> Callable[[int], None]:
@@ -68,7 +68,7 @@ def _tell(settings: ReplaySettings, runs: Sequence[Run], name: str, requests: in
         print(f"{header(settings, title)}\n\n{table(runs)}")
     if settings.plot is not None:
         try:
-            settings.plot.write_text(svg(runs, title), encoding="utf-8")
+            settings.plot.write_text(svg(over_seeds(runs), title), encoding="utf-8")
         except OSError as exc:
             print(f"{PROG}: --plot: {settings.plot}: {exc.strerror}", file=sys.stderr)
             return 1

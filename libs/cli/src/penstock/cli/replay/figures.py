@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -76,6 +77,22 @@ def figures(
         good / span_s if span_s else 0.0,
         imbalance(served, instances),
     )
+
+
+def together(served: Sequence[Served]) -> Served:
+    """Requests of several runs as one."""
+    return Served(
+        *(np.concatenate([getattr(one, name) for one in served]) for name in Served.__struct_fields__)
+    )
+
+
+def mean(of: Sequence[Figures]) -> Figures:
+    """Figure by figure; a figure that some do not have nobody has."""
+    return Figures(*(_mean([getattr(one, name) for one in of]) for name in Figures.__struct_fields__))
+
+
+def _mean(values: Sequence[float | None]) -> Any:
+    return None if None in values else float(np.mean([value for value in values if value is not None]))
 
 
 def _percentiles(values: Floats) -> tuple[float, float, float]:

@@ -37,7 +37,7 @@ class Run(msgspec.Struct, frozen=True):
 
 def replay(settings: ReplaySettings, setup: Setup, trace: Sequence[TraceRequest], progress: Progress) -> Run:
     """Run it. Raises ReplayFailed if the scheduler refuses a request, or a policy of one's own fails."""
-    engines = [Engine(settings.spec()) for _ in range(setup.instances)]
+    engines = [Engine(spec) for spec in settings.specs(setup.instances)]
     decider = _decider(settings, setup, trace, engines)
     decided = 0
 
@@ -61,7 +61,7 @@ def _decider(
     settings: ReplaySettings, setup: Setup, trace: Sequence[TraceRequest], engines: Sequence[Engine]
 ) -> Schedulers | Reference:
     if setup.reference:
-        return REFERENCES[setup.policy](Random(settings.seed), setup.instances, settings.block_size)
+        return REFERENCES[setup.policy](Random(setup.seed), setup.instances, settings.block_size)
     schedulers = Schedulers(
         engines,
         Catalog(Thresholds(), settings.custom_policies),
@@ -69,7 +69,7 @@ def _decider(
         lambda request_id: trace[int(request_id)].packed_hashes,
         index_blocks=settings.prefix_index_blocks,
         kv_factor=settings.prefix_index_kv_factor,
-        seed=settings.seed,
+        seed=setup.seed,
     )
     if setup.all_knowing:
         schedulers.use_index(TrueCaches(engines))

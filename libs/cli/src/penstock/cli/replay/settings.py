@@ -29,6 +29,8 @@ MAX_INSTANCES = 256
 MAX_REPLICAS = 16
 MAX_INGRESSES = 64
 MAX_DELAY_MS = 10_000
+# What a float still tells apart.
+MAX_SEED = 2**53
 MAX_POLICIES = 32
 
 with warnings.catch_warnings():
@@ -79,7 +81,12 @@ with warnings.catch_warnings():
         spread: bool = Field(
             False, description="spread requests with equal times evenly before the next time of the trace"
         )
-        seed: int = Field(0, ge=0, le=2**63 - 1, description="of all chance: the same seed, the same output")
+        seed: str = Field(
+            "0",
+            max_length=200,
+            description=f"of all chance, 0 to {MAX_SEED}: the same seed, the same output; of several, 0,1,2, "
+            "the table shows the mean and the range",
+        )
         kv_blocks: int = Field(
             KV_BLOCKS_70B,
             ge=1,
@@ -104,6 +111,15 @@ with warnings.catch_warnings():
         )
         decode_step_per_seq_ms: float = Field(
             0.3, ge=0, le=60_000, description="milliseconds that each decoding request adds to the step"
+        )
+        slow_ratio: float = Field(
+            0.0, ge=0, le=1, description="share of the instances that are slow; nobody is told which"
+        )
+        slow_speed: float = Field(
+            0.33,
+            gt=0,
+            le=1,
+            description="speed of slow instances in prefill and decode, of that of the others",
         )
         prefix_index_blocks: int = Field(
             1_000_000,
@@ -133,12 +149,13 @@ with warnings.catch_warnings():
                 faults.append("--trace is missing: name a file of requests")
             if self.step_token_budget < self.max_batch:
                 faults.append(f"--step-token-budget is at least --max-batch, which is {self.max_batch}")
-            for name, highest in (
-                ("instances", MAX_INSTANCES),
-                ("replicas", MAX_REPLICAS),
-                ("ingresses", MAX_INGRESSES),
+            for name, lowest, highest in (
+                ("instances", 1, MAX_INSTANCES),
+                ("replicas", 1, MAX_REPLICAS),
+                ("ingresses", 1, MAX_INGRESSES),
+                ("seed", 0, MAX_SEED),
             ):
-                faults += _faults_of_numbers(name, getattr(self, name), 1, highest)
+                faults += _faults_of_numbers(name, getattr(self, name), lowest, highest)
             faults += _faults_of_numbers("event-delay-ms", self.event_delay_ms, 0, MAX_DELAY_MS)
             faults += self._faults_of_policies()
             if faults:
@@ -165,19 +182,29 @@ with warnings.catch_warnings():
             return tuple(dict.fromkeys(name.strip() for name in self.policy.split(",") if name.strip()))
 
         @property
+        def seeds(self) -> tuple[int, ...]:
+            """In order, each once."""
+            return tuple(map(int, numbers(self.seed)))
+
+        @property
         def custom_policies(self) -> Mapping[str, Policy]:
             """The operator's own. Raises PluginError."""
             names = [name.strip() for name in self.policy_module.split(",")]
             return plugins.load(tuple(Path(name) for name in names if name))
 
-        def spec(self) -> EngineSpec:
-            """The engines."""
+        def specs(self, instances: int) -> list[EngineSpec]:
+            """The engines, slow ones last."""
+            slow = round(instances * self.slow_ratio)
+            return [self.spec()] * (instances - slow) + [self.spec(self.slow_speed)] * slow
+
+        def spec(self, speed: float = 1.0) -> EngineSpec:
+            """An engine so many times as fast as the flags say."""
             return EngineSpec(
                 max_batch=self.max_batch,
-                prefill_tokens_per_s=self.prefill_tokens_per_s,
+                prefill_tokens_per_s=max(1, round(self.prefill_tokens_per_s * speed)),
                 step_token_budget=self.step_token_budget,
-                decode_step_s=self.decode_step_ms / 1000,
-                decode_step_per_seq_s=self.decode_step_per_seq_ms / 1000,
+                decode_step_s=self.decode_step_ms / 1000 / speed,
+                decode_step_per_seq_s=self.decode_step_per_seq_ms / 1000 / speed,
                 kv_blocks=self.kv_blocks,
                 block_size=self.block_size,
                 max_waiting=1_000_000,

@@ -19,6 +19,7 @@ class Setup:
     replicas: int = 1
     delay_ms: float = 0.0
     ingresses: int = 1
+    seed: int = 0
 
     @property
     def all_knowing(self) -> bool:
@@ -40,6 +41,11 @@ class Setup:
         """The same with one replica."""
         return replace(self, replicas=1)
 
+    @property
+    def any_seed(self) -> Setup:
+        """What runs that differ in chance alone have in common."""
+        return replace(self, seed=0)
+
 
 def setups(settings: ReplaySettings) -> Iterator[Setup]:
     """In the order of the report. All-knowing ones and references have one replica, one ingress, no delay."""
@@ -47,17 +53,18 @@ def setups(settings: ReplaySettings) -> Iterator[Setup]:
     delays, ingresses = numbers(settings.event_delay_ms), numbers(settings.ingresses)
     for instances in map(int, numbers(settings.instances)):
         for policy in settings.policies:
-            plain = Setup(policy, instances)
-            if plain.all_knowing or plain.reference:
-                yield plain
+            plain = [Setup(policy, instances, seed=seed) for seed in settings.seeds]
+            if plain[0].all_knowing or plain[0].reference:
+                yield from plain
                 continue
-            for count, delay_ms, entries in product(replicas, delays, map(int, ingresses)):
-                yield replace(plain, replicas=count, delay_ms=delay_ms, ingresses=entries)
+            for count, delay_ms, entries, one in product(replicas, delays, map(int, ingresses), plain):
+                yield replace(one, replicas=count, delay_ms=delay_ms, ingresses=entries)
 
 
 def oracle_of(setup: Setup, others: list[Setup]) -> Setup | None:
     """The all-knowing setup with the same policy and fleet, if it was run."""
     for other in others:
-        if other.all_knowing and (other.asked, other.instances) == (setup.asked, setup.instances):
+        alike = other.asked, other.instances, other.seed
+        if other.all_knowing and alike == (setup.asked, setup.instances, setup.seed):
             return None if other == setup else other
     return None
