@@ -9,7 +9,7 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-pd bench-replicas fmt docs
+.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-pd bench-replicas bench-traces fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ unit: sync ## tests of the packages
 	$(BIN)/pytest -n 2 libs services tests/fuzz tests/deploy $(ARGS)
 
 integration: sync ## services as processes, real servers
-	$(BIN)/pytest -n 4 --dist loadfile tests/integration $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder tests/integration $(ARGS)
 
 soak: sync ## outages for a minute each, then at random for a minute (PENSTOCK_SOAK_SECONDS=600 PENSTOCK_SEED=1)
 	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-60} $(BIN)/pytest -s --timeout 0 tests/soak tests/deploy/test_images.py tests/integration/test_failures.py tests/integration/test_outages.py tests/integration/test_scaling.py tests/integration/test_etcd_failover.py tests/integration/test_leaks.py tests/integration/test_limits.py tests/integration/test_limit_stores.py tests/integration/test_disaggregation.py $(ARGS)
@@ -75,6 +75,9 @@ bench-replicas: sync ## schedulers over the bus, and sessions through 8 ingress 
 
 bench-limits: sync ## what limits and API keys cost a request, by store (ARGS="--rounds 7 --only off+nats")
 	PYTHONPATH=tests $(BIN)/python -m limits_bench $(ARGS)
+
+bench-traces: sync ## what traces cost a request, off and at 1 % (ARGS="--rounds 30 --percent 1,100")
+	PYTHONPATH=tests $(BIN)/python -m trace_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/
 	$(BIN)/python -m penstock.cli.docs

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def unscheduled() -> Iterator[StackOfUsers]:
-    """No scheduler but the fake one; nothing may make it wait long for one that does not answer."""
+    """No scheduler but the fake one; nothing may make it wait long for one that is not there."""
     with stack_of_users() as stack:
         stack.start_sims(1)
         stack.start_discovery()
-        stack.start_ingress("--schedule-timeout", "0.5")
+        stack.start_ingress("--schedule-timeout", "0.5", "--waiting-timeout", "1")
         yield stack
 
 

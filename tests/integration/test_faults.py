@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
@@ -14,14 +15,14 @@ from integration.stack import Stack, chat, engine_state, metric, running_stack, 
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-async def stack() -> AsyncIterator[Stack]:
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
     with running_stack() as stack:
         stack.start_sims(2)
         stack.start_discovery()
         stack.start_scheduler()
         stack.start_ingress("--request-timeout", "2", "--stream-idle-timeout", "1")
-        await stack.ready()
+        asyncio.run(stack.ready())
         yield stack
 
 
@@ -100,12 +101,18 @@ async def test_a_fault_during_a_plain_answer_breaks_the_connection(
 async def test_a_client_that_leaves_ends_the_engines_work(
     stack: Stack, session: aiohttp.ClientSession
 ) -> None:
+    before = await aborted(stack, session)
     stream = stream_chat(session, stack.url, "a long story", max_tokens=5000)
     await anext(stream)
     await stream.aclose()
     await assert_nothing_is_held(stack, session)
+    assert await aborted(stack, session) == before + 1
+
+
+async def aborted(stack: Stack, session: aiohttp.ClientSession) -> int:
+    """Requests that the engines broke off."""
     states = [await engine_state(session, engine) for engine in stack.engines]
-    assert sum(state["aborted"] for state in states) == 1
+    return sum(state["aborted"] for state in states)
 
 
 async def test_an_engine_that_refuses_connections_costs_no_request(

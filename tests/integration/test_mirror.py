@@ -206,8 +206,12 @@ async def test_two_replicas_share_the_copies_and_no_copy_is_sent_twice(tmp_path:
         await eventually(lambda: len(lab.shadow.received) > before)
 
 
-@pytest.mark.parametrize("shadow", ["hangs", "never ends", "refuses", "talks nonsense", "redirects"])
-async def test_whatever_the_shadow_does_clients_are_answered(lab: Lab, shadow: str) -> None:
+async def test_whatever_the_shadow_does_clients_are_answered(lab: Lab) -> None:
+    for shadow in ("hangs", "never ends", "refuses", "talks nonsense", "redirects"):
+        await answered_beside(lab, shadow)
+
+
+async def answered_beside(lab: Lab, shadow: str) -> None:
     nonsense = await asyncio.start_server(_talk_nonsense, "127.0.0.1", 0)
     await lab.mirror()
     match shadow:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -14,14 +15,14 @@ from penstock.sim.text import expected_text
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-async def stack() -> AsyncIterator[Stack]:
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
     with running_stack() as stack:
         stack.start_sims(2, "--lora-adapters", "sim-lora")
         stack.start_discovery()
         stack.start_scheduler()
         stack.start_ingress()
-        await stack.ready()
+        asyncio.run(stack.ready())
         yield stack
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import nats
 import pytest
@@ -13,7 +13,7 @@ from nats.js.errors import APIError
 
 from integration.bus_labs import Member, NatsLab, collecting
 from integration.servers import eventually
-from penstock.common.bus import Bus, Listing, Lost, WatchEvent
+from penstock.common.bus import Bus, Change, Listing, Lost, WatchEvent
 from penstock.common.codec import encode_record
 from penstock.common.instances import InstanceTable, complete_key, encode_instance, instance_key
 from penstock.common.messages import CompleteMarker
@@ -220,6 +220,53 @@ async def test_records_that_are_no_instances_harm_nobody(lab: NatsLab) -> None:
         await eventually(lambda: "c" in follower.names)
         assert follower.names == set("abc")
         assert follower.table.undecodable == 4
+
+
+async def test_marks_of_deleted_instances_leave_the_bucket_and_harm_nobody(lab: NatsLab) -> None:
+    """However many come and go; and a record that would leave without a mark is none."""
+    short = replace(INSTANCES, name="short", marks_max_age_s=1)
+    bus = (await lab.member()).bus
+    await bus.ensure_bucket(short)
+    client = await nats.connect(lab.server.url)
+    streams = client.jetstream()
+
+    async def only_one_is_left() -> bool:
+        return (await streams.stream_info(short.stream)).state.messages == 1
+
+    async with collecting(bus.watch(short)) as seen:
+        await eventually(lambda: seen)
+        for number in range(50):
+            await bus.put(short, f"i.{number}", b"x", expected=0)
+        for number in range(50):
+            await bus.delete(short, f"i.{number}")
+        await bus.put(short, "kept", b"x")
+        await eventually(only_one_is_left)
+        assert await bus.put(short, "i.0", b"again", expected=0) > 100
+        await streams.publish(short.subject("forged"), b"x", headers={"Nats-TTL": "1h"})
+        await bus.put(short, "last", b"x")
+        await eventually(lambda: any(isinstance(one, Change) and one.key == "last" for one in seen))
+        assert not any(isinstance(one, Lost) for one in seen)
+        there = {one.key: one.entry is not None for one in seen if isinstance(one, Change)}
+        assert {key for key, exists in there.items() if exists} == {"kept", "last", "i.0"}
+        # Whose key it is has it back.
+        await bus.put(short, "forged", b"mine", expected=0)
+    async with collecting(bus.watch(short)) as seen:
+        await eventually(lambda: seen)
+        assert isinstance(seen[0], Listing)
+        assert seen[0].entries.keys() == {"kept", "last", "i.0", "forged"}
+    await client.close()
+
+
+async def test_the_bucket_of_an_older_release_gets_bounded_marks_too(lab: NatsLab) -> None:
+    bus, old = (await lab.member()).bus, replace(INSTANCES, marks_max_age_s=0)
+    await bus.ensure_bucket(old)
+    await bus.put(old, "key", b"x")
+    assert not await bus.ensure_bucket(INSTANCES)
+    await bus.delete(INSTANCES, "key")
+    client = await nats.connect(lab.server.url)
+    message = await client.jetstream().get_last_msg(INSTANCES.stream, INSTANCES.subject("key"))
+    assert (message.headers or {})["Nats-TTL"] == f"{INSTANCES.marks_max_age_s}s"
+    await client.close()
 
 
 async def test_a_bucket_that_could_be_purged_is_closed_to_it(lab: NatsLab) -> None:

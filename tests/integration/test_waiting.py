@@ -56,7 +56,8 @@ class Crowd:
             await eventually(lambda: self.waiting(waits))
 
     async def fill(self) -> None:
-        """Occupy the engine's slots."""
+        """Occupy the engine's slots, once nothing else does."""
+        await eventually(self.idle)
         for number in range(int(LIMIT)):
             await self.add(f"long {number}", ENDLESS)
         self.holding, self.tasks = self.tasks, []
@@ -66,6 +67,11 @@ class Crowd:
         """Free slots that were occupied."""
         for _ in range(count):
             self.holding.pop().cancel()
+
+    async def idle(self) -> bool:
+        name = "penstock_scheduler_in_flight_requests"
+        ports = self._stack.scheduler_ports if self._stack.schedulers else []
+        return not any([await metric(self._session, port, name) for port in ports])
 
     async def full(self) -> bool:
         port = self._stack.ingresses[0].admin_port

@@ -73,12 +73,14 @@ class Service(Generic[M, R]):
 @dataclass(frozen=True)
 class Bucket:
     """A KV bucket: file storage, history 1. Keys, and marks of deleted ones, that were not written for
-    `max_age_s` leave it without a word to its watches; 0 keeps them."""
+    `max_age_s` leave it without a word to its watches; 0 keeps them. Marks of deleted keys leave it after
+    `marks_max_age_s` (a second at least); 0: as any key. Watches that are not there then list anew anyway."""
 
     name: str
     max_value_bytes: int
     max_bytes: int = 256 * MIB
     max_age_s: float = 0.0
+    marks_max_age_s: int = 0
 
     @property
     def stream(self) -> str:
@@ -165,7 +167,8 @@ MIRROR_PRIMARY = Subject(
     f"{_ROOT}.mirror-primary.*", messages.MirrorPrimary, max_bytes=4 * KIB, unsent_bytes=512 * KIB
 )
 
-INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB)
+# Instances come and go under ever other names; their marks would stay for ever.
+INSTANCES = Bucket("penstock-v1-instances", max_value_bytes=64 * KIB, marks_max_age_s=600)
 # What `penstock register` says of its engines, again and again: a source of discovery like any other store.
 REGISTRATIONS = Bucket(
     "penstock-v1-registrations", max_value_bytes=64 * KIB, max_bytes=128 * MIB, max_age_s=86_400

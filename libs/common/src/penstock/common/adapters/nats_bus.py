@@ -21,7 +21,7 @@ from penstock.common.adapters.nats_connection import NatsConnection, RawSubscrip
 from penstock.common.adapters.nats_counting import add_all
 from penstock.common.adapters.nats_directory import Directory
 from penstock.common.adapters.nats_log import follow, read
-from penstock.common.adapters.nats_streams import api, watch_bucket
+from penstock.common.adapters.nats_streams import TTL, api, watch_bucket
 from penstock.common.adapters.nats_taking import take
 from penstock.common.adapters.nats_wire import Message
 from penstock.common.bus import M, R, Stored, Taken, WatchEvent
@@ -223,6 +223,8 @@ class NatsBus:
             "deny_purge": True,
             "allow_direct": True,
         }
+        if bucket.marks_max_age_s:
+            config["allow_msg_ttl"] = True
         return await self._ensure(bucket.stream, config)
 
     async def _ensure(self, name: str, config: dict[str, Any]) -> bool:
@@ -267,7 +269,8 @@ class NatsBus:
         return await self._write(bucket, key, value, {}, expected)
 
     async def delete(self, bucket: Bucket, key: str, *, expected: int | None = None) -> None:
-        await self._write(bucket, key, b"", DELETED, expected)
+        ttl = {TTL: f"{bucket.marks_max_age_s}s"} if bucket.marks_max_age_s else {}
+        await self._write(bucket, key, b"", DELETED | ttl, expected)
 
     async def _write(
         self, bucket: Bucket, key: str, value: bytes, headers: dict[str, str], expected: int | None
@@ -292,7 +295,8 @@ class NatsBus:
         answer = await api(self._connection, f"STREAM.MSG.GET.{bucket.stream}", body, missing_ok=True)
         message = (answer or {}).get("message", {})
         headers = base64.b64decode(message.get("hdrs", ""))
-        return message.get("seq") if b"KV-Operation" in headers else None
+        gone = b"KV-Operation" in headers or TTL.encode() in headers
+        return message.get("seq") if gone else None
 
     async def watch(self, bucket: Bucket) -> AsyncGenerator[WatchEvent, None]:
         async for event in watch_bucket(self._connection, bucket):

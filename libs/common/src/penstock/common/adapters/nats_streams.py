@@ -26,6 +26,8 @@ CHECK_EVERY_S = 2.0
 RETRY_S = 0.25
 MAX_UNREAD = 65_536
 NANOSECONDS = 1_000_000_000
+# How long a message stays, by its own header (ADR-43).
+TTL = "Nats-TTL"
 _consumers = itertools.count(1)
 
 
@@ -225,6 +227,7 @@ def _last_sequence(info: dict[str, Any] | None) -> int:
 def _entry(bucket: Bucket, delivered: Delivered) -> tuple[str, Entry | None]:
     message = delivered.message
     key = message.subject.removeprefix(bucket.subject(""))
-    if message.headers and message.headers.get("KV-Operation"):
+    # A record that leaves by itself would do so without a mark: none of ours has this, and it counts as none.
+    if message.headers and (message.headers.get("KV-Operation") or message.headers.get(TTL)):
         return key, None
     return key, Entry(message.data, delivered.stream_sequence)
