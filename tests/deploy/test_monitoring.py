@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 import yaml
 
@@ -81,6 +82,35 @@ def test_counters_are_rated_and_gauges_are_not(where: str, expression: str, lege
         family, _ = KNOWN[family_of(metric)]
         rated = re.search(rf"(rate|increase)\({metric}\b", expression)
         assert bool(rated) == (family.kind != "gauge"), (where, metric)
+
+
+@pytest.mark.parametrize(("where", "expression", "legend"), EXPRESSIONS, ids=[e[0] for e in EXPRESSIONS])
+def test_expressions_are_promql(where: str, expression: str, legend: str) -> None:
+    """Functions and the types of their arguments too; with a range where Grafana puts one in."""
+    promql_parser.parse(expression.replace("$__rate_interval", "1m"))
+
+
+@pytest.mark.parametrize("broken", ["sum(rate(a[1m])", "rate(a)", "sum by (x (a)", "nothing_such(a)", "a >"])
+def test_what_is_no_promql_is_found(broken: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        promql_parser.parse(broken)
+
+
+def test_rules_have_the_form_that_prometheus_reads() -> None:
+    """Unknown keys stop its start."""
+    document = yaml.safe_load((MONITORING / "penstock.rules.yaml").read_text())
+    assert document.keys() == {"groups"}
+    names = [group["name"] for group in document["groups"]]
+    assert len(set(names)) == len(names)
+    for group in document["groups"]:
+        assert group.keys() <= {"name", "interval", "rules"}
+    for rule in RULES:
+        assert {"alert", "expr", "labels", "annotations"} <= rule.keys() <= {
+            "alert", "expr", "for", "keep_firing_for", "labels", "annotations",
+        }  # fmt: skip
+        assert re.fullmatch(r"(\d+(ms|[smhdwy]))+", rule.get("for", "0s"))
+        values = re.compile(r"\{\{ *(\$labels\.\w+|\$value( \| humanize\w*)?) *\}\}")
+        assert all("{" not in values.sub("", text) for text in rule["annotations"].values())
 
 
 def test_values_of_labels_that_rules_ask_for_are_written_in_the_code() -> None:

@@ -43,23 +43,29 @@ class Bench:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self._flags = flags
-        self._stacks: dict[str, Stack] = {}
-        self._ways: dict[str, Way] = {}
+        self._spans: dict[str, str] = {}
         self._windows: dict[str, list[Window]] = defaultdict(list)
 
     async def run(self, settings: dict[str, Sequence[str]], engine: str) -> None:
-        """Start each setting, then measure them in every round."""
-        with contextlib.ExitStack() as exits:
-            for name, flags in settings.items():
-                self._stacks[name] = stack = exits.enter_context(running_stack())
-                stack.engines.append(engine)
-                self._ways[name] = await asyncio.to_thread(self._started, name, stack, flags)
-            for number in range(-1, self._flags.rounds):
-                for name in random.sample(list(settings), len(settings)):
-                    window = await self._measure(self._ways[name])
-                    if number >= 0:
-                        self._windows[name].append(window)
-            self.print()
+        """Start each setting, then measure them in every round; all anew for each stand: two processes of one
+        program differ by a percent for as long as they live."""
+        for _ in range(self._flags.stands):
+            with contextlib.ExitStack() as exits:
+                stacks = {name: exits.enter_context(running_stack()) for name in settings}
+                ways = {}
+                for name, stack in stacks.items():
+                    stack.engines.append(engine)
+                    ways[name] = await asyncio.to_thread(self._started, name, stack, settings[name])
+                for number in range(-1, self._flags.rounds):
+                    windows = {}
+                    for name in random.sample(list(settings), len(settings)):
+                        windows[name] = await self._measure(ways[name])
+                    # The first warms up; one in which the machine stood still says nothing of anybody.
+                    if number >= 0 and all(window.done for window in windows.values()):
+                        for name, window in windows.items():
+                            self._windows[name].append(window)
+                self._spans = {name: _spans(stack) for name, stack in stacks.items()}
+        self.print()
 
     def _started(self, name: str, stack: Stack, flags: Sequence[str]) -> Way:
         endpoint = [flag for flag in flags if flag.startswith("--otlp")]
@@ -123,8 +129,8 @@ class Bench:
             cells += [self._ratio(own, partial(_cpu_us, parts)) for parts in ((GATEWAY, PARENT), PARTS)]
             cells.append(self._ratio(own, lambda window: window.rate))
             print(f"| {name} | {' | '.join(cells)} |")
-        for name, stack in self._stacks.items():
-            print(f"spans of {name}: {_spans(stack)}")
+        for name, spans in self._spans.items():
+            print(f"spans of {name}, in the last stand: {spans}")
 
     def _ratio(self, own: Sequence[Window], of: Callable[[Window], float]) -> str:
         """The median and its standard error, as of a normal distribution with these quartiles."""
@@ -172,7 +178,8 @@ def main() -> None:
     """Flags say how much."""
     parser = argparse.ArgumentParser(prog="trace_bench", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2, help="of each setting in each round")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--stands", type=int, default=3, help="times that everything is started anew")
+    parser.add_argument("--rounds", type=int, default=15, help="in each stand")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--body-bytes", type=int, default=1024, help="of each request")
     parser.add_argument("--strategy", default="least-request", help="routing strategy of the requests")
