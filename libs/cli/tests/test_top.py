@@ -21,6 +21,7 @@ from penstock.common.model import EngineLoad
 from penstock.common.routing_events import (
     DEGRADED,
     INSTANCE,
+    KV_EVENTS_OF,
     OUTCOME,
     PLACEMENT,
     REJECTION,
@@ -98,6 +99,39 @@ def test_requests_are_in_flight_from_placement_to_outcome_in_any_order() -> None
     view = made.view(NOW, True)
     assert [(one.id, one.errors_per_s) for one in view.instances] == [("a", 0.1), ("b", 0.0)]
     assert view.totals.rejections_per_s == 0.1
+
+
+def test_what_was_expected_in_kv_caches_is_held_against_what_engines_found() -> None:
+    made = fleet("a", "b")
+    for number, (name, cached) in enumerate((("a", 50), ("a", 90), ("b", 0))):
+        made.placed(NOW, Placed(f"d{number}", name, matched_blocks=3, blocks=4))
+        made.ended(NOW, Ended("completed", 200, (f"d{number}",), name, 5.0, 100, 10, cached))
+    # A pair, and a prompt that nobody was expected to hold.
+    made.placed(NOW, Placed("d8", "a", prefill_instance="b", matched_blocks=4, blocks=4))
+    made.placed(NOW, Placed("d9", "a", blocks=4))
+    for name in ("d8", "d9"):
+        made.ended(NOW, Ended("completed", 200, (name,), "a", 5.0, 100, 10, 0))
+    view = made.view(NOW, True)
+    found = {one.id: one.precision_ratio for one in view.instances}
+    # Of b nothing was confirmed: it may not report it.
+    assert found == {"a": pytest.approx(125 / 150, abs=1e-4), "b": None}
+    assert view.totals.precision_ratio == pytest.approx(125 / 225, abs=1e-4)
+    drawn = frame(view, 120, 24, clock="12:00:00")
+    assert "precision 56%" in drawn[2]
+    assert [line.split()[-1] for line in drawn[-3:]] == ["PREC", "83%", "-"]
+
+
+def test_an_instance_whose_kv_events_are_not_trusted_says_so() -> None:
+    made = fleet("a", "b")
+    made.heartbeat(NOW, Heartbeat("scheduler", "s1", "1", True))
+    made.degraded(NOW, degraded(f"{KV_EVENTS_OF}a"))
+    view = made.view(NOW, True)
+    assert {one.id: one.kv_events_distrusted for one in view.instances} == {"a": True, "b": False}
+    drawn = frame(view, 120, 24, clock="12:00:00")
+    assert [line.split()[-1] for line in drawn[-2:]] == ["-!", "-"]
+    assert any(line.startswith("degraded") and line.count(f"{KV_EVENTS_OF}a") for line in drawn)
+    made.degraded(NOW, degraded(f"{KV_EVENTS_OF}a", active=False))
+    assert not any(one.kv_events_distrusted for one in made.view(NOW, True).instances)
 
 
 @pytest.mark.parametrize(

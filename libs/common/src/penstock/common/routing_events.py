@@ -243,6 +243,10 @@ class InstanceEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str = "neutral"
 
 
+# What is missing where an instance's KV-cache events are not trusted; its id follows.
+KV_EVENTS_OF = "prefix index by KV-cache events of "
+
+
 class DegradedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """A service began (`active`) or ceased to work around something that is missing."""
 

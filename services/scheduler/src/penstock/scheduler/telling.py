@@ -13,6 +13,7 @@ from penstock.common.messages import Placement, Rejection, ScheduleBatch, Schedu
 from penstock.common.open_requests import lost_outcome
 from penstock.common.routing_events import (
     CONFIG_CHANGE,
+    KV_EVENTS_OF,
     OUTCOME,
     PLACEMENT,
     REJECTION,
@@ -100,7 +101,7 @@ class Teller:
     def trust(self, change: TrustChange) -> None:
         """The KV-cache events of an instance are not used from here on, or are again."""
         share = f"{change.precision:.2f} of the expected tokens were cached over the last {WINDOW} answers"
-        what = f"prefix index by KV-cache events of {change.instance}"
+        what = KV_EVENTS_OF + change.instance
         cause = share if not change.trusted else ""
         text = "used again, on trial" if change.trusted else "not trusted, placements alone count"
         self.degraded(what, not change.trusted, cause, f"KV-cache events of {change.instance} are {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -19,7 +19,7 @@ from penstock.cli.top.view import (
 from penstock.cli.top.window import Latest, Window
 from penstock.common.messages import EngineStatus, Heartbeat
 from penstock.common.model import TAKES_WORK, EngineLoad
-from penstock.common.routing_events import BreakerEvent, DegradedEvent, InstanceEvent
+from penstock.common.routing_events import KV_EVENTS_OF, BreakerEvent, DegradedEvent, InstanceEvent
 
 MAX_INSTANCES = 10_000
 MAX_OPEN = 100_000
@@ -85,7 +85,8 @@ class Fleet:
         self._model = model
         self._instances: OrderedDict[str, InstanceEvent] = OrderedDict()
         self._status: OrderedDict[str, tuple[float, EngineLoad]] = OrderedDict()
-        self._open: OrderedDict[str, tuple[float, tuple[str, ...]]] = OrderedDict()
+        # By decision: when, where, and the share of its prompt that was expected in the KV cache there.
+        self._open: OrderedDict[str, tuple[float, tuple[str, ...], float]] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._beats: OrderedDict[tuple[str, str], tuple[float, Heartbeat]] = OrderedDict()
         self._degraded: OrderedDict[tuple[str, str, str], tuple[float, DegradedEvent]] = OrderedDict()
@@ -134,12 +135,17 @@ class Fleet:
         # The log of an ingress may be ahead of a scheduler's.
         if event.decision_id not in self._ended:
             both = tuple(filter(None, (event.instance, event.prefill_instance)))
-            _keep(self._open, event.decision_id, (at, both), MAX_OPEN)
+            # What is computed elsewhere is counted as cached by every engine in its own way.
+            share = (
+                event.matched_blocks / event.blocks if event.blocks and not event.prefill_instance else 0.0
+            )
+            _keep(self._open, event.decision_id, (at, both, min(1.0, share)), MAX_OPEN)
 
     def ended(self, at: float, event: Ended) -> None:
         """A request ended."""
+        share = 0.0
         for decision in event.decisions:
-            self._open.pop(decision, None)
+            share = self._open.pop(decision, (0.0, (), 0.0))[2]
             _keep(self._ended, decision, None, MAX_OPEN)
         add = self._window.add
         add(at, "requests")
@@ -148,6 +154,10 @@ class Fleet:
         if event.prompt_tokens:
             add(at, "prompt", event.prompt_tokens)
             add(at, "cached", min(event.cached_tokens, event.prompt_tokens))
+            expected = round(share * event.prompt_tokens)
+            for of in ("", event.instance):
+                add(at, ("expected", of), expected)
+                add(at, ("confirmed", of), min(event.cached_tokens, expected))
         if event.outcome in _ERRORS or event.status >= 500:
             add(at, "errors")
             add(at, ("errors", event.instance))
@@ -170,9 +180,14 @@ class Fleet:
         """How things stand; busiest instances first."""
         self._forget(now)
         sums, in_flight = self._window.totals(now), Counter[str]()
-        for _, where in self._open.values():
+        for _, where, _ in self._open.values():
             in_flight.update(where)
-        known = [self._instance_view(one, sums, in_flight, now) for one in self._instances.values()]
+        # Each scheduler has a trust of its own; one that has none is enough to look at.
+        told = (what for _, _, what in self._degraded)
+        distrusted = {what.removeprefix(KV_EVENTS_OF) for what in told if what.startswith(KV_EVENTS_OF)}
+        known = [
+            self._instance_view(one, sums, in_flight, now, distrusted) for one in self._instances.values()
+        ]
         known.sort(key=lambda one: (-one.in_flight, -(one.running or 0), one.id))
         return View(
             time=now,
@@ -209,7 +224,12 @@ class Fleet:
             del self._breakers[breaker]
 
     def _instance_view(
-        self, event: InstanceEvent, sums: Counter[Hashable], in_flight: Counter[str], now: float
+        self,
+        event: InstanceEvent,
+        sums: Counter[Hashable],
+        in_flight: Counter[str],
+        now: float,
+        distrusted: Set[str],
     ) -> InstanceView:
         name = event.instance
         at, load = self._status.get(name, (0.0, EngineLoad()))
@@ -229,6 +249,8 @@ class Fleet:
             requests_per_s=self._rate(sums, ("requests", name)),
             errors_per_s=self._rate(sums, ("errors", name)),
             hit_ratio=_ratio(sums[("matched", name)], sums[("blocks", name)]),
+            precision_ratio=_precision(sums, name),
+            kv_events_distrusted=name in distrusted,
         )
 
     def _totals(self, known: list[InstanceView], sums: Counter[Hashable], now: float) -> TotalsView:
@@ -247,6 +269,7 @@ class Fleet:
             hit_ratio=_ratio(sums["cached"], sums["prompt"]),
             ttft_p50_ms=p50,
             ttft_p99_ms=p99,
+            precision_ratio=_precision(sums, ""),
         )
 
     def _rate(self, sums: Counter[Hashable], key: Hashable) -> float:
@@ -255,3 +278,9 @@ class Fleet:
 
 def _ratio(part: float, whole: float) -> float | None:
     return round(min(1.0, part / whole), 4) if whole else None
+
+
+def _precision(sums: Counter[Hashable], of: str) -> float | None:
+    """None also where nothing was confirmed: engines that do not report cached tokens look like that."""
+    confirmed = sums[("confirmed", of)]
+    return _ratio(confirmed, sums[("expected", of)]) if confirmed else None

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from penstock.cli.terminal import CYAN, GREEN, GREY, RED, YELLOW, paint, plain
 from penstock.cli.top.view import InstanceView, TotalsView, View
 
-_HEADS = ("ROLE", "STATE", "RUN", "WAIT", "KV", "SENT", "REQ/S", "ERR/S", "MATCH")
-_WIDTHS = (8, 9, 5, 5, 5, 5, 8, 6, 5)
+_HEADS = ("ROLE", "STATE", "RUN", "WAIT", "KV", "SENT", "REQ/S", "ERR/S", "MATCH", "PREC")
+_WIDTHS = (8, 9, 5, 5, 5, 5, 8, 6, 5, 5)
 _MIN_NAME, _MAX_NAME = 12, 48
 _STATE_COLOURS = {"ready": GREEN, "stale": YELLOW, "draining": CYAN, "unhealthy": RED}
 # Lines of degraded states and breakers; the rest is counted.
@@ -72,6 +72,7 @@ def _rates(totals: TotalsView) -> str:
 def _quality(totals: TotalsView) -> str:
     return (
         f"prefix match {_percent(totals.match_ratio)}  KV-cache hits {_percent(totals.hit_ratio)}  "
+        f"precision {_percent(totals.precision_ratio)}  "
         f"TTFT p50 {_ms(totals.ttft_p50_ms)} p99 {_ms(totals.ttft_p99_ms)}  tokens {totals.tokens_per_s:g}/s"
     )
 
@@ -109,8 +110,10 @@ def _row(one: InstanceView, columns: int) -> tuple[str, str]:
         f"{one.requests_per_s:g}",
         f"{one.errors_per_s:g}",
         _percent(one.hit_ratio),
+        _percent(one.precision_ratio) + "!" * one.kv_events_distrusted,
     )
-    shade = RED if one.errors_per_s else _STATE_COLOURS.get(one.state, "")
+    usual = YELLOW if one.kv_events_distrusted else _STATE_COLOURS.get(one.state, "")
+    shade = RED if one.errors_per_s else usual
     reason = f"  {one.reason}" if one.reason else ""
     return _cells(one.id, figures, columns) + reason, shade
 

@@ -8,7 +8,9 @@ import msgspec
 class InstanceView(msgspec.Struct, frozen=True):
     """One instance. `running`, `waiting` and `kv_usage_ratio` are the engine's own words, None until it has
     told; `in_flight` are requests placed there since the view began that have not ended; ratios are 0..1 and
-    rates per second over the window, None without anything to measure."""
+    rates per second over the window, None without anything to measure. `precision_ratio`: prompt tokens that
+    were expected in its KV cache and found there, of those expected; None too while it reports none found.
+    `kv_events_distrusted`: a scheduler does not use its KV-cache events."""
 
     id: str
     endpoint: str
@@ -24,11 +26,14 @@ class InstanceView(msgspec.Struct, frozen=True):
     requests_per_s: float
     errors_per_s: float
     hit_ratio: float | None
+    precision_ratio: float | None = None
+    kv_events_distrusted: bool = False
 
 
 class TotalsView(msgspec.Struct, frozen=True):
     """The whole fleet over the window. `match_ratio`: blocks that schedulers expected in KV caches, of all
-    blocks of placed prompts; `hit_ratio`: tokens that engines found there, of all prompt tokens."""
+    blocks of placed prompts; `hit_ratio`: tokens that engines found there, of all prompt tokens;
+    `precision_ratio` as of an instance."""
 
     instances: int
     taking_requests: int
@@ -43,6 +48,7 @@ class TotalsView(msgspec.Struct, frozen=True):
     hit_ratio: float | None
     ttft_p50_ms: float | None
     ttft_p99_ms: float | None
+    precision_ratio: float | None = None
 
 
 class ProcessView(msgspec.Struct, frozen=True):
