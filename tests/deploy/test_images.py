@@ -70,6 +70,12 @@ def build_code(folder: Path) -> str:
     return code.replace("/penstock/", f"{folder}/").replace("./${package}", f"{TREE}/${{package}}")
 
 
+def compile_code(folder: Path, tools: Path, source: Path) -> str:
+    """The shell code that compiles, with the image's folders elsewhere, and those of the packages."""
+    code = next(text for text in of(BUILD, "RUN") if "compile.py" in text)
+    return f"cd {source}; " + code.replace("/penstock/bin", f"{folder}/bin").replace("/tools", str(tools))
+
+
 def told_pip(service: str, folder: Path, extras: str = "") -> list[list[str]]:
     """What the code tells pip, call by call."""
     for program in ("pip", "python"):
@@ -187,6 +193,50 @@ def test_another_service_is_refused(tmp_path: Path) -> None:
     assert "SERVICE is 'gateway'" in done.stderr
 
 
+@pytest.mark.parametrize(("service", "compiled"), [("ingress", True), ("cli", True), ("discovery", False)])
+def test_what_can_be_compiled_is_compiled_where_the_compiler_is(
+    service: str, compiled: bool, tmp_path: Path
+) -> None:
+    image, tools, site = tmp_path / "image", tmp_path / "tools", tmp_path / "site"
+    made = tmp_path / "services" / "ingress" / "src" / "penstock" / "ingress" / "compiled"
+    for folder in (image / "bin", tools / "bin", site / "penstock" / "ingress", made):
+        folder.mkdir(parents=True)
+    (tmp_path / "services" / "ingress" / "compile.py").touch()
+    (made / "made").touch()
+    for python, line in ((image, f"echo {site}"), (tools, f'echo "$1" >> {tmp_path}/calls')):
+        (python / "bin" / "python").write_text(f"#!/bin/sh\n{line}\n")
+        (python / "bin" / "python").chmod(0o755)
+    code = compile_code(image, tools, tmp_path)
+    subprocess.run(["sh", "-c", code], env={**os.environ, "SERVICE": service}, check=True, timeout=30)
+    # By the tools' Python, and into the image, which gets nothing of the tools.
+    assert (tmp_path / "calls").exists() == compiled
+    assert (site / "penstock" / "ingress" / "compiled" / "made").exists() == compiled
+
+
+@pytest.mark.skipif("PENSTOCK_SOAK_SECONDS" not in os.environ, reason="downloads packages: make soak")
+def test_the_ingress_of_an_image_runs_machine_code(tmp_path: Path) -> None:
+    image, tools = tmp_path / "image", tmp_path / "tools"
+    source = shutil.copytree(
+        TREE, tmp_path / "src", ignore=shutil.ignore_patterns(".*", "tests", "*.egg-info", "compiled")
+    )
+    venv.create(image, with_pip=True)
+    env = {**os.environ, "SERVICE": "ingress", "PIP_CONSTRAINT": str(source / "constraints.txt")}
+    install = build_code(image).replace(str(TREE), str(source))
+    for code in (install, compile_code(image, tools, source)):
+        subprocess.run(["sh", "-c", code], env=env, check=True, timeout=900)
+    shutil.rmtree(source)
+    shutil.rmtree(tools)
+    run = (
+        "from penstock.ingress import machine_code; print(machine_code.use());"
+        "from penstock.ingress import exchange; print(exchange.__file__)"
+    )
+    done = subprocess.run(
+        [image / "bin" / "python", "-c", run], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[0] == "", done.stdout
+    assert done.stdout.strip().endswith(".so")
+
+
 # A minute each: the smallest, the one with most libraries, and the one that holds all packages.
 @pytest.mark.skipif("PENSTOCK_SOAK_SECONDS" not in os.environ, reason="downloads packages: make soak")
 @pytest.mark.parametrize("service", ["scheduler", "discovery", "cli"])
@@ -224,11 +274,13 @@ def test_the_file_is_as_linters_want_it() -> None:
     everything = instructions()
     assert not {"ADD", "MAINTAINER"} & {one.name for one in everything}
     bases = [one.text.split()[0] for one in everything if one.name == "FROM"]
-    assert set(bases) == {"${PYTHON_IMAGE}"}
-    (base,) = [text for text in of(BEFORE, "ARG") if text.startswith("PYTHON_IMAGE=")]
-    tag = base.rpartition(":")[2]
-    assert "latest" not in tag
-    assert "slim" in tag
+    assert bases == ["${BUILD_IMAGE}", "${PYTHON_IMAGE}"]
+    tags = dict(text.split("=python:") for text in of(BEFORE, "ARG") if "=" in text)
+    # One Python on one system; that of the first stage has a compiler.
+    version, slim, system = tags["PYTHON_IMAGE"].split("-")
+    assert slim == "slim"
+    assert version.count(".") == 2
+    assert tags["BUILD_IMAGE"] == f"{version}-{system}"
     assert all(one.text.startswith("/") for one in everything if one.name == "WORKDIR")
     for run in (one.text for one in everything if one.name == "RUN"):
         assert not re.search(r"\b(sudo|curl|wget|apt-get|apt|ssh)\b|(^|\s)cd\s", run), run
@@ -250,6 +302,8 @@ def test_only_packages_are_sent_to_the_builder() -> None:
     lines = (TREE / ".dockerignore").read_text().split()
     assert "*" in lines
     assert {line for line in lines if line.startswith("!")} == {"!libs", "!services", "!constraints.txt"}
+    # What was compiled elsewhere may be for another system.
+    assert "**/compiled" in lines
     copied = {text.split()[0] for text in of(BUILD, "COPY")}
     assert copied == {"constraints.txt", "libs", "services"}
 

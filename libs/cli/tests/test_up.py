@@ -391,6 +391,12 @@ async def test_waiting_ends_when_it_has_become_pointless() -> None:
         await until_ready({"scheduler": never}, lambda _: None, give_up, 60)
 
 
+def test_it_says_what_the_ingress_runs_as_and_how_to_have_it_compiled() -> None:
+    assert "runs as machine code\n" in welcome(plan(), "m", 3.0)
+    text = welcome(plan(), "m", 3.0, "it has not been compiled")
+    assert "runs as Python: it has not been compiled (`make compile`)\n" in text
+
+
 def test_the_printed_curl_line_is_a_command_for_a_shell() -> None:
     text = welcome(plan(), 'model\'s "name"', 3.0)
     line = next(line for line in text.splitlines() if " curl http" in line)

@@ -26,6 +26,7 @@ from penstock.cli.terminal import wants_colour
 from penstock.cli.up_settings import PROG, UpFlags, UpSettings, read_settings
 from penstock.common.settings import SettingsError, exit_with_faults, unknown_variables
 from penstock.discovery.settings import ENDPOINTS
+from penstock.ingress import machine_code
 
 STOP_MARGIN_S = 2.0
 SCREEN_CLOSE_S = 2.0
@@ -211,13 +212,14 @@ class Stack:
                 register_url=plan.register_url,
                 model=model,
                 engines=list(plan.engine_urls),
+                machine_code=not machine_code.missing(),
             )
         else:
-            self._screen.write(welcome(plan, model, self._elapsed_s()))
+            self._screen.write(welcome(plan, model, self._elapsed_s(), machine_code.missing()))
 
 
-def welcome(plan: Plan, model: str, elapsed_s: float) -> str:
-    """What a person needs to use the stack."""
+def welcome(plan: Plan, model: str, elapsed_s: float, not_compiled: str = "") -> str:
+    """What a person needs to use the stack; `not_compiled` says why the ingress runs as Python."""
     chat = json.dumps({"model": model or "MODEL", "messages": [{"role": "user", "content": "Hello"}]})
     curl = f"curl {plan.base_url}/v1/chat/completions -H 'content-type: application/json'"
     lines = [
@@ -231,6 +233,8 @@ def welcome(plan: Plan, model: str, elapsed_s: float) -> str:
     if plan.register_url:
         url = shlex.quote(plan.register_url)
         lines.append(f"  engines   penstock register --store nats --nats-url {url} --engine HOST:PORT")
+    runs = f"as Python: {not_compiled} (`make compile`)" if not_compiled else "as machine code"
+    lines.append(f"  ingress   runs {runs}")
     text = "\n".join(lines)
     return f"\nPenstock is ready ({elapsed_s:.1f} s).\n\n{text}\n\nCtrl-C stops everything.\n"
 
