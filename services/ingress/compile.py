@@ -7,34 +7,50 @@ result from their next start on, for as long as the sources are those that it wa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from penstock.ingress.machine_code import FOLDER, MANIFEST, PACKAGE, digest_of
+from penstock.ingress.machine_code import FOLDER, MANIFEST, PACKAGE, digest_of, source_of
 
 # What requests pass through. Not here: modules with classes of msgspec or pydantic, which read annotations
 # that machine code has no more.
 MODULES = (
-    "adapters.client_connection",
-    "adapters.engine_connection",
-    "attempt",
-    "block_hash",
-    "chunked_body",
-    "exchange",
-    "gateway",
-    "http_wire",
-    "in_flight",
-    "local_policy",
-    "openai",
-    "outcomes",
-    "placing",
-    "relay",
-    "responses",
-    "speeds",
+    "penstock.common.block_hash",
+    "penstock.common.cells",
+    "penstock.common.event_log",
+    "penstock.common.event_packing",
+    "penstock.common.instances",
+    "penstock.common.response_tail",
+    "penstock.ingress.access_log",
+    "penstock.ingress.adapters.client_connection",
+    "penstock.ingress.adapters.engine_client",
+    "penstock.ingress.adapters.engine_connection",
+    "penstock.ingress.adapters.external_client",
+    "penstock.ingress.adapters.pool",
+    "penstock.ingress.attempt",
+    "penstock.ingress.block_hash",
+    "penstock.ingress.breaker",
+    "penstock.ingress.chunked_body",
+    "penstock.ingress.exchange",
+    "penstock.ingress.gateway",
+    "penstock.ingress.http_wire",
+    "penstock.ingress.ids",
+    "penstock.ingress.in_flight",
+    "penstock.ingress.local_policy",
+    "penstock.ingress.openai",
+    "penstock.ingress.outcomes",
+    "penstock.ingress.placing",
+    "penstock.ingress.ports",
+    "penstock.ingress.relay",
+    "penstock.ingress.responses",
+    "penstock.ingress.speeds",
+    "penstock.ingress.waiting_room",
 )
 _SETUP = """
 import os
@@ -54,11 +70,10 @@ def main() -> int:
             "no C compiler: the ingress runs as Python (apt-get install gcc, then make compile)\n"
         )
         return 1
-    names = [f"penstock.ingress.{module}" for module in MODULES]
     # Before they are read: who edits one meanwhile gets Python.
-    sources = {name: digest_of(PACKAGE, name) for name in names}
+    sources = {name: digest_of(PACKAGE, name) for name in MODULES}
     with tempfile.TemporaryDirectory() as scratch:
-        built = _build(Path(scratch), names)
+        built = _build(Path(scratch), MODULES)
         if not built:
             return 1
         shutil.rmtree(FOLDER, ignore_errors=True)
@@ -70,20 +85,20 @@ def main() -> int:
     return 0
 
 
-def _build(scratch: Path, names: list[str]) -> dict[str, Path]:
+def _build(scratch: Path, names: Sequence[str]) -> dict[str, Path]:
     """The files by name of module, the shared library among them; empty if the compiler failed, which says
     why."""
-    source = PACKAGE.parent.parent
     (scratch / "mypy.ini").write_text(_CONFIG)
-    files = [str(Path(*name.split(".")).with_suffix(".py")) for name in names]
-    environ = {"MYPYPATH": str(source), "CFLAGS": "-g0 -w"}
+    files = [str(source_of(PACKAGE, name)) for name in names]
+    roots = {str(Path(file).parents[name.count(".")]): "" for file, name in zip(files, names, strict=True)}
+    environ = {"MYPYPATH": os.pathsep.join(roots), "CFLAGS": "-g0 -w"}
     options = ["--namespace-packages", "--explicit-package-bases", f"--config-file={scratch / 'mypy.ini'}"]
     (scratch / "setup.py").write_text(
         _SETUP.format(arguments=[*options, *files], environ=environ, target=str(scratch / "c"))
     )
     command = [sys.executable, str(scratch / "setup.py"), "-q", "build_ext", f"--build-lib={scratch / 'lib'}"]
     command += [f"--build-temp={scratch / 'temp'}"]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
     suffix = EXTENSION_SUFFIXES[0]
     built = {
         ".".join(file.relative_to(scratch / "lib").parts).removesuffix(suffix): file

@@ -21,13 +21,12 @@ from penstock.common.bus import Bus
 from penstock.common.errors import BusError, SpoolFault
 from penstock.common.event_batches import (
     MAX_BATCH_EVENTS,
-    Batches,
     Emitted,
     Message,
     Place,
     SpooledMessage,
-    rfc3339,
 )
+from penstock.common.event_packing import Batches, rfc3339
 from penstock.common.open_requests import OpenRequests
 from penstock.common.routing_events import (
     ADMITTED,

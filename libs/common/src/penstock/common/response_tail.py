@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Final
+
+import msgspec
+
+from penstock.common.usage import Usage
 
 # Enough for a usage object with every detail field.
 TAIL_BYTES = 2048
 _USAGE = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,12})')
-# As nearly all engines write it; the other expression, which looks at every byte, costs 1 us more.
-_PLAIN_USAGE = re.compile(
-    rb'"usage": ?\{"prompt_tokens": ?(\d{1,12}),(?: ?"total_tokens": ?\d{1,12},)? ?"completion_tokens": ?'
-    rb'(\d{1,12})(?:, ?"total_tokens": ?\d{1,12})?(?:, ?"prompt_tokens_details": ?null)?\}'
-)
+_decode: Final = msgspec.json.Decoder(Usage).decode
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"([a-z_]{1,32})"')
 
 
@@ -20,9 +21,19 @@ def usage_in(tail: bytes) -> tuple[int, int, int]:
     start = tail.rfind(b'"usage"')
     if start < 0:
         return 0, 0, 0
-    plain = _PLAIN_USAGE.match(tail, start)
-    if plain is not None:
-        return int(plain[1]), int(plain[2]), 0
+    begin, end = tail.find(b"{", start), tail.find(b"}", start) + 1
+    if tail[start + 7 : begin].strip() == b":" and tail.find(b"{", begin + 1, end) < 0:
+        # Without objects in it, as most are: the expression costs 2 us more.
+        try:
+            plain = _decode(tail[begin:end])
+        except msgspec.MsgspecError:
+            return _sought(tail, start)
+        prompt, completion = plain.prompt_tokens or plain.input_tokens, plain.completion_tokens
+        return prompt or 0, completion or plain.output_tokens or 0, plain.cached_tokens or 0
+    return _sought(tail, start)
+
+
+def _sought(tail: bytes, start: int) -> tuple[int, int, int]:
     prompt = completion = cached = 0
     for of_prompt, of_completion, digits in _USAGE.findall(tail, start):
         if of_prompt:

@@ -1,6 +1,5 @@
 """Metrics as plain numbers that are exported on scrape, and JSON log lines.
 
-A labelled counter of a metrics library costs 1-3 us an increment; a `Cell` is an attribute.
 Snapshots of several processes add up, so that one listener can answer for all of them.
 """
 
@@ -10,11 +9,13 @@ import logging
 import operator
 import sys
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TextIO
 
 import msgspec
+
+from penstock.common.cells import Cell as Cell
+from penstock.common.cells import HistogramCell as HistogramCell
 
 SECONDS_BUCKETS = (
     0.001,
@@ -43,31 +44,6 @@ OVERFLOW = "other"
 Kind = Literal["counter", "gauge", "histogram"]
 # What a gauge of several processes is: their sum, or the one that says most of the whole.
 Over = Literal["sum", "max", "min"]
-
-
-class Cell:
-    """One number; add to `value` directly."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: float = 0
-
-
-class HistogramCell:
-    """Counts per bucket (upper bounds in `bounds`, one more for the rest) and the sum."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value, in the metric's unit."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
 
 
 class Sample(msgspec.Struct, array_like=True):

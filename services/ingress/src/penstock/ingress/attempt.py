@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.model import Instance
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.in_flight import Work
-from penstock.ingress.ports import ResponseListener, Upstream
+from penstock.ingress.ports import ResponseListener, Upstream, UpstreamListener
+
+if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange
 
 
 class Failure(Enum):
@@ -39,7 +42,7 @@ class AttemptOwner(Protocol):
         """No response."""
 
 
-class Attempt:
+class Attempt(UpstreamListener):
     """Takes the connection, and lets go of it and of what is accounted for in `close`.
 
     It hears of its target until the head has come (`penstock.ingress.ports.UpstreamListener`)."""
@@ -53,7 +56,7 @@ class Attempt:
     def __init__(
         self,
         gateway: Gateway,
-        owner: AttemptOwner,
+        owner: Exchange | AttemptOwner,
         instance: Instance | None,
         target: str,
         work: Work,

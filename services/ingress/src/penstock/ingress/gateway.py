@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -10,18 +9,20 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from penstock.common.block_hash import root_seed
+from penstock.common.cells import Cell, HistogramCell
 from penstock.common.event_log import EventWriter
 from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance, InstanceId
-from penstock.common.telemetry import Cell, HistogramCell, Metrics
+from penstock.common.telemetry import Metrics
 from penstock.common.user_hashes import UserHashes
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.api_keys import ApiKeys, Caller
 from penstock.ingress.block_hash import RUN_BLOCKS, chain, condense, of_tenant
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import RequestHead
+from penstock.ingress.ids import Ids
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.large_bodies import (
     LARGE_BODY_BYTES,
@@ -104,8 +105,6 @@ class Gateway:
         self.user_hashes = UserHashes(salt) if salt else None
         # Whether requests are divided that do not ask for it: all that the others look at.
         self.divides = bool(settings.pd_disagg_protocol)
-        self._decision_numbers = itertools.count(1)
-        self._request_numbers = itertools.count(1)
         # What reads a body on the event loop, and up to what size; with a tokenizer another one, and less.
         self.parse: Callable[[bytes, str, bytes | bytearray], InferenceRequest | Facts] = parse
         self.most_body_bytes = LARGE_BODY_BYTES
@@ -120,8 +119,8 @@ class Gateway:
         self._seeds: dict[str, int] = {}
         self._routing_headers: dict[tuple[str, str, InstanceId], tuple[Instance, bytes]] = {}
         self._hosts: dict[InstanceId, tuple[Instance, bytes]] = {}
-        self._request_prefix = f"{identity.id}-{identity.incarnation}-"
-        self._decision_prefix = f"{identity.incarnation}."
+        self._request_ids = Ids(f"{identity.id}-{identity.incarnation}-")
+        self._decision_ids = Ids(f"{identity.incarnation}.")
         self._outcomes: dict[tuple[Outcome, int], Cell] = {}
         self._requests = metrics.counter(
             "penstock_ingress_requests_total", "Requests by how they ended", "outcome", "status"
@@ -172,7 +171,7 @@ class Gateway:
         """The client's id if it is sane, else one of ours."""
         if given and _SANE_ID.fullmatch(given):
             return given.decode()
-        return f"{self._request_prefix}{next(self._request_numbers):x}"
+        return self._request_ids.next()
 
     def admit(self) -> None:
         """Raises GatewayError while no request can be taken."""
@@ -206,7 +205,7 @@ class Gateway:
             hashes = of_tenant(hashes, self._secret, self._tenant, user, owner)
         # In the order of its fields: by name they cost 0.5 us more.
         return ScheduleRequest(
-            self._decision_id(),
+            self._decision_ids.next(),
             request_id,
             inference.model,
             owner,
@@ -258,7 +257,7 @@ class Gateway:
     def another_attempt(self, request: ScheduleRequest, excluded: tuple[str, ...]) -> ScheduleRequest:
         """The request again, under a fresh decision id and without the instances `excluded`."""
         return msgspec.structs.replace(
-            request, decision_id=self._decision_id(), excluded=excluded[-MAX_EXCLUDED:]
+            request, decision_id=self._decision_ids.next(), excluded=excluded[-MAX_EXCLUDED:]
         )
 
     def upstream_head(self, head: RequestHead, instance: Instance, request_id: str, length: int) -> bytes:
@@ -355,9 +354,6 @@ class Gateway:
             self._hosts.clear()
         known = self._hosts[instance.id] = instance, str(instance.endpoint).encode()
         return known
-
-    def _decision_id(self) -> str:
-        return f"{self._decision_prefix}{next(self._decision_numbers):x}"
 
     def _seed(self, inference: InferenceRequest) -> int:
         model, salt = inference.model, inference.cache_salt

@@ -205,6 +205,9 @@ class HeadMemo(Generic[H]):
         "_before_bytes",
         "_head",
         "_known",
+        "_last_bytes",
+        "_last_head",
+        "_last_head_bytes",
         "_most_bytes",
         "_parse",
         "admitted",
@@ -219,6 +222,9 @@ class HeadMemo(Generic[H]):
         # All of a head without a length to find; or what stands around its length, and how long that is.
         self._head = self._before = self._after = b""
         self._before_bytes = self._after_bytes = 0
+        # The head of the last whole message, and how long that message was: the next is often as long.
+        self._last_head = b""
+        self._last_head_bytes, self._last_bytes = 0, -1
         # What was found for the API key of the head that is remembered.
         self.admitted: Admitted | None = None
 
@@ -226,16 +232,24 @@ class HeadMemo(Generic[H]):
         """Head and body, if `data` is a message that came in one piece with a head like the last one.
 
         The head is the last one itself: its `length` may be another."""
-        known, start = self._known, self._before_bytes
+        known = self._known
+        if known is None:
+            return None
+        if len(data) == self._last_bytes and data[: self._last_head_bytes] == self._last_head:
+            return known, data[self._last_head_bytes :]
+        start = self._before_bytes
         # A slice that is compared costs less than `startswith`, and looking for the head's end 0.2 us.
-        if known is None or not start or data[:start] != self._before:
+        if not start or data[:start] != self._before:
             return None
         stop = data.find(b"\r", start)
         digits, body_at = data[start:stop], stop + self._after_bytes
         if data[stop:body_at] != self._after or not digits.isdigit() or len(digits) > MAX_LENGTH_DIGITS:
             return None
         body = data[body_at:]
-        return (known, body) if int(digits) == len(body) else None
+        if int(digits) != len(body):
+            return None
+        self._last_head, self._last_head_bytes, self._last_bytes = data[:body_at], body_at, len(data)
+        return known, body
 
     @property
     def remembers(self) -> bool:
@@ -259,6 +273,7 @@ class HeadMemo(Generic[H]):
     def _learn(self, head: bytes) -> H:
         known = self._parse(head)
         self._known, self._head, self._before, self._before_bytes = known, head, b"", 0
+        self._last_head, self._last_head_bytes, self._last_bytes = b"", 0, -1
         if len(head) > self._most_bytes:
             self._known, self._head = None, b""
         elif known.length > 0:

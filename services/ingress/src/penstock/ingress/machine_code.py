@@ -13,11 +13,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from penstock.common.telemetry import Metrics
+if TYPE_CHECKING:
+    # Not before they are looked for in the right place.
+    from penstock.common.telemetry import Metrics
 
 PACKAGE = Path(__file__).parent
 FOLDER, MANIFEST = PACKAGE / "compiled", "manifest.json"
@@ -41,10 +44,22 @@ class Finder(MetaPathFinder):
 
 def use(folder: Path = FOLDER, package: Path = PACKAGE) -> str:
     """Have modules that are imported from here on come as machine code; why they do not, "" if they do."""
+    fault = missing(folder, package)
+    if not fault:
+        sys.meta_path.insert(0, Finder(folder, _names(folder)))
+    return fault
+
+
+def _names(folder: Path) -> list[str]:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    return [*manifest["sources"], manifest["library"]]
+
+
+def missing(folder: Path = FOLDER, package: Path = PACKAGE) -> str:
+    """Why workers that start from here on do not run machine code; "" if they do."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        sources: Sources = manifest["sources"]
-        names = [*sources, manifest["library"]]
+        names = _names(folder)
+        sources: Sources = json.loads((folder / MANIFEST).read_bytes())["sources"]
         changed = [name for name, digest in sources.items() if digest != digest_of(package, name)]
     except FileNotFoundError:
         return "it has not been compiled"
@@ -54,14 +69,21 @@ def use(folder: Path = FOLDER, package: Path = PACKAGE) -> str:
         return f"it was compiled from other sources than these ({changed[0]}): compile it again"
     if not all((folder / f"{name}{EXTENSION_SUFFIXES[0]}").is_file() for name in names):
         return "it was compiled for another Python: compile it again"
-    sys.meta_path.insert(0, Finder(folder, names))
     return ""
 
 
 def digest_of(package: Path, name: str) -> str:
-    """sha256 of the source of a module of this package."""
-    parts = name.split(".")[2:]
-    return hashlib.sha256(package.joinpath(*parts).with_suffix(".py").read_bytes()).hexdigest()
+    """sha256 of the source of a module."""
+    return hashlib.sha256(source_of(package, name).read_bytes()).hexdigest()
+
+
+def source_of(package: Path, name: str) -> Path:
+    """The file of a module of penstock.ingress, which is `package`, or of another package of ours."""
+    _, of, *parts = name.split(".")
+    if of != "ingress":
+        found = find_spec(f"penstock.{of}")
+        package = Path((found.submodule_search_locations or ("",))[0]) if found is not None else Path()
+    return package.joinpath(*parts).with_suffix(".py")
 
 
 def compiled() -> bool:

@@ -49,6 +49,7 @@ from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
 from penstock.ingress.replicas import ANY, Replicas
 
 if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange
     from penstock.ingress.traced import Trace
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class _Batch:
 
     __slots__ = ("asked_at", "askers", "left", "replica", "silences")
 
-    def __init__(self, askers: list[Asker]) -> None:
+    def __init__(self, askers: list[Exchange | Asker]) -> None:
         self.askers = askers
         self.asked_at, self.replica, self.silences, self.left = 0.0, ANY, 0, False
 
@@ -109,14 +110,14 @@ class Placer:
         self._bus, self._table, self._account, self._events = bus, table, account, events
         self._identity, self._attempt_s, self._max_requests = identity, attempt_s, max_requests
         self.profiles = LocalProfiles(max_requests)
-        self._pending: list[Asker] = []
+        self._pending: list[Exchange | Asker] = []
         # By model and owner, in one version of the table.
         self._usual: dict[tuple[str, str], tuple[Sequence[Instance], bool]] = {}
         self._version = -1
         self._breaker = BusBreaker()
         self.replicas = Replicas()
         # Which of the askers are traced, while any may be.
-        self.marks: Callable[[Sequence[Asker]], tuple[TraceMark, ...]] | None = None
+        self.marks: Callable[[Sequence[Exchange | Asker]], tuple[TraceMark, ...]] | None = None
         self._degraded = self._avoiding = False
         attempts = metrics.counter(
             "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
@@ -144,7 +145,7 @@ class Placer:
             over="max",
         )
 
-    def submit(self, asker: Asker) -> None:
+    def submit(self, asker: Exchange | Asker) -> None:
         """Place `asker`; its answer comes in a later tick."""
         self._pending.append(asker)
         if len(self._pending) == 1:
@@ -164,7 +165,7 @@ class Placer:
                 cause = "schedulers do not answer" if connected else "no bus"
                 self._locally(askers, cause, certain=not connected)
 
-    def admit(self, askers: Sequence[Asker]) -> None:
+    def admit(self, askers: Sequence[Exchange | Asker]) -> None:
         """Where there is a spool: have on disk whom a decision is asked for, before it is."""
         if self._events.spools:
             requests = [
@@ -189,7 +190,7 @@ class Placer:
                 if asker.waiting:
                     self._break(asker)
 
-    def _break(self, asker: Asker) -> None:
+    def _break(self, asker: Exchange | Asker) -> None:
         """A fault of ours costs the request that met it, none of those that came with it."""
         try:
             asker.broken()
@@ -260,13 +261,13 @@ class Placer:
             self._breaker.failed(now)
             self._locally(batch.askers, str(result), certain=True)
 
-    def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
+    def _deliver(self, askers: list[Exchange | Asker], reply: ScheduleReply) -> None:
         outcomes: Sequence[Placement | Rejection | None] = reply.outcomes
         asked = [asker.request.decision_id for asker in askers]
         if [outcome.decision_id for outcome in reply.outcomes] != asked:
             by_id = {outcome.decision_id: outcome for outcome in reply.outcomes}
             outcomes = [by_id.get(decision_id) for decision_id in asked]
-        unserved: list[Asker] = []
+        unserved: list[Exchange | Asker] = []
         for asker, outcome in zip(askers, outcomes, strict=True):
             try:
                 if not asker.waiting:
@@ -290,7 +291,7 @@ class Placer:
         if unserved:
             self._locally(unserved, "", certain=False)
 
-    def _locally(self, askers: list[Asker], cause: str, *, certain: bool) -> None:
+    def _locally(self, askers: list[Exchange | Asker], cause: str, *, certain: bool) -> None:
         """`certain`: there is no bus or no scheduler. An unanswered message alone may be a hiccup."""
         if certain or self._breaker.open:
             self._degrade(True, cause)
@@ -302,7 +303,7 @@ class Placer:
                 self._break(asker)
         self._events.settle()
 
-    def _locally_one(self, asker: Asker) -> None:
+    def _locally_one(self, asker: Exchange | Asker) -> None:
         request = asker.request
         if not asker.waiting:
             self._release(request)

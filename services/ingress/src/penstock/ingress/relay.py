@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from penstock.common.cells import HistogramCell
 from penstock.common.response_tail import TAIL_BYTES, usage_in
-from penstock.common.telemetry import HistogramCell
 from penstock.ingress.chunked_body import ChunkedBody
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, ResponseHead
 from penstock.ingress.in_flight import Work
-from penstock.ingress.ports import Downstream
+from penstock.ingress.ports import Downstream, ResponseListener
 from penstock.ingress.responses import client_head, last_event
 from penstock.ingress.usage_filter import UsageFilter
 
 if TYPE_CHECKING:
+    from penstock.ingress.exchange import Exchange
     from penstock.ingress.gateway import Gateway
 
 
-class RelayOwner(Protocol):
-    """Whose response it is; the exchange."""
-
-    deadline: float
-
-    def response_began(self, now: float) -> None:
-        """The first byte of the body is here."""
-
-    def response_done(self) -> None:
-        """The client has all of it."""
-
-    def response_lost(self, cause: str) -> None:
-        """It ended early."""
-
-
-class Relay:
+class Relay(ResponseListener):
     """Hears of one response's body (`penstock.ingress.ports.ResponseListener`), passes it on as it comes."""
 
     __slots__ = (
@@ -43,7 +29,7 @@ class Relay:
     )
 
     def __init__(
-        self, owner: RelayOwner, downstream: Downstream, head: ResponseHead, gateway: Gateway, work: Work
+        self, owner: Exchange, downstream: Downstream, head: ResponseHead, gateway: Gateway, work: Work
     ) -> None:
         """`work` is told how many pieces there were."""
         self._owner, self._downstream, self._head, self._work = owner, downstream, head, work

@@ -16,6 +16,7 @@ from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import CHUNKED, BadFraming, HeadMemo, RequestHead, parse_request
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, SizedBody
 from penstock.ingress.openai import GENERATION
+from penstock.ingress.ports import Downstream
 from penstock.ingress.responses import error_response
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MODELS = b"/v1/models"
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client. Reads a request whole, hands it to an Exchange, writes what that sends."""
+class ClientConnection(Downstream):
+    """One client. Reads a request whole, hands it to an Exchange, writes what that sends. It is an
+    `asyncio.Protocol` by its methods only, as `EngineConnection` is."""
 
     __slots__ = (
         "_body",

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable
-from functools import cached_property
+from typing import cast
 
 from penstock.common.model import Instance, InstanceId
 from penstock.common.telemetry import Metrics
@@ -62,6 +62,8 @@ class ConnectionPools:
             "bound",
         )
         self._woken = False
+        # Made when the first of them needs it: the system's certificates are 2 MB.
+        self._tls_context: ssl.SSLContext | None = None
 
     def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
@@ -165,14 +167,18 @@ class ConnectionPools:
         """Raises OSError or ValueError."""
         host, port, scheme = address
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: EngineConnection(pool), host, port, ssl=self._tls if scheme == "https" else None
+            lambda: cast(asyncio.Protocol, EngineConnection(pool)),
+            host,
+            port,
+            ssl=self._tls if scheme == "https" else None,
         )
-        return connection
+        return cast(EngineConnection, connection)
 
-    @cached_property
+    @property
     def _tls(self) -> ssl.SSLContext:
-        # Made when the first of them needs it: the system's certificates are 2 MB.
-        return self._make_tls()
+        if self._tls_context is None:
+            self._tls_context = self._make_tls()
+        return self._tls_context
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long, and drop pools that are empty."""

@@ -42,7 +42,8 @@ class ExternalClient(ConnectionPools):
         try:
             await tunnel.opened
             connection = EngineConnection(pool)
-            wrapped = await loop.start_tls(transport, connection, self._tls, server_hostname=host)
+            protocol = cast(asyncio.Protocol, connection)
+            wrapped = await loop.start_tls(transport, protocol, self._tls, server_hostname=host)
             if wrapped is None:
                 raise OSError("the connection ended during the TLS handshake")
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from typing import cast
 
 import msgspec
 
@@ -64,7 +65,7 @@ class HttpServer:
             self._tls.listen(sock, BACKLOG)
             return
         self._server = await loop.create_server(
-            lambda: ClientConnection(self, self._gateway), sock=sock, backlog=BACKLOG
+            lambda: cast(asyncio.Protocol, ClientConnection(self, self._gateway)), sock=sock, backlog=BACKLOG
         )
 
     def use(self, tls: ssl.SSLContext) -> None:
@@ -82,20 +83,20 @@ class HttpServer:
         self._counted()
         return True
 
-    def forget(self, connection: asyncio.Protocol) -> None:
+    def forget(self, connection: ClientConnection | asyncio.Protocol) -> None:
         """A connection ended, or never was one."""
         if isinstance(connection, ClientConnection):
             self.connections.discard(connection)
             self._greeted.discard(connection)
             self._counted()
 
-    def _greet(self) -> ClientConnection | None:
+    def _greet(self) -> asyncio.Protocol | None:
         if not self._limit.allows_one_more():
             return None
         connection = ClientConnection(self, self._gateway)
         self._greeted.add(connection)
         self._counted()
-        return connection
+        return cast(asyncio.Protocol, connection)
 
     def _counted(self) -> None:
         self._limit.holds(len(self.connections) + len(self._greeted))

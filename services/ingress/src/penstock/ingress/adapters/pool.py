@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Any, Protocol
 
-from penstock.common.telemetry import Cell
+from penstock.common.cells import Cell
 from penstock.ingress.adapters.engine_connection import EngineConnection
 from penstock.ingress.adapters.shared_pools import (
     ALL,
@@ -19,7 +19,7 @@ from penstock.ingress.adapters.shared_pools import (
     SharedPools,
     Slot,
 )
-from penstock.ingress.ports import UpstreamListener
+from penstock.ingress.ports import Upstream, UpstreamListener
 from penstock.ingress.traffic_settings import TrafficSettings
 
 # Host, port, and "http" or "https", and whatever else tells connections apart.
@@ -137,13 +137,11 @@ class Bounds:
         return self._all.others(field) if self._all is not None else 0
 
 
-class Place:
+class Place(Upstream):
     """A place in the line for a connection, in its stead (`penstock.ingress.ports.Upstream`)."""
 
-    reused = False
-
     def __init__(self, pool: Pool, listener: UpstreamListener) -> None:
-        self._pool, self._listener = pool, listener
+        self._pool, self._listener, self.reused = pool, listener, False
 
     def send(self, head: bytes, body: bytes | bytearray) -> None: ...
 

@@ -1,0 +1,19 @@
+"""The usage object of an engine's response, as nearly all write it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Tokens = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
+
+
+class Usage(msgspec.Struct, gc=False):
+    """Tokens of the prompt and of the completion, under the names of either API; None where not said."""
+
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
+    input_tokens: Tokens | None = None
+    output_tokens: Tokens | None = None
+    cached_tokens: Tokens | None = None
