@@ -142,7 +142,12 @@ class StoreLine:
         loop."""
         try:
             while True:
-                await (asyncio.sleep(RETRY_S) if self.lost or self._leases.any else self._woken.wait())
+                if self.lost or self._leases.any:
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    await self._woken.wait()
+                    # What is new has not been unused for long.
+                    self._looked_at = self._wall() + self._ahead_s
                 self._woken.clear()
                 self._give_back()
                 self._ask(probing=self.lost)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from penstock.ingress.limits import Correction, Part, Verdict
 from penstock.ingress.ports import Settled, StoreLost
+
+log = logging.getLogger(__name__)
 
 
 class TaskedStore(ABC):
@@ -37,4 +40,8 @@ class TaskedStore(ABC):
             verdicts: list[Verdict] | StoreLost = await self.ask(claims, corrections)
         except StoreLost as exc:
             verdicts = exc
+        except Exception as exc:
+            # Who waits for it would wait for ever.
+            log.exception("counting failed")
+            verdicts = StoreLost(f"a fault of this program: {type(exc).__name__}")
         settled(verdicts)
