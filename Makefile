@@ -52,11 +52,13 @@ contracts: sync ## the arrows between packages
 
 check: lint types contracts unit ## what a change must pass before review
 
-compile: sync ## the ingress's data path as machine code, for its workers' next start (needs a C compiler)
+compile: sync ## the ingress's data path and what the scheduler decides by as machine code, for their next start (needs a C compiler)
 	@$(BIN)/python services/ingress/compile.py
+	@$(BIN)/python services/scheduler/compile.py
 
-compiled: compile ## the ingress's tests on its data path as machine code
+compiled: compile ## the tests of ingress and scheduler on machine code
 	$(BIN)/python -m penstock.ingress.machine_code pytest services/ingress $(ARGS)
+	$(BIN)/python -m penstock.common.machine_code penstock.scheduler pytest services/scheduler $(ARGS)
 
 bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
 	$(BIN)/python -m penstock.cli.bench $(ARGS)

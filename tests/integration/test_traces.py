@@ -142,7 +142,7 @@ def _check(spans: list[Received], usage: dict[str, int]) -> None:
 
 def test_without_an_endpoint_nothing_of_it_is_imported() -> None:
     code = (
-        "import sys, penstock.ingress.__main__, penstock.ingress.worker, penstock.scheduler.__main__;"
+        "import sys, penstock.ingress.__main__, penstock.ingress.worker, penstock.scheduler.process;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry', 'google', 'requests'))])"
     )
     process = Process([sys.executable, "-c", code])

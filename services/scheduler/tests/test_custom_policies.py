@@ -17,13 +17,14 @@ from penstock.common.messages import Placement, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.settings import SettingsError, load
 from penstock.scheduler.bench import table_of
+from penstock.scheduler.decisions import Decision
 from penstock.scheduler.plugins import GROUP, PluginError
 from penstock.scheduler.plugins import load as load_policies
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import CandidateView
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.scheduler import Decision, schedule
+from penstock.scheduler.scheduler import schedule
 from penstock.scheduler.settings import SchedulerSettings
 from penstock.scheduler.view import ClusterView
 

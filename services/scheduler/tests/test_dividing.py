@@ -25,12 +25,12 @@ from penstock.common.messages import (
 from penstock.common.model import Endpoint, Instance, InstanceState, Role
 from penstock.common.profile_sources import ProfileSources
 from penstock.common.profiles import read_document
+from penstock.scheduler.decisions import Decision
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.configured import ConfiguredCatalog
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.profile import Division
 from penstock.scheduler.replica import Replica
-from penstock.scheduler.scheduler import Decision
 
 PROMPT = struct.pack("<8Q", *(n << 8 for n in range(1, 9)))
 

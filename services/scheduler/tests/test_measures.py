@@ -10,7 +10,8 @@ import pytest
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Endpoint, EngineLoad, Instance
 from penstock.scheduler.bench import table_of
-from penstock.scheduler.candidates import Candidates, Case, part_of
+from penstock.scheduler.candidates import Candidates, part_of
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.measures import (

@@ -14,6 +14,7 @@ from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import CandidateTerms, Inputs, ViewAge
 from penstock.scheduler.bench import table_of
+from penstock.scheduler.decisions import Recording
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import CandidateView, Policy
@@ -22,7 +23,6 @@ from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.recording import (
     BadInputs,
-    Recording,
     Ring,
     decide_again,
     inputs_of,

@@ -10,10 +10,11 @@ import pytest
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, EngineLoad, Instance, InstanceState, Role
 from penstock.scheduler.bench import table_of
+from penstock.scheduler.decisions import Decision
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import STRATEGIES, Thresholds
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.scheduler import Decision, schedule
+from penstock.scheduler.scheduler import schedule
 from penstock.scheduler.view import ClusterView
 
 DEFAULTS = Thresholds()

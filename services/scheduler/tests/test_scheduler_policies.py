@@ -12,7 +12,8 @@ import pytest
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.scheduler.bench import table_of
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.draws import draw, seed_of
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.pickers import Best, BestOfTwo

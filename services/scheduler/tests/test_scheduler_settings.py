@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from penstock.common.settings import SettingsError, load
-from penstock.scheduler.__main__ import main
 from penstock.scheduler.policies.table import STRATEGIES
+from penstock.scheduler.process import main
 from penstock.scheduler.settings import SchedulerSettings
 
 

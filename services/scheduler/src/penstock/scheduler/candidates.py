@@ -4,39 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 
-from penstock.common.messages import ScheduleRequest
 from penstock.common.model import InstanceId
-from penstock.scheduler.draws import seed_of
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.pool import Floats, Kept
 
 # Up to so many bits of a mask are looked up one by one, 0.2 us each; more are unpacked at once, 2 us.
 _FEW = 8
-
-
-class Case(msgspec.Struct, frozen=True, gc=False):
-    """One request to decide; with the candidates' numbers it determines the choice.
-
-    `hashes` are its block hashes, `seed` the source of all chance, `turn` the number of placements that
-    this replica made in the pool, `replicas` how many schedulers are alive, this one included.
-    """
-
-    request: ScheduleRequest
-    hashes: Sequence[int]
-    seed: int
-    turn: int = 0
-    replicas: int = 1
-    # Stands for the request's session where that is not told; 0: see `session_key`.
-    session_seed: int = 0
-
-    @property
-    def session_key(self) -> int:
-        """64 bits that stand for the session, 0 without one."""
-        session = self.request.session
-        return self.session_seed or (seed_of(session) if session else 0)
 
 
 def part_of(case: Case, blocks: int) -> tuple[int, int]:

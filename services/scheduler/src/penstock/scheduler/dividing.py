@@ -14,7 +14,8 @@ import numpy as np
 
 from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.common.model import Instance, Role
-from penstock.scheduler.candidates import Candidates, Case, part_of
+from penstock.scheduler.candidates import Candidates, part_of
+from penstock.scheduler.decisions import Case, Decision
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
@@ -25,7 +26,6 @@ from penstock.scheduler.profile import Division, Profile
 from penstock.scheduler.scheduler import (
     HASH_BYTES,
     UNKNOWN,
-    Decision,
     choose,
     none_left,
     reject,

@@ -18,11 +18,11 @@ from penstock.common.messages import (
 )
 from penstock.common.routing_events import CandidateTerms, Explained, Inputs, ViewAge
 from penstock.common.subjects import DEFAULT_SHARD, EXPLAIN, EXPLAIN_NOW
-from penstock.scheduler.ledger import Orphan
+from penstock.scheduler.decisions import Decision, Reasons, Recording
+from penstock.scheduler.entries import Orphan
 from penstock.scheduler.policies.custom import Policy, PolicyFault
 from penstock.scheduler.recording import (
     BadInputs,
-    Recording,
     Ring,
     decide_again,
     inputs_of,
@@ -30,8 +30,7 @@ from penstock.scheduler.recording import (
     verdict_of,
 )
 from penstock.scheduler.replica import Replica
-from penstock.scheduler.scheduler import Decision
-from penstock.scheduler.telling import Reasons, Teller, placement_event, rejection_event, with_prefill
+from penstock.scheduler.telling import Teller, placement_event, rejection_event, with_prefill
 
 OFF, SAMPLED, FULL = "off", "sampled", "full"
 # One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 
 from penstock.common.instances import expose
+from penstock.common.machine_code import compiled
 from penstock.common.messages import Placement
 from penstock.common.telemetry import Metrics
+from penstock.scheduler.decisions import Decision
 from penstock.scheduler.dividing import IMBALANCE
 from penstock.scheduler.intake import Intake
 from penstock.scheduler.policies.catalog import WEIGHTED
 from penstock.scheduler.pulse import Pulse
 from penstock.scheduler.replica import Replica
-from penstock.scheduler.scheduler import Decision
 from penstock.scheduler.warming import Warming
 
 DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
@@ -62,6 +63,9 @@ class Instruments:
             "penstock_scheduler_pair_imbalances_total",
             "Choices of a prefill or decode instance left to the least loaded, since loads differed too much",
             "role",
+        )
+        metrics.gauge(
+            "penstock_scheduler_machine_code", "1 if what decides is compiled", lambda: float(compiled())
         )
         self._gauges(metrics)
 

@@ -14,12 +14,11 @@ import heapq
 import math
 from collections import Counter
 
-import msgspec
-
 from penstock.common.messages import LoadReport, Placed
 from penstock.common.model import InstanceId
 from penstock.scheduler.dividing import PREFILL_SUFFIX
-from penstock.scheduler.sums import InFlightSums, InstanceLoad, Work
+from penstock.scheduler.entries import Books, Orphan
+from penstock.scheduler.sums import InFlightSums, InstanceLoad
 
 SILENCE_S = 5.0
 # A living ingress numbers a snapshot each second: if its numbers stay below the highest for longer, that
@@ -40,40 +39,11 @@ SILENT = f"its ingress has said nothing for {SILENCE_S:g} s"
 REPLACED = "its ingress was started again"
 
 
-class Orphan(msgspec.Struct, frozen=True):
-    """A decision of an ingress that is gone and had not finished it, as far as is known; without a decision:
-    the ingress itself."""
-
-    ingress: str
-    incarnation: str
-    cause: str
-    decision_id: str = ""
-    instance: str = ""
-
-
-class _Ingress(msgspec.Struct):
-    """What one incarnation of an ingress said. `missing` is the last sequence known to be lost (0: none);
-    `floor` the first of the last complete snapshot, `open` that of the one under way; `risen_at` is when
-    `sequence`, the highest, last rose."""
-
-    incarnation: str
-    heard_at: float
-    risen_at: float
-    work: dict[str, Work]
-    sequence: int = 0
-    missing: int = 0
-    floor: int = 0
-    open: int = 0
-    open_pieces: int = 0
-    # Instances by decisions that it was answered and did not report, the last ones: it may have died first.
-    unconfirmed: dict[str, str] = {}
-
-
 class InFlightLedger:
     """Applies placements and load reports; `loads` and `changes` read the sums."""
 
     def __init__(self) -> None:
-        self._ingresses: dict[str, _Ingress] = {}
+        self._ingresses: dict[str, Books] = {}
         self._sums = InFlightSums()
         self._unconfirmed: list[tuple[float, str, str, str]] = []
         # Sequences by what is over: the report that finished a decision, an incarnation's last.
@@ -236,7 +206,7 @@ class InFlightLedger:
 
     # The parts of a report
 
-    def _finish(self, source: _Ingress, report: LoadReport) -> None:
+    def _finish(self, source: Books, report: LoadReport) -> None:
         over, sequence = self._over, report.sequence
         for decision in report.finished:
             if over.get(decision, 0) < sequence:
@@ -245,7 +215,7 @@ class InFlightLedger:
             if work is not None and work.sequence <= sequence:
                 self._sums.drop(source.work.pop(decision))
 
-    def _apply(self, source: _Ingress, report: LoadReport) -> None:
+    def _apply(self, source: Books, report: LoadReport) -> None:
         held, sequence = source.work, report.sequence
         for entry in report.in_flight:
             decision, tokens = entry.decision_id, entry.prompt_tokens + entry.output_tokens
@@ -268,7 +238,7 @@ class InFlightLedger:
         under one id: its entries are the later word."""
         return max(self._over.get(decision, 0), self._over_before.get(decision, 0)) > sequence
 
-    def _take_piece(self, source: _Ingress, report: LoadReport) -> None:
+    def _take_piece(self, source: Books, report: LoadReport) -> None:
         """Pieces carry consecutive sequences, so the first one's names the snapshot."""
         first = report.sequence - report.piece
         if first <= source.floor or first < source.open:
@@ -286,7 +256,7 @@ class InFlightLedger:
 
     # The books
 
-    def _open(self, ingress: str, incarnation: str, sequence: int, moment: float) -> _Ingress | None:
+    def _open(self, ingress: str, incarnation: str, sequence: int, moment: float) -> Books | None:
         """Books for this incarnation, in place of another's; None if there is no room or it ended.
 
         Nothing tells which of two incarnations is the younger. One that ended and then says something
@@ -305,16 +275,16 @@ class InFlightLedger:
             return None
         return self._begin(ingress, incarnation, moment)
 
-    def _begin(self, ingress: str, incarnation: str, moment: float) -> _Ingress:
-        source = self._ingresses[ingress] = _Ingress(incarnation, moment, moment, {})
+    def _begin(self, ingress: str, incarnation: str, moment: float) -> Books:
+        source = self._ingresses[ingress] = Books(incarnation, moment, moment, {})
         return source
 
-    def _end(self, ingress: str, source: _Ingress) -> None:
+    def _end(self, ingress: str, source: Books) -> None:
         del self._ingresses[ingress]
         self._release(source)
         self._over[ingress, source.incarnation] = source.sequence
 
-    def _release(self, source: _Ingress) -> None:
+    def _release(self, source: Books) -> None:
         for work in source.work.values():
             self._sums.drop(work)
 
@@ -323,7 +293,7 @@ class InFlightLedger:
         some, self._orphans = self._orphans[:count], self._orphans[count:]
         return some
 
-    def _orphan(self, ingress: str, source: _Ingress, cause: str) -> None:
+    def _orphan(self, ingress: str, source: Books, cause: str) -> None:
         """Both shares of a pair are one decision. One that was not confirmed may have ended otherwise: its
         own outcome then beats this."""
         left = {**source.unconfirmed, **{d: work.instance for d, work in source.work.items()}}
@@ -335,7 +305,7 @@ class InFlightLedger:
             *(Orphan(ingress, source.incarnation, cause, *left) for left in decisions.items()),
         ][:room]
 
-    def _has_room(self, source: _Ingress) -> bool:
+    def _has_room(self, source: Books) -> bool:
         if (
             len(source.work) < MAX_PER_INGRESS
             and max(self._sums.in_flight, len(self._unconfirmed)) < MAX_IN_FLIGHT

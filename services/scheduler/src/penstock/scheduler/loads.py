@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableSequence, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -60,15 +60,15 @@ class Loads:
     `busy` (share of the last time with work), `usual` (requests).
     """
 
-    GIVEN = (
+    GIVEN: ClassVar[tuple[str, ...]] = (
         *("requests", "tokens", "pending", "echo", "echo_ms", "rank"),
         *("running", "waiting", "kv_usage_ratio", "status_at", "kv_at", "kv_tokens", "weight"),
     )
-    FADING = (
+    FADING: ClassVar[tuple[str, ...]] = (
         *("prefill_ms", "prefill_tokens", "decode_ms", "decode_tokens"),
         *("answers", "answer_tokens", "served"),
     )
-    DERIVED = (
+    DERIVED: ClassVar[tuple[str, ...]] = (
         *(
             "queued",
             "ms_per_token",
@@ -81,8 +81,8 @@ class Loads:
         ),
         *("kv_wait_ms", "wait_ms", "busy", "usual"),
     )
-    NAMES = GIVEN + FADING + DERIVED
-    _START = {  # noqa: RUF012  # a constant
+    NAMES: ClassVar[tuple[str, ...]] = GIVEN + FADING + DERIVED
+    _START: ClassVar[dict[str, float]] = {
         "status_at": -math.inf,
         "kv_at": -math.inf,
         "weight": 1.0,

@@ -15,21 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 
-import msgspec
+from penstock.scheduler.masks import Mask
 
 # Distinct sets of instances per generation; a generation ends early at this many (about 20 MB at 1,000
 # instances). Forgetting an instance visits all of them: 3 ms per 10,000.
 MAX_MASKS = 65_536
 _ALL = -1
-
-
-class _Mask(msgspec.Struct, gc=False):
-    """A set of slots as bits, shared by all blocks that are held by exactly these.
-
-    Without `gc` the dicts of blocks stay out of the garbage collector's sight; visiting a million
-    entries would stop the loop for 10 ms."""
-
-    slots: int
 
 
 class _Generation:
@@ -38,14 +29,14 @@ class _Generation:
     __slots__ = ("blocks", "made", "masks")
 
     def __init__(self) -> None:
-        self.blocks: dict[int, _Mask] = {}
-        self.masks: dict[int, _Mask] = {}
-        self.made: list[_Mask] = []
+        self.blocks: dict[int, Mask] = {}
+        self.masks: dict[int, Mask] = {}
+        self.made: list[Mask] = []
 
-    def mask(self, slots: int) -> _Mask:
+    def mask(self, slots: int) -> Mask:
         mask = self.masks.get(slots)
         if mask is None:
-            mask = self.masks[slots] = _Mask(slots)
+            mask = self.masks[slots] = Mask(slots)
             self.made.append(mask)
         return mask
 

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from penstock.common.model import Role
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.filters import (
     Filter,

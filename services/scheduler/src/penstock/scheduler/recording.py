@@ -13,54 +13,27 @@ import numpy as np
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import Inputs, ViewAge
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import RECORDING_BYTES, Case, Decision, Recording
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import RECORDS, Policy
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.pool import Floats, Kept, Pool, Rows, whole
-from penstock.scheduler.profile import Profile
-from penstock.scheduler.scheduler import SHOWN, Decision, choose, unpack
+from penstock.scheduler.pool import Floats, Pool, Rows, whole
+from penstock.scheduler.scheduler import SHOWN, choose, unpack
 
 RING_DECISIONS = 10_000
 # With cache-aware, 10,000 decisions of up to 500 instances; past that as many as fit.
 RING_BYTES = 128 * 1024 * 1024
-# What a recording takes beside its arrays and hashes.
-RECORDING_BYTES = 1000
 ARRAY_BYTES = 48
 _ENDPOINT = Endpoint("unknown", 1)
+# Has no number at any slot.
+_MISSING = np.empty(0)
 
 
 class BadInputs(ValueError):
     """The inputs do not fit together: they are not what a scheduler wrote."""
-
-
-class Recording(msgspec.Struct, frozen=True, gc=False):
-    """One decision with what it was made on; `numbers` are the arrays of Loads that its profile reads, by
-    slot, `score` is that of the instance chosen. Without a `kept`, no instance was looked at.
-
-    Ten thousand are kept: what each holds leaves the processor's cache, and comes back when it is freed. The
-    terms alone, which can be made again, would cost as much time as all the rest."""
-
-    request: ScheduleRequest
-    outcome: Placement | Rejection
-    policy: str
-    seed: int
-    ingress: str
-    view: ViewAge
-    excluded: dict[str, int] = {}
-    score: float = 0.0
-    fault: str = ""
-    profile: Profile | None = None
-    kept: Kept | None = None
-    steps: Sequence[tuple[int, int]] = ()
-    turn: int = 0
-    replicas: int = 1
-    numbers: Sequence[bytes] = ()
-    held_bytes: int = RECORDING_BYTES
-    # The choice of prefill's instance, where `outcome` names two.
-    prefill: Recording | None = None
 
 
 def record(
@@ -222,7 +195,7 @@ def _loads(inputs: Inputs) -> Loads:
     for name in Loads.NAMES:
         packed = inputs.numbers.get(name)
         if packed is None:
-            delattr(loads, name)
+            setattr(loads, name, _MISSING)
             continue
         numbers = _array(packed)
         if len(numbers) != len(inputs.instances):

@@ -21,6 +21,7 @@ from penstock.common.messages import (
 )
 from penstock.common.routing_events import ViewAge
 from penstock.scheduler.ages import Ages
+from penstock.scheduler.decisions import Decision
 from penstock.scheduler.dividing import PREFILL_SUFFIX, schedule_divided
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.echo import Echo
@@ -33,7 +34,7 @@ from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Division
 from penstock.scheduler.restarts import Restarts
-from penstock.scheduler.scheduler import HASH_BYTES, Decision, schedule, unpack
+from penstock.scheduler.scheduler import HASH_BYTES, schedule, unpack
 from penstock.scheduler.snapshot import Giver, Taker
 from penstock.scheduler.speeds import Speeds
 from penstock.scheduler.view import ClusterView

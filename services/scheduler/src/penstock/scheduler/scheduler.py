@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms
-from penstock.scheduler.candidates import Candidates, Case, part_of
+from penstock.scheduler.candidates import Candidates, part_of
+from penstock.scheduler.decisions import Basis, Case, Decision
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
-from penstock.scheduler.policies.filters import SATURATED, OwnedBy
-from penstock.scheduler.pool import Floats, Kept
+from penstock.scheduler.policies.filters import OWNER, SATURATED
+from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Index, Profile, look_up
 from penstock.scheduler.view import ClusterView
@@ -33,33 +33,6 @@ MAX_MESSAGE = 1024
 # A client that finds everything full comes back after so long.
 SATURATED_RETRY_S = 1.0
 UNKNOWN = "unknown"
-
-
-class Basis(msgspec.Struct, frozen=True, gc=False):
-    """What a choice was made on; `steps` is the prefix index's answer. The numbers are the view's."""
-
-    case: Case
-    profile: Profile
-    kept: Kept
-    steps: Sequence[tuple[int, int]] = ()
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """What was decided and why. `policy` is its label in metrics; `slot` is -1 for a rejection; `terms` are
-    the best candidates, the chosen one first; `fault` is why the policy asked for did not decide; `basis` is
-    None if no instance was looked at."""
-
-    outcome: Placement | Rejection
-    policy: str
-    slot: int = -1
-    hashes: Sequence[int] = ()
-    terms: list[CandidateTerms] = []
-    excluded: dict[str, int] = {}
-    seed: int = 0
-    fault: PolicyFault | None = None
-    basis: Basis | None = None
-    # The choice of prefill's instance, where `outcome` names two.
-    prefill: Decision | None = None
 
 
 def schedule(
@@ -188,7 +161,7 @@ def _terms(
 def none_left(request: ScheduleRequest, profile: Profile, candidates: Candidates) -> Decision:
     """Why no instance is left, for people and by its code."""
     pool, excluded = candidates.kept.pool, candidates.kept.excluded
-    if excluded.get(OwnedBy.name) == len(pool):
+    if excluded.get(OWNER) == len(pool):
         known = {instance.owned_by(request.model) for instance in pool.instances} - {""}
         owners = ", ".join(sorted(known)) or "none"
         message = f"model {request.model!r} is not served by owner {request.owner!r}; owners: {owners}"

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from penstock.common.model import InstanceId
+from penstock.scheduler.entries import Load, Work
 
 InstanceLoad = tuple[InstanceId, int, int, int]
-
-
-class Work(msgspec.Struct, gc=False):
-    """One decision. `pending` are the prompt tokens to compute before its first answer, 0 after it.
-    `sequence` is that of the report it stands for; 0: a placement, until `deadline`."""
-
-    instance: InstanceId
-    tokens: int
-    pending: int
-    sequence: int
-    deadline: float = 0.0
-
-
-class _Load(msgspec.Struct, gc=False):
-    requests: int = 0
-    tokens: int = 0
-    pending: int = 0
 
 
 class InFlightSums:
     """What every counted decision adds up to; `changes` gives what changed since it was last asked."""
 
     def __init__(self) -> None:
-        self._loads: dict[InstanceId, _Load] = {}
+        self._loads: dict[InstanceId, Load] = {}
         self._changed: set[InstanceId] = set()
         self.in_flight = 0
 
@@ -67,7 +49,7 @@ class InFlightSums:
     def _add(self, instance: InstanceId, requests: int, tokens: int, pending: int) -> None:
         load = self._loads.get(instance)
         if load is None:
-            load = self._loads[instance] = _Load()
+            load = self._loads[instance] = Load()
         load.requests += requests
         load.tokens += tokens
         load.pending += pending

@@ -27,10 +27,11 @@ from penstock.common.routing_events import (
     WriterChange,
     WriterEvent,
 )
+from penstock.scheduler.decisions import Decision, Reasons
+from penstock.scheduler.entries import Orphan
 from penstock.scheduler.kv_feeds import TrustChange
-from penstock.scheduler.ledger import Orphan
 from penstock.scheduler.precision import WINDOW
-from penstock.scheduler.scheduler import HASH_BYTES, Decision
+from penstock.scheduler.scheduler import HASH_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -116,19 +117,6 @@ class Teller:
         """`what` is missing and worked around from here on (`active`), or no longer; the log says `text`."""
         log.log(level, text, extra={"fields": {"cause": cause}})
         self._events.degraded(what, active, cause)
-
-
-class Reasons(msgspec.Struct, frozen=True, gc=False):
-    """Why a decision was made, as its event says it."""
-
-    policy: str
-    terms: list[CandidateTerms]
-    excluded: dict[str, int]
-    seed: int
-    weights: dict[str, float]
-    view: ViewAge
-    fault: str = ""
-    inputs: Inputs | None = None
 
 
 def placement_event(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from penstock.common.identity import Identity
 from penstock.common.messages import Placement, ScheduleBatch, ScheduleRequest
 from penstock.common.tracing import Context, Ids, Span, Spans, Value, unpack
-from penstock.scheduler.scheduler import Decision
+from penstock.scheduler.decisions import Decision
 
 Marks = dict[str, Context]
 

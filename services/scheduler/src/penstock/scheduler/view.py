@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from penstock.common.instances import InstanceTable
 from penstock.common.model import EngineLoad, InstanceId, InstanceState
 from penstock.scheduler.loads import Loads
-from penstock.scheduler.pool import Pool
+from penstock.scheduler.pool import Floats, Pool
 from penstock.scheduler.sums import InstanceLoad
 
 # An engine that reports more is taken for broken; larger numbers would outweigh every real one.
@@ -154,13 +155,15 @@ class ClusterView:
             return False
         if load.kv_expired is not None:
             self._kv_expired[instance] = load.kv_expired
+        # Whatever its fields hold: machine code takes a field's type at its word.
+        reported: Any = load
         kv_tokens = (load.kv_blocks or 0) * (load.block_size or 0)
         if 0 < kv_tokens <= MAX_KV_TOKENS:
             loads.kv_tokens[slot] = kv_tokens
-        figures = (
-            (loads.running, load.running, MAX_REQUESTS),
-            (loads.waiting, load.waiting, MAX_REQUESTS),
-            (loads.kv_usage_ratio, load.kv_usage_ratio, 1.0),
+        figures: tuple[tuple[Floats, Any, float], ...] = (
+            (loads.running, reported.running, MAX_REQUESTS),
+            (loads.waiting, reported.waiting, MAX_REQUESTS),
+            (loads.kv_usage_ratio, reported.kv_usage_ratio, 1.0),
         )
         usable = False
         for numbers, figure, most in figures:

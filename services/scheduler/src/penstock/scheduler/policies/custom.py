@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 
 from penstock.common.messages import ScheduleRequest
 from penstock.common.model import Instance
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.pool import Floats
 

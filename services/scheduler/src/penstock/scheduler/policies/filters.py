@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from penstock.common.model import Instance, Role
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.pool import Flags, Floats, Pool
 
-SATURATED = "saturated"
+SATURATED, OWNER = "saturated", "owner"
 # A filter is made for each profile and strategy that is asked for: past so many, lengths are looked up again.
 MAX_LENGTHS = 256
 
@@ -61,7 +62,7 @@ class HasRole:
 class OwnedBy:
     """Drops instances of another owner than the request names, if it names one."""
 
-    name: str = "owner"
+    name: str = OWNER
 
     def keep(self, case: Case, candidates: Candidates) -> Flags | None:
         owner, instances = case.request.owner, candidates.kept.pool.instances

@@ -12,7 +12,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.draws import rendezvous
 from penstock.scheduler.pool import Floats
 

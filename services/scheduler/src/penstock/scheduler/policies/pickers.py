@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.draws import draw, rendezvous, rendezvous_few
 from penstock.scheduler.pool import FEW, Floats
 

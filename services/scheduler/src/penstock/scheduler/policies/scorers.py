@@ -8,7 +8,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from penstock.scheduler.candidates import Candidates, Case
+from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.decisions import Case
 from penstock.scheduler.policies.measures import Measure
 from penstock.scheduler.pool import Floats
 
