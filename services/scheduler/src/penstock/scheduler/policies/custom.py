@@ -109,7 +109,8 @@ class Custom:
     name: str
     policy: Policy
     reads: ClassVar[tuple[str, ...]] = (
-        *("requests", "tokens", "pending", "kv_used", "ms_per_token", "tpot_ms", "wait_ms"),
+        *("requests", "tokens", "pending", "kv_used", "ms_per_token", "tpot_ms"),
+        *ExpectedTtft.reads,
         RECORDS,
     )
 
