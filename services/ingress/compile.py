@@ -2,6 +2,8 @@
 
 mypyc (a part of mypy) translates the modules, a C compiler does the rest, in about a minute. Workers use the
 result from their next start on, for as long as the sources are those that it was made from.
+
+`compile.py FOLDER MODULE ...` compiles these modules alone, into another folder.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ MODULES = (
     "penstock.ingress.http_wire",
     "penstock.ingress.ids",
     "penstock.ingress.in_flight",
+    "penstock.ingress.local_placing",
     "penstock.ingress.local_policy",
     "penstock.ingress.openai",
     "penstock.ingress.outcomes",
@@ -50,6 +53,7 @@ MODULES = (
     "penstock.ingress.relay",
     "penstock.ingress.responses",
     "penstock.ingress.speeds",
+    "penstock.ingress.standing",
     "penstock.ingress.waiting_room",
 )
 _SETUP = """
@@ -71,17 +75,18 @@ def main() -> int:
         )
         return 1
     # Before they are read: who edits one meanwhile gets Python.
-    sources = {name: digest_of(PACKAGE, name) for name in MODULES}
+    folder, modules = (Path(sys.argv[1]), tuple(sys.argv[2:])) if len(sys.argv) > 2 else (FOLDER, MODULES)
+    sources = {name: digest_of(PACKAGE, name) for name in modules}
     with tempfile.TemporaryDirectory() as scratch:
-        built = _build(Path(scratch), MODULES)
+        built = _build(Path(scratch), modules)
         if not built:
             return 1
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        FOLDER.mkdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         for name, file in built.items():
-            shutil.copy2(file, FOLDER / f"{name}{EXTENSION_SUFFIXES[0]}")
+            shutil.copy2(file, folder / f"{name}{EXTENSION_SUFFIXES[0]}")
     library = next(name for name in built if name.endswith("__mypyc"))
-    (FOLDER / MANIFEST).write_text(json.dumps({"library": library, "sources": sources}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"library": library, "sources": sources}, indent=1))
     return 0
 
 

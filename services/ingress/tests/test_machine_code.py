@@ -1,6 +1,8 @@
 """Machine code is used while it is that of the sources, and Python otherwise."""
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -78,3 +80,28 @@ def test_a_manifest_that_makes_no_sense_is_as_none(package: Path, text: str) -> 
 
 def test_without_a_manifest_the_sources_run(tmp_path: Path) -> None:
     assert tried(tmp_path) == "it has not been compiled"
+
+
+RUN = """
+import sys
+from pathlib import Path
+from penstock.ingress import machine_code
+print(machine_code.use(Path(sys.argv[1])))
+from penstock.ingress import ids
+print(ids.__file__, ids.Ids("x").next())
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.timeout(300)
+def test_what_the_compiler_makes_is_what_runs(tmp_path: Path) -> None:
+    # One small module, in 7 s of CPU: all of them take a minute, `make compiled`.
+    folder = tmp_path / FOLDER.name
+    compiler = Path(__file__).parents[1] / "compile.py"
+    subprocess.run([sys.executable, compiler, folder, "penstock.ingress.ids"], check=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, folder], capture_output=True, text=True, timeout=60, check=True
+    )
+    file, first = done.stdout.split()
+    assert Path(file).parent == folder
+    assert first == "x1"

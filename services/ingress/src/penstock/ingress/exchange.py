@@ -2,81 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Final
 
 from msgspec import structs
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt, Failure, Retry
-from penstock.ingress.capture import Copied
 from penstock.ingress.detours import Detours
 from penstock.ingress.disaggregation.protocols import PD
-from penstock.ingress.divided import Divided
 from penstock.ingress.failures import GatewayError
-from penstock.ingress.gateway import Gateway
-from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, RequestHead, ResponseHead
+from penstock.ingress.http_wire import CHUNKED, LAST_CHUNK, UNTIL_CLOSE, ResponseHead
 from penstock.ingress.kept import Kept
 from penstock.ingress.large_bodies import LARGE_BODY_BYTES, Facts
-from penstock.ingress.limits import Held
 from penstock.ingress.metering import metered, settle
 from penstock.ingress.openai import parse
 from penstock.ingress.outcomes import Outcome, report
-from penstock.ingress.ports import Downstream, ResponseListener
+from penstock.ingress.ports import ResponseListener
 from penstock.ingress.relay import Relay
 from penstock.ingress.request_body import InferenceRequest
 from penstock.ingress.responses import client_head, error_response
+from penstock.ingress.standing import Standing
 from penstock.ingress.states import State
-from penstock.ingress.waiting import Ticket
-
-if TYPE_CHECKING:
-    from penstock.ingress.traced import Trace
 
 # An enum's member costs 0.1 us where it is read from its class.
-_PLACING, _ATTEMPTING, _RELAYING, _DONE = State.PLACING, State.ATTEMPTING, State.RELAYING, State.DONE
-_SATURATED = Reason.SATURATED
+_PLACING: Final = State.PLACING
+_ATTEMPTING: Final = State.ATTEMPTING
+_RELAYING: Final = State.RELAYING
+_DONE: Final = State.DONE
+_SATURATED: Final = Reason.SATURATED
 
 
-class Exchange:
+class Exchange(Standing):
     """From a whole request to the last byte of its response; knows ports only."""
 
-    # Each has all of them from the beginning: to read one that stands in the class costs 30 ns, to set one 4.
-    __slots__ = (
-        *("_downstream", "_gateway", "_keep_alive", "_paused", "attempt", "body", "copied", "deadline"),
-        *("decisions", "detours", "divided", "error", "head", "local_body", "placed_at", "policy", "profile"),
-        *("received_at", "rejected_id", "relay", "request", "request_id", "reservation", "state", "status"),
-        *("stream", "ticket", "trace", "waited_ms"),
-    )
-
-    request: ScheduleRequest
-
-    def __init__(
-        self, gateway: Gateway, downstream: Downstream, head: RequestHead, body: bytes | bytearray
-    ) -> None:
-        self._gateway, self._downstream, self.head, self.body = gateway, downstream, head, body
-        self.request_id = gateway.request_id(head.given_id)
-        self.received_at = now = gateway.clock()
-        self.deadline = now + gateway.request_timeout
-        self.state = _PLACING
-        self.decisions: list[str] = []
-        self.attempt: Attempt | None = None
-        self.relay: Relay | None = None
-        self.detours: Detours | None = None
-        self.divided: Divided | None = None
-        self.policy = self.profile = self.error = self.rejected_id = ""
-        self.placed_at = 0.0
-        self.stream = False
-        self.copied: Copied | None = None
-        self.reservation: Held | None = None
-        self.status = 0
-        # What instances get instead of `body`, if their route says so.
-        self.local_body: bytes | bytearray = b""
-        # Its place in a line, while it waits for capacity, and how long it did.
-        self.ticket: Ticket[Exchange] | None = None
-        self.waited_ms = 0.0
-        # What it tells of itself, if it is sampled.
-        self.trace: Trace | None = None
-        self._keep_alive, self._paused = head.keep_alive, False
+    __slots__ = ()
 
     def start(self, facts: Facts | None = None, *, by_bytes: bool = False) -> None:
         """Parse the body and ask for a placement; a large body comes back from its reading as `facts`.
@@ -136,11 +96,6 @@ class Exchange:
 
     # -- placement ---------------------------------------------------------------------------------
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a placement is still wanted."""
-        return self.state is _PLACING
-
     def place(self, inference: InferenceRequest | Facts) -> None:
         """Ask for an instance. Raises GatewayError if there cannot be one."""
         gateway = self._gateway
@@ -155,12 +110,6 @@ class Exchange:
             self.copy(inference.model)
         self.decisions.append(self.request.decision_id)
         self._submit()
-
-    def copy(self, model: str) -> None:
-        """Copy the request for the mirror, if it is its turn."""
-        capture = self._gateway.capture
-        if capture is not None:
-            self.copied = capture.copy(self.head, self.body, model, self.request_id)
 
     def _leave_out(self, ejected: tuple[str, ...]) -> None:
         if ejected:
@@ -250,24 +199,6 @@ class Exchange:
             self.trace.attempting(self, attempt)
         self.state = _ATTEMPTING
 
-    def wait_to_retry(self) -> None:
-        """Between two attempts."""
-        self.state = State.PAUSING
-
-    @property
-    def retrying(self) -> bool:
-        """Whether it is between two attempts."""
-        return self.state is State.PAUSING
-
-    def wait_in_queue(self, until: float) -> None:
-        """In the 429 queue, at most until a moment of the clock."""
-        self.state, self.deadline = State.QUEUED, until
-
-    @property
-    def queued(self) -> bool:
-        """Whether it is in the 429 queue."""
-        return self.state is State.QUEUED
-
     def detour(self) -> Detours:
         """What finds other ways for it."""
         if self.detours is None:
@@ -288,7 +219,7 @@ class Exchange:
             if keeper is not None:
                 return keeper
         if head.status >= 500 or gateway.failing:
-            self._judge(head.status < 500)
+            self.judge(head.status < 500)
         if self.detours is not None:
             self.detours.done(answered=head.status < 400)
         self.state = _RELAYING
@@ -314,23 +245,6 @@ class Exchange:
         relay.begin(self.request_id, routing, keep_alive=self._keep_alive)
         return relay
 
-    def routing_lines(self, attempt: Attempt) -> bytes:
-        """The header lines that tell a client who answered."""
-        lines = b""
-        if attempt.instance is not None:
-            lines = self._gateway.routing_headers(self.policy, self.profile, attempt.instance)
-        if self.divided is not None:
-            lines += self._gateway.prefill_headers(self.divided.prefill_instance)
-        if self.detours is not None and self.detours.route:
-            lines += b"x-penstock-route: %b\r\n" % self.detours.route.encode()
-        return lines
-
-    def _judge(self, well: bool) -> None:
-        """What the attempt in hand says of its target."""
-        if self.attempt is not None:
-            breakers, now = self._gateway.breakers, self._gateway.clock()
-            (breakers.succeeded if well else breakers.failed)(self.attempt.target, now)
-
     # -- the response ------------------------------------------------------------------------------
 
     def response_began(self, now: float) -> None:
@@ -354,13 +268,9 @@ class Exchange:
 
     def response_lost(self, cause: str) -> None:
         """The instance went away in the middle of it."""
-        text = f"{self._sender} ended the response early: {cause}"
-        self._judge(False)
+        text = f"{self.sender} ended the response early: {cause}"
+        self.judge(False)
         self._break_off("upstream_unreachable", text, Outcome.FAILED)
-
-    @property
-    def _sender(self) -> str:
-        return "the instance" if self.attempt is None or self.attempt.instance else "the endpoint"
 
     # -- downstream --------------------------------------------------------------------------------
 
@@ -390,16 +300,16 @@ class Exchange:
         """The deadline passed."""
         settings = self._gateway.settings
         if self.state is _RELAYING:
-            who = "the client read" if self._paused else f"{self._sender} sent"
+            who = "the client read" if self._paused else f"{self.sender} sent"
             if not self._paused:
-                self._judge(False)
+                self.judge(False)
             text = f"{who} nothing for {settings.stream_idle_timeout:g} s"
             self._break_off("upstream_timeout", text, Outcome.TIMED_OUT)
         elif self.divided is not None and self.divided.expired():
             return
         elif self.detours is None or not self.detours.expired(self.attempt):
             if self.state is _ATTEMPTING and self.attempt is not None and self.attempt.sent_at:
-                self._judge(False)
+                self.judge(False)
             text = f"no response within {settings.request_timeout:g} s"
             self.fail(GatewayError("upstream_timeout", text), Outcome.TIMED_OUT)
 

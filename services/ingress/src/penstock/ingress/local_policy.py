@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import xxhash
 
@@ -11,6 +12,7 @@ from penstock.common.model import Instance, InstanceId
 # How many requests above the least loaded the preferred instance may hold: enough to keep a session or
 # prefix together in normal traffic, too few to pile a hot one up while nobody sees the whole fleet.
 SLACK_REQUESTS = 4
+_digest_of: Final = xxhash.xxh3_64_intdigest
 
 
 def place_locally(
@@ -40,5 +42,4 @@ def place_locally(
 
 
 def _weights(instances: Sequence[Instance], seed: int) -> list[int]:
-    digest = xxhash.xxh3_64_intdigest
-    return [digest(instance.id.encode(), seed) for instance in instances]
+    return [_digest_of(instance.id.encode(), seed) for instance in instances]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -27,8 +27,9 @@ class Outcome(StrEnum):
 
 
 # A member's `value` costs 0.16 us, a member read from its class 0.1.
-_TEXTS = {outcome: outcome.value for outcome in Outcome}
-_COMPLETED, _NEUTRAL = Outcome.COMPLETED, Mode.NEUTRAL
+_TEXTS: Final = {outcome: outcome.value for outcome in Outcome}
+_COMPLETED: Final = Outcome.COMPLETED
+_NEUTRAL: Final = Mode.NEUTRAL
 
 
 def report(gateway: Gateway, exchange: Exchange, outcome: Outcome, undecided: bool) -> None:

@@ -1,7 +1,7 @@
 """Where requests get their instance: from a scheduler over the bus, or, in need, from this ingress.
 
 All requests of one loop tick share a message. An attempt waits `--schedule-timeout`, a second one with
-the same decision ids may follow, then the request is placed locally.
+the same decision ids may follow, then the request is placed locally (`penstock.ingress.local_placing`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.bus import Bus
@@ -20,32 +19,25 @@ from penstock.common.identity import Identity
 from penstock.common.instances import InstanceTable
 from penstock.common.messages import (
     MAX_BATCH,
-    Mode,
     Placement,
-    Reason,
     Rejection,
     ScheduleBatch,
     ScheduleReply,
     ScheduleRequest,
     TraceMark,
 )
-from penstock.common.model import Instance, Role
+from penstock.common.model import Instance
 from penstock.common.routing_events import (
     ADMITTED,
-    PLACEMENT,
-    REJECTION,
     Admission,
     AdmittedEvent,
-    PlacementEvent,
-    RejectionEvent,
 )
 from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
 from penstock.common.telemetry import FAST_SECONDS_BUCKETS, Metrics
 from penstock.ingress.breaker import BusBreaker
-from penstock.ingress.in_flight import InFlightAccount, of_prefill_id
-from penstock.ingress.local_pairs import LOCAL, able_alone, place_pair_locally
-from penstock.ingress.local_policy import place_locally
-from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
+from penstock.ingress.in_flight import InFlightAccount
+from penstock.ingress.local_pairs import LOCAL
+from penstock.ingress.local_placing import LocalPlacer
 from penstock.ingress.replicas import ANY, Replicas
 
 if TYPE_CHECKING:
@@ -56,8 +48,6 @@ log = logging.getLogger(__name__)
 
 # Attempts that may go unanswered before the request is placed here.
 MAX_ATTEMPTS = 2
-# An enum's member costs 0.1 us where it is read from its class.
-_NEUTRAL = Mode.NEUTRAL
 
 
 class Asker(Protocol):
@@ -108,12 +98,8 @@ class Placer:
     ) -> None:
         """`max_requests`: of this process on one instance that has no such label; 0: any number."""
         self._bus, self._table, self._account, self._events = bus, table, account, events
-        self._identity, self._attempt_s, self._max_requests = identity, attempt_s, max_requests
-        self.profiles = LocalProfiles(max_requests)
+        self._identity, self._attempt_s = identity, attempt_s
         self._pending: list[Exchange | Asker] = []
-        # By model and owner, in one version of the table.
-        self._usual: dict[tuple[str, str], tuple[Sequence[Instance], bool]] = {}
-        self._version = -1
         self._breaker = BusBreaker()
         self.replicas = Replicas()
         # Which of the askers are traced, while any may be.
@@ -126,7 +112,9 @@ class Placer:
             attempts.labels(result) for result in ("answered", "timeout", "unavailable")
         )
         placements = metrics.counter("penstock_ingress_placements_total", "Placements by who made them", "by")
-        self._by_scheduler, self._by_self = placements.labels("scheduler"), placements.labels(LOCAL)
+        self._by_scheduler = placements.labels("scheduler")
+        self._local = LocalPlacer(table, account, events, identity, placements.labels(LOCAL), max_requests)
+        self.profiles = self._local.profiles
         self._round_trip = metrics.histogram(
             "penstock_ingress_schedule_seconds",
             "Round trip of an answered schedule message",
@@ -272,7 +260,7 @@ class Placer:
             try:
                 if not asker.waiting:
                     # Its client left in the meantime: what the scheduler reserved is given back.
-                    self._release(asker.request)
+                    self._local.release(asker.request)
                 elif isinstance(outcome, Rejection):
                     asker.rejected(outcome)
                 elif (
@@ -297,96 +285,11 @@ class Placer:
             self._degrade(True, cause)
         for asker in askers:
             try:
-                self._locally_one(asker)
+                self._local.place(asker)
             except Exception:
                 log.exception("placing a request failed")
                 self._break(asker)
         self._events.settle()
-
-    def _locally_one(self, asker: Exchange | Asker) -> None:
-        request = asker.request
-        if not asker.waiting:
-            self._release(request)
-            return
-        pool = self._table.serving(request.model)
-        usable, bounded = self._usable(pool, request)
-        kept_by, most = request.session.encode() or request.block_hashes[:HASH_BYTES], self._max_requests
-        if request.strategy or self.profiles.active:
-            kept_by, most = self.profiles.of(request)
-        open_ = usable
-        if bounded or most:
-            open_ = [i for i in usable if self._account.on(i.id) < (i.max_requests or most or inf)]
-        placement = self._find(open_, request, kept_by)
-        instance = self._table.get(placement.instance) if placement is not None else None
-        if placement is None and len(open_) < len(usable) and self._find(usable, request, kept_by):
-            # Not released: it keeps its decision while it waits; what nobody confirms ends by itself.
-            asker.rejected(self._tell(request, saturated(request)))
-        elif placement is None or instance is None:
-            # A scheduler may have reserved something in an answer that came too late, or was of no use.
-            self._release(request)
-            asker.rejected(self._tell(request, no_candidate(request, bool(pool))))
-        else:
-            self._by_self.value += 1
-            self._events.emit(PLACEMENT, request.model, request.request_id, self._event(request, placement))
-            asker.placed(placement, instance)
-
-    def _usable(self, pool: Sequence[Instance], request: ScheduleRequest) -> tuple[Sequence[Instance], bool]:
-        """The instances that may take a request, and whether any of them takes so many at a time only. Of
-        most requests they are those of the one before, until the fleet changes."""
-        usual = request.mode is _NEUTRAL and not request.excluded
-        if self._table.version != self._version:
-            self._usual.clear()
-            self._version = self._table.version
-        key = request.model, request.owner
-        known = self._usual.get(key) if usual else None
-        if known is None:
-            usable = [i for i in pool if eligible(i, request) and i.id not in request.excluded]
-            if request.mode is _NEUTRAL:
-                usable = able_alone(usable)
-            known = usable, self._max_requests > 0 or any(i.max_requests for i in usable)
-            if usual:
-                self._usual[key] = known
-        return known
-
-    def _find(self, usable: Sequence[Instance], request: ScheduleRequest, kept_by: bytes) -> Placement | None:
-        if request.mode is not _NEUTRAL:
-            return place_pair_locally(usable, self._account.on, kept_by, request)
-        instance = place_locally(usable, self._account.on, kept_by, request.decision_id)
-        return None if instance is None else Placement(request.decision_id, instance.id, policy=LOCAL)
-
-    def _release(self, request: ScheduleRequest) -> None:
-        """Give back what a scheduler may have reserved and nobody uses."""
-        self._account.finish(request.decision_id)
-        if request.mode is Mode.PD_BATCH:
-            self._account.finish(of_prefill_id(request.decision_id))
-
-    def _event(self, request: ScheduleRequest, placement: Placement) -> PlacementEvent:
-        # In the order of its fields: by name they cost 0.3 us more.
-        return PlacementEvent(
-            request.decision_id,
-            request.request_id,
-            request.model,
-            placement.instance,
-            LOCAL,
-            self._identity.id,
-            self._identity.id,
-            placement.prefill_instance,
-            request.prompt_tokens,
-            blocks=len(request.block_hashes) // HASH_BYTES,
-        )
-
-    def _tell(self, request: ScheduleRequest, rejection: Rejection) -> Rejection:
-        event = RejectionEvent(
-            decision_id=request.decision_id,
-            request_id=request.request_id,
-            model=request.model,
-            reason=rejection.reason,
-            replica=self._identity.id,
-            ingress=self._identity.id,
-            message=rejection.message,
-        )
-        self._events.emit(REJECTION, request.model, request.request_id, event)
-        return rejection
 
     def _degrade(self, active: bool, cause: str = "") -> None:
         """Say once that schedulers are worked around, and once that they are back."""
@@ -408,24 +311,3 @@ class Placer:
     def _say(self, what: str, text: str, active: bool, cause: str) -> None:
         log.warning(text, extra={"fields": {"cause": cause}})
         self._events.degraded(what, active, cause)
-
-
-def eligible(instance: Instance, request: ScheduleRequest) -> bool:
-    """Whether this ingress may send such a request there by itself, or prefill's part of it."""
-    owned = not request.owner or request.owner == instance.owned_by(request.model)
-    fits = request.mode is not Mode.NEUTRAL or instance.role is not Role.PREFILL
-    return owned and instance.takes_work and fits
-
-
-def saturated(request: ScheduleRequest) -> Rejection:
-    """The rejection of a request for which every instance has as much as it may have of this ingress."""
-    text = f"every instance of model '{request.model}' that can take it is at its limit"
-    return Rejection(request.decision_id, Reason.SATURATED, text, 1.0)
-
-
-def no_candidate(request: ScheduleRequest, known: bool) -> Rejection:
-    """The rejection of a request that no instance can take."""
-    if known:
-        text = f"no instance that serves '{request.model}' takes requests at the moment"
-        return Rejection(request.decision_id, Reason.NO_INSTANCE, text, 1.0)
-    return Rejection(request.decision_id, Reason.UNKNOWN_MODEL, f"the model '{request.model}' does not exist")
