@@ -196,10 +196,25 @@ def test_the_migration_page_has_every_value_and_flag_of_the_systems_it_is_about(
         "dependencies.redis.host", "metadata.redis", "bufferLimit", "connectionLimit", "maxConnections",
         "maxParallelRequests", "maxParallelRetries", "maxPendingRequests", "maxRequestsPerConnection",
         "http2.maxConcurrentStreams", "route.timeout", "route.connectTimeout", "circuitBreakers.maxRequests",
+        "circuitBreakers.maxConnections", "circuitBreakers.maxPendingRequests", "route.idleTimeout",
+        "failOpen", "messageTimeout", "AIBRIX_GATEWAY_TIMEOUT_SECONDS", "AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES",
+        "AIBRIX_PREFIX_CACHE_BLOCK_SIZE", "AIBRIX_PREFIX_CACHE_TOKENIZER_TYPE", "ROUTING_ALGORITHM",
+        "AIBRIX_PREFIX_CACHE_POD_RUNNING_REQUEST_IMBALANCE_ABS_COUNT", "AIBRIX_PREFILL_REQUEST_TIMEOUT",
+        "AIBRIX_PREFIX_CACHE_STANDARD_DEVIATION_FACTOR", "HTTPRoute", "external IP",
         "--llm-backend-discovery", "--llm-backend-endpoints", "--pd-disagg-protocol",
-        "--separate-pd-scheduling", "--route-policy", "--route-config", "HTTPRoute", "external IP",
+        "--separate-pd-scheduling", "--route-policy", "--route-config", "--retry-max-count",
+        *(f"--discovery-redis-{name}" for name in (
+            "host", "port", "username", "password", "socket-timeout", "retry-times", "status-ttl-ms",
+            "refresh-interval-ms",
+        )),
+        *(f"--discovery-etcd-{name}" for name in (
+            "endpoints", "username", "password", "dial-timeout", "lease-ttl", "refresh-interval-sec",
+        )),
+        *(f"--fallback-retry-{name}" for name in (
+            "queue-enabled", "queue-size", "worker-size", "max-count", "init-delay-ms", "max-delay-ms",
+        )),
     ):  # fmt: skip
-        assert value in text, value
+        assert f"{value}`" in text or (value in text.replace("`", "") and not value.startswith("--")), value
 
 
 @cache

@@ -9,9 +9,11 @@ import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import jsonschema
+import nats
 import pytest
 
 from integration.bus_users import StackOfUsers, stack_of_users
@@ -111,6 +113,53 @@ async def test_the_examples_of_the_guide_work_for_an_auditor_and_an_archive(stac
             assert not ids & taken
             taken |= ids
             await chat(session, stack.url, "hello again")
+
+
+async def test_the_server_takes_what_the_nats_command_asks_as_the_guide_calls_it(stack: StackOfUsers) -> None:
+    """`consumer add`: the consumer (there is none), the account, the stream, then the consumer, its filter in
+    the subject; `consumer next`: the consumer, a message, its acknowledgement; `sub`: a subscription."""
+    by_model = "penstock.v1.events.*.sim-model"
+    assert f"sub '{by_model}'" in (DOCS / "guide" / "audit.md").read_text()
+    async with aiohttp.ClientSession() as session, stack.users.client(AUDITOR) as auditor:
+        heard = await auditor.client.subscribe(by_model)
+        await auditor.client.flush()
+        await chat(session, stack.url, "hello")
+        assert json.loads((await heard.next_msg(timeout=20)).data)
+    address = stack.users.url(ARCHIVE)
+    client = await nats.connect(address, inbox_prefix=b"_INBOX.archive")
+
+    async def api(call: str, **body: object) -> dict[str, Any]:
+        answer = await client.request(f"$JS.API.{call}", json.dumps(body).encode(), timeout=20)
+        return dict(json.loads(answer.data))
+
+    name, wanted = f"{EVENTS.name}.warehouse", "penstock.v1.events.outcome.*"
+    try:
+        assert (await api(f"CONSUMER.INFO.{name}"))["error"]["code"] == 404
+        assert (await api("INFO"))["streams"] > 0
+        assert (await api(f"STREAM.INFO.{EVENTS.name}"))["config"]["name"] == EVENTS.name
+        config = {
+            "name": "warehouse",
+            "durable_name": "warehouse",
+            "deliver_policy": "all",
+            "ack_policy": "explicit",
+            "replay_policy": "instant",
+            "filter_subject": wanted,
+        }
+        body = {"stream_name": EVENTS.name, "config": config, "action": "create"}
+        made = await api(f"CONSUMER.CREATE.{name}.{wanted}", **body)
+        assert made["config"].items() >= config.items()
+        message = await client.request(f"$JS.API.CONSUMER.MSG.NEXT.{name}", b"1", timeout=20, old_style=True)
+        assert ".outcome." in message.subject
+        await client.publish(message.reply, b"")
+        await client.flush()
+
+        async def acknowledged() -> bool:
+            info = await api(f"CONSUMER.INFO.{name}")
+            return bool(info["ack_floor"]["consumer_seq"] == 1)
+
+        await eventually(acknowledged)
+    finally:
+        await client.close()
 
 
 async def printed(example: str, address: str) -> list[str]:

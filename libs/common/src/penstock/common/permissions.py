@@ -139,8 +139,10 @@ def _consuming(stream: Stream) -> Grant:
     calls = "CREATE", "DURABLE.CREATE", "INFO", "MSG.NEXT", "DELETE"
     consumers = (f"$JS.API.CONSUMER.{call}.{stream.name}.>" for call in calls)
     lists = (f"$JS.API.CONSUMER.{call}.{stream.name}" for call in ("CREATE", "NAMES", "LIST"))
+    # The nats command asks what the account has before it makes a consumer.
+    asked = "$JS.API.INFO", f"$JS.API.STREAM.INFO.{stream.name}"
     return Grant(
-        (f"$JS.API.STREAM.INFO.{stream.name}", *consumers, *lists, f"$JS.ACK.{stream.name}.>"),
+        (*asked, *consumers, *lists, f"$JS.ACK.{stream.name}.>"),
         (f"{_INBOX}.{ARCHIVE}.>",),
     )
 
