@@ -1,5 +1,6 @@
 """The generated tables are complete, and --check finds what differs."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from penstock.common import routing_events, subjects
 from penstock.common.settings import describe
 
 TREE = Path(__file__).resolve().parents[3]
+# Writing them takes seconds.
+written = cache(pages)
 
 
 def test_the_committed_tables_are_in_step_with_the_code() -> None:
@@ -32,13 +35,13 @@ def test_check_names_the_files_that_differ_and_writes_none(
 
 
 def test_every_flag_of_every_service_is_listed() -> None:
-    text = pages()[f"{TABLES}/flags.md"]
+    text = written()[f"{TABLES}/flags.md"]
     for cls in SERVICES.values():
         assert all(f"`{flag}`" in text for flag, *_ in describe(cls))
 
 
 def test_every_subject_bucket_and_stream_is_listed_with_what_it_holds() -> None:
-    text = pages()[f"{TABLES}/bus.md"]
+    text = written()[f"{TABLES}/bus.md"]
     for subject in subjects.SUBJECTS:
         assert f"| `{subject.pattern}` | [{subject.message.__name__}]" in text
         assert f"\n### {subject.message.__name__}\n" in text
@@ -49,4 +52,4 @@ def test_every_subject_bucket_and_stream_is_listed_with_what_it_holds() -> None:
 def test_every_event_type_is_listed() -> None:
     declared = {cls for name, cls in vars(routing_events).items() if name.endswith("Event")}
     assert set(routing_events.TYPES.values()) == declared
-    assert all(f"\n## {kind}\n" in pages()[f"{TABLES}/events.md"] for kind in routing_events.TYPES)
+    assert all(f"\n## {kind}\n" in written()[f"{TABLES}/events.md"] for kind in routing_events.TYPES)
