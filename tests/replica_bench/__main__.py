@@ -19,6 +19,11 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=32, help="live")
     parser.add_argument("--workers", type=int, default=8, help="ingress workers, live")
     parser.add_argument("--sessions", type=int, default=64, help="users at a time, live")
+    parser.add_argument(
+        "--schedule-timeout",
+        default="",
+        help="live, of the ingress: on a busy machine schedulers answer later than by default they may",
+    )
     flags = parser.parse_args()
     if not flags.no_bus:
         asyncio.run(_over_bus(flags.instances, flags.seconds))
@@ -45,7 +50,11 @@ async def _live(flags: argparse.Namespace) -> None:
     )
     print(HEAD)
     runs = live.runs(
-        workers=flags.workers, engines=flags.engines, sessions=flags.sessions, seconds=flags.seconds
+        workers=flags.workers,
+        engines=flags.engines,
+        sessions=flags.sessions,
+        seconds=flags.seconds,
+        flags=("--schedule-timeout", flags.schedule_timeout) if flags.schedule_timeout else (),
     )
     async for name, tally in runs:
         print(tally.line(name), flush=True)

@@ -56,12 +56,11 @@ class Fleet:
         flags = "--llm-backend-endpoints", listed, "--probe-interval", "1", "--admin-port", "0"
         self._service("discovery", *flags)
 
-    def start_ingress(self, workers: int) -> None:
+    def start_ingress(self, workers: int, *flags: str) -> None:
         """One ingress with so many worker processes."""
         port, admin_port = free_port(), free_port()
-        self._service(
-            "ingress", "--port", str(port), "--admin-port", str(admin_port), "--workers", str(workers)
-        )
+        listeners = "--port", str(port), "--admin-port", str(admin_port)
+        self._service("ingress", *listeners, "--workers", str(workers), *flags)
         self.url, self.admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
 
     def _service(self, name: str, *flags: str) -> Process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 import aiohttp
@@ -18,12 +18,20 @@ SPEED = ("--speedup", "10", "--max-batch", "64")
 
 
 async def measure(
-    replicas: int, *, workers: int, engines: int, sessions: int, seconds: float, replace: bool
+    replicas: int,
+    *,
+    workers: int,
+    engines: int,
+    sessions: int,
+    seconds: float,
+    replace: bool,
+    flags: Sequence[str] = (),
 ) -> Tally:
-    """One run; with `replace`, a fifth of the engines is killed at half time and others take their place."""
+    """One run, with these flags of the ingress; with `replace`, a fifth of the engines is killed at half time
+    and others take their place."""
     mortal = -(-engines // 5)
     with running_fleet() as fleet:
-        await asyncio.to_thread(_start, fleet, replicas, workers, engines, mortal)
+        await asyncio.to_thread(_start, fleet, replicas, workers, engines, mortal, flags)
         await eventually(partial(_ready, fleet, replicas, engines), READY_S)
         users = Sessions(fleet.url, sessions)
         async with asyncio.TaskGroup() as tasks:
@@ -34,14 +42,16 @@ async def measure(
         return users.tally
 
 
-def _start(fleet: Fleet, replicas: int, workers: int, engines: int, mortal: int) -> None:
+def _start(
+    fleet: Fleet, replicas: int, workers: int, engines: int, mortal: int, flags: Sequence[str]
+) -> None:
     fleet.start_engines(mortal, *SPEED)
     fleet.start_engines(engines - mortal, *SPEED)
     fleet.list_engines()
     fleet.start_discovery()
     for _ in range(replicas):
         fleet.start_scheduler()
-    fleet.start_ingress(workers)
+    fleet.start_ingress(workers, *flags)
 
 
 async def _replace(fleet: Fleet, users: Sessions, count: int) -> None:
@@ -70,7 +80,7 @@ async def _ready(fleet: Fleet, replicas: int, engines: int) -> bool:
 
 
 async def runs(
-    *, workers: int, engines: int, sessions: int, seconds: float
+    *, workers: int, engines: int, sessions: int, seconds: float, flags: Sequence[str] = ()
 ) -> AsyncIterator[tuple[str, Tally]]:
     """(what, figures) of each."""
     for replicas in (1, 4):
@@ -86,5 +96,6 @@ async def runs(
                     sessions=sessions,
                     seconds=seconds,
                     replace=replace,
+                    flags=flags,
                 ),
             )

@@ -17,7 +17,7 @@ from penstock.cli.bench.results import Results, Spread
 from penstock.cli.bench.run import Run
 from penstock.cli.bench.settings import MEASURES, BenchSettings, chosen
 from penstock.cli.bench.stacks import FullStack, LocalStack
-from penstock.cli.bench.way import DIRECT, LEAST_REQUEST, LOCAL, NGINX, WAYS
+from penstock.cli.bench.way import CACHE_AWARE, DIRECT, LEAST_REQUEST, LOCAL, NGINX, WAYS
 from penstock.cli.bench.window import Window
 from penstock.common.settings import SettingsError, load
 
@@ -95,6 +95,17 @@ def test_without_nginx_the_ratios_are_to_direct_calls() -> None:
     assert "x direct" in text
     assert "nginx" not in text
     assert "0.10 (0.10..0.10)" in text
+
+
+def test_placement_by_prefix_is_compared_with_least_request_in_each_round() -> None:
+    made = run(LEAST_REQUEST, CACHE_AWARE)
+    for number, (fewest, aware) in enumerate([(1000.0, 900.0), (500.0, 500.0), (800.0, 640.0)], 1):
+        made.results.add("chat-1k", LEAST_REQUEST, number, {"rate": fewest})
+        made.results.add("chat-1k", CACHE_AWARE, number, {"rate": aware})
+    _, heads, *rows = table(read(), made).splitlines()
+    assert "req/s x least-request" in heads
+    assert [row.count("0.90 (0.80..1.00)") for row in rows[:2]] == [0, 1]
+    assert "x least-request" not in table(read(), run(NGINX, LOCAL))
 
 
 def test_json_holds_every_round_and_the_comparisons() -> None:

@@ -12,7 +12,7 @@ from penstock.cli.bench.attack import Attack
 from penstock.cli.bench.cores import resident_mb
 from penstock.cli.bench.settings import BenchSettings
 from penstock.cli.bench.shapes import SHAPES
-from penstock.cli.bench.way import DIRECT, GATEWAY, NATS, PREFIX_CACHE, REST, SCHEDULER, WAYS
+from penstock.cli.bench.way import CACHE_AWARE, DIRECT, GATEWAY, NATS, PREFIX_CACHE, REST, SCHEDULER, WAYS
 from penstock.cli.bench.window import Slot, Window
 
 SMALL_BYTES, LARGE_BYTES = 1024, 16 * 1024
@@ -24,6 +24,7 @@ class Against(Enum):
 
     NOTHING = "itself"
     BASE = "ratio to nginx"
+    LEAST = "ratio to least-request"
     DIRECT = "added to direct"
 
 
@@ -151,6 +152,8 @@ _CHAT = (
     Column("scheduler", "scheduler_us", 1),
     Column("NATS", "nats_us", 1),
     Column("rest", "rest_us", 1),
+    Column("req/s x least-request", "rate", 2, Against.LEAST),
+    Column("per core", "per_core", 2, Against.LEAST),
 )
 _TIMES = (
     Column("p50 us", "p50_us"),
@@ -198,7 +201,7 @@ TABLE = (
         "memory, idle and with {open_streams} open streams",
         _memory,
         _BYTES,
-        skips=(DIRECT, PREFIX_CACHE),
+        skips=(DIRECT, PREFIX_CACHE, CACHE_AWARE),
         when=When.FIRST,
     ),
     Measure(
@@ -206,7 +209,7 @@ TABLE = (
         "1 KB chats at {rate:g} a second beside one client's bodies of 4 MiB: added p99, us",
         _hostile,
         _STALLS,
-        skips=(PREFIX_CACHE,),
+        skips=(PREFIX_CACHE, CACHE_AWARE),
         peers=False,
         when=When.LAST,
     ),

@@ -11,7 +11,7 @@ from penstock.cli.bench.measures import Against, Column, Measure
 from penstock.cli.bench.results import Results, Spread
 from penstock.cli.bench.run import Run
 from penstock.cli.bench.settings import BenchSettings
-from penstock.cli.bench.way import DIRECT, NGINX
+from penstock.cli.bench.way import DIRECT, FULL, LEAST_REQUEST, NGINX
 
 GAP = "  "
 # Of the gateway's core in the hands of others, from which on the report warns.
@@ -35,6 +35,9 @@ def _block(results: Results, measure: Measure, ways: Sequence[str], base: str) -
         [column.heading.replace(NGINX, base), *(_cell(results, measure, way, column, base) for way in rows)]
         for column in measure.columns
     ]
+    # Where nobody is compared with least-request, nothing stands for it.
+    among = [column.against is not Against.LEAST for column in measure.columns]
+    cells = [cell for cell, always in zip(cells, among, strict=True) if always or any(cell[1:])]
     names = ["", *rows]
     columns = [names, *cells]
     widths = [max(map(len, column)) for column in columns]
@@ -63,6 +66,10 @@ def _comparison(
     if column.against is Against.BASE:
         ratio = results.ratio(measure.name, way, metric, base) if way != base else None
         return f"{metric} / {base}", ratio
+    if column.against is Against.LEAST:
+        compares = way in FULL and way != LEAST_REQUEST
+        ratio = results.ratio(measure.name, way, metric, LEAST_REQUEST) if compares else None
+        return f"{metric} / {LEAST_REQUEST}", ratio
     added = results.added(measure.name, way, metric, DIRECT) if way != DIRECT else None
     return f"{metric} - {DIRECT}", added
 

@@ -10,7 +10,7 @@ import psutil
 
 from penstock.cli.bench.clients import Address
 from penstock.cli.bench.contestant import Contestant, Started
-from penstock.cli.bench.way import GATEWAY, LEAST_REQUEST, LOCAL, NATS, PREFIX_CACHE, REST, SCHEDULER, Way
+from penstock.cli.bench.way import FULL, GATEWAY, LOCAL, NATS, REST, SCHEDULER, Way
 from penstock.cli.nats_server import find_program
 from penstock.cli.processes import Command
 
@@ -43,7 +43,7 @@ class FullStack(Contestant):
     def ways(self, started: Started) -> list[Way]:
         """By routing strategy."""
         parts = _parts([started.pid("up"), *started.children("up")])
-        return [self._way(strategy, parts) for strategy in (LEAST_REQUEST, PREFIX_CACHE)]
+        return [self._way(strategy, parts) for strategy in FULL]
 
     def _way(self, strategy: str, parts: Mapping[str, Sequence[int]]) -> Way:
         headers, mark = f"routing-strategy: {strategy}\r\n", f"\r\nrouting-strategy: {strategy}".encode()

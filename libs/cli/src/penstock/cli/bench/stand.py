@@ -20,7 +20,7 @@ from penstock.cli.bench.contestant import Contestant, Started
 from penstock.cli.bench.cores import Cores, pin
 from penstock.cli.bench.settings import BenchSettings, chosen
 from penstock.cli.bench.stacks import DRAIN_S, FullStack, LocalStack
-from penstock.cli.bench.way import DIRECT, GATEWAY, LEAST_REQUEST, LOCAL, NGINX, PREFIX_CACHE, WAYS, Way
+from penstock.cli.bench.way import DIRECT, FULL, GATEWAY, LOCAL, NGINX, WAYS, Way
 from penstock.cli.bench.wire import MODEL, NO_NONCE, PATH, answer_body
 from penstock.cli.ports import FreePorts
 from penstock.cli.processes import Child, Command, Supervisor
@@ -86,7 +86,7 @@ class Stand:
                 say(nginx.MISSING)
         if LOCAL in wanted:
             yield LocalStack(engines, self._two_ports(), self._folder, environ, log)
-        if LEAST_REQUEST in wanted or PREFIX_CACHE in wanted:
+        if any(one in wanted for one in FULL):
             yield FullStack(engines, self._ports.take(), environ, log)
         for peer, fault in peers.installed() if self._settings.peers else ():
             if fault:

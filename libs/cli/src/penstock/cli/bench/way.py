@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from penstock.cli.bench.clients import Address
 
 DIRECT, NGINX, LOCAL = "direct", "nginx", "local"
-LEAST_REQUEST, PREFIX_CACHE = "least-request", "prefix-cache"
-OWN = (LOCAL, LEAST_REQUEST, PREFIX_CACHE)
+LEAST_REQUEST, PREFIX_CACHE, CACHE_AWARE = "least-request", "prefix-cache", "cache-aware"
+# Placed by a scheduler.
+FULL = (LEAST_REQUEST, PREFIX_CACHE, CACHE_AWARE)
+OWN = (LOCAL, *FULL)
 WAYS = (DIRECT, NGINX, *OWN)
 # Parts of a way, as they stand in its `parts`.
 GATEWAY, SCHEDULER, NATS, REST = "gateway", "scheduler", "nats", "rest"
