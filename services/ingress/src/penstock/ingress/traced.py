@@ -155,7 +155,8 @@ class Trace:
         span, self._prefill = self._prefill, None
         if span is not None:
             took_ms = exchange.divided.prefill_ms if exchange.divided is not None else 0.0
-            span.end_ns = span.start_ns + int(took_ms * 1e6) if took_ms else 0
+            # Its request left a little before the span began: what comes next must not begin before its end.
+            span.end_ns = min(span.start_ns + int(took_ms * 1e6), self._tracing.wall_ns()) if took_ms else 0
             self._close(span)
 
     def _note(self, name: str, attributes: Attributes) -> None:
@@ -219,6 +220,8 @@ class Trace:
         if not prefill or self._step is None:
             return
         if attempt.target != prefill:
+            if exchange.divided is not None and exchange.divided.prefill_ms:
+                self._end_prefill(exchange)
             self._decode = self._decode or self._half("decode", self._step, attempt)
         elif self._prefill is None:
             self._prefill = self._half("prefill", self._step, attempt)
