@@ -13,7 +13,8 @@ from integration.stack import metric
 from replica_bench.fleet import Fleet, running_fleet
 from replica_bench.sessions import Sessions, Tally
 
-READY_S = 60.0
+# Thirty processes on two busy cores take their time.
+READY_S = 180.0
 SPEED = ("--speedup", "10", "--max-batch", "64")
 
 

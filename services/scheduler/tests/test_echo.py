@@ -69,6 +69,18 @@ def test_what_siblings_usually_place_unseen_is_expected_before_it_is_heard() -> 
     assert view.loads.rank.sum() == 0
 
 
+def test_a_flood_of_siblings_placements_is_not_expected_for_long() -> None:
+    one, view = echo()
+    one.rank(range(4), 0, 3)
+    one.placed_here(0, 0, 1000, 0.0)
+    one.heard(100_000)
+    one.came_back(1)
+    for message in range(1, 100):
+        one.placed_here(message, 0, 1000, float(message))
+        one.came_back(1)
+    assert view.loads.rank.sum() == 0
+
+
 def test_what_does_not_come_back_is_given_up() -> None:
     one, view = echo()
     one.rank(range(4), 1, 2)

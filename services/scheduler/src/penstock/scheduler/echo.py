@@ -87,7 +87,8 @@ class Echo:
         """So many placements of this replica, the oldest on their way, came back by the bus."""
         count = min(placements, len(self._under_way))
         for number in range(count):
-            unseen = self._heard - self._under_way[number][4]
+            # One for each instance is as many as counts; after a snapshot thousands come in at once.
+            unseen = min(self._heard - self._under_way[number][4], len(self._ranks))
             self._unseen += (unseen - self._unseen) * _LAST
         self._end(count)
 
