@@ -1,4 +1,5 @@
-"""Prometheus, Grafana and the collector: in containers and in Kubernetes they get the same files."""
+"""Prometheus, Grafana and the collector: in containers and in Kubernetes they get the same files. And the
+component that no overlay has, on the demo."""
 
 from __future__ import annotations
 
@@ -66,13 +67,13 @@ def test_services_send_traces_to_the_collector_that_is_there() -> None:
 
 
 @lru_cache
-def objects() -> tuple[dict[str, Any], ...]:
-    """The demo with the component."""
+def demo_with(component: str) -> tuple[dict[str, Any], ...]:
+    """The demo with a component more."""
     folder = DEPLOY / "k8s" / "overlays" / "lite-load-balance"
     # Not beside the overlays, which other tests list.
     overlay = yaml.safe_load((folder / "kustomization.yaml").read_text().replace("../../", "../"))
-    overlay["components"].append("../components/monitoring")
-    scratch = DEPLOY / "k8s" / f".monitoring-{os.getpid()}"
+    overlay["components"].append(f"../components/{component}")
+    scratch = DEPLOY / "k8s" / f".{component}-{os.getpid()}"
     shutil.copytree(folder, scratch)
     try:
         (scratch / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
@@ -83,6 +84,42 @@ def objects() -> tuple[dict[str, Any], ...]:
         shutil.rmtree(scratch)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
+
+
+def objects() -> tuple[dict[str, Any], ...]:
+    """Those of the demo that is watched."""
+    return demo_with("monitoring")
+
+
+def test_every_component_is_part_of_an_overlay_but_the_one_that_is_tried_here() -> None:
+    files = [path.read_text() for path in (DEPLOY / "k8s" / "overlays").glob("*/kustomization.yaml")]
+    used = {name for text in files for name in re.findall(r"\.\./\.\./components/([\w-]+)", text)}
+    assert {path.name for path in (DEPLOY / "k8s" / "components").iterdir()} - used == {"redis"}
+
+
+@needs_kubectl
+def test_redis_as_the_store_is_valid_hardened_and_what_discovery_reads() -> None:
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in demo_with("redis"):
+        kubernetes_validate.validate(one, "1.32", strict=True)
+        kinds.setdefault(one["kind"], {})[one["metadata"]["name"]] = one
+    spec = kinds["Deployment"]["penstock-redis"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["image"] == re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE["redis"]["image"])
+    # As the compose stack's, whose file escapes the dollar.
+    said = [argument.replace("$$", "$") for argument in COMPOSE["redis"]["command"]]
+    assert container["args"][: len(said)] == said
+    (discovery,) = (
+        one["data"] for name, one in kinds["ConfigMap"].items() if name.startswith("penstock-discovery")
+    )
+    assert discovery["PENSTOCK_LLM_BACKEND_DISCOVERY"] == "redis"
+    (port,) = kinds["Service"][discovery["PENSTOCK_DISCOVERY_REDIS_HOST"]]["spec"]["ports"]
+    assert port["port"] == container["ports"][0]["containerPort"]
 
 
 @needs_kubectl
