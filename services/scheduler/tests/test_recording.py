@@ -14,7 +14,7 @@ from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import CandidateTerms, Inputs, ViewAge
 from penstock.scheduler.bench import table_of
-from penstock.scheduler.decisions import Recording
+from penstock.scheduler.decisions import Page, Recording
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import CandidateView, Policy
@@ -23,8 +23,10 @@ from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.recording import (
     BadInputs,
+    PageWriter,
     Ring,
     decide_again,
+    facts_of,
     inputs_of,
     record,
     verdict_of,
@@ -77,7 +79,19 @@ class World:
         self.view.refresh(table_of(fleet), self.index.forget)
         self._stems = [[rng.getrandbits(60) for _ in range(20)] for _ in range(6)]
 
+    def page(self, *numbers: int) -> Page:
+        """The decisions of one message."""
+        writer = PageWriter()
+        for number in numbers:
+            self._decide(number, writer)
+        page = writer.page("i", ViewAge())
+        assert page is not None
+        return page
+
     def decide(self, number: int) -> Recording:
+        return self._decide(number, PageWriter())
+
+    def _decide(self, number: int, writer: PageWriter) -> Recording:
         rng, loads = self._rng, self.view.loads
         for name in Loads.NAMES:
             numbers = getattr(loads, name)
@@ -100,6 +114,7 @@ class World:
             request, self.view, self.index, self.catalog, default="random", replicas=rng.choice((1, 3))
         )
         recording = record(request, decision, "i", ViewAge(), loads)
+        writer.add(facts_of(request, decision, loads), decision)
         self.terms[number] = decision.terms
         if isinstance(decision.outcome, Placement):
             self.index.insert(decision.hashes, decision.slot, decision.outcome.matched_blocks)
@@ -114,8 +129,8 @@ def test_what_is_decided_again_on_recorded_inputs_is_the_same_bit_for_bit(instan
     rng = random.Random(instances)
     world = World(rng, instances)
     ring = Ring()
-    for number in range(60 * len(POLICIES)):
-        ring.keep(world.decide(number))
+    for number in range(0, 60 * len(POLICIES), 3):
+        ring.keep(world.page(number, number + 1, number + 2))
     placed = 0
     for number in range(60 * len(POLICIES)):
         (recording,) = ring.of(f"r{number}")
@@ -124,10 +139,10 @@ def test_what_is_decided_again_on_recorded_inputs_is_the_same_bit_for_bit(instan
         there_and_back = msgspec.json.decode(msgspec.json.encode(inputs), type=Inputs)
         for one in (inputs, there_and_back):
             again = decide_again(one, CUSTOM)
-            told = verdict_of(again, recording.outcome, recording.score)
-            if isinstance(recording.outcome, Placement):
+            told = verdict_of(again, recording.facts.outcome, recording.facts.score)
+            if isinstance(recording.facts.outcome, Placement):
                 assert again is not None
-                assert again.outcome == recording.outcome
+                assert again.outcome == recording.facts.outcome
                 assert again.terms == world.terms[number]
                 assert told == "same pick, same score"
                 placed += 1
@@ -147,7 +162,7 @@ def test_inputs_name_neither_user_nor_session() -> None:
 def test_a_policy_that_failed_is_told_and_the_fallback_is_made_again() -> None:
     world = World(random.Random(1), 9)
     recording = world.decide(POLICIES.index("faulty"))
-    assert recording.fault == "policy faulty: not-finite: a score is NaN or infinite"
+    assert recording.facts.fault == "policy faulty: not-finite: a score is NaN or infinite"
     inputs = inputs_of(recording)
     assert inputs is not None
     assert inputs.policy == "least-request"
@@ -176,23 +191,35 @@ def test_another_outcome_is_not_called_the_same() -> None:
     assert inputs is not None
     again = decide_again(inputs)
     other = Placement("d0", "elsewhere")
-    assert verdict_of(again, other, recording.score).startswith("not the same")
+    assert verdict_of(again, other, recording.facts.score).startswith("not the same")
     assert verdict_of(None, other, 0.0).startswith("not the same")
-    assert verdict_of(again, recording.outcome, recording.score) == "same pick, same score"
-    assert verdict_of(again, recording.outcome, -1.0) == "same pick, another score"
+    assert verdict_of(again, recording.facts.outcome, recording.facts.score) == "same pick, same score"
+    assert verdict_of(again, recording.facts.outcome, -1.0) == "same pick, another score"
     assert verdict_of(again, Rejection("d0", reason=None), 0.0).startswith("not the same")  # type: ignore[arg-type]
 
 
 def test_a_ring_keeps_the_last_ones_within_both_bounds() -> None:
     world = World(random.Random(1), 9)
-    recordings = [world.decide(number) for number in range(30)]
-    ring = Ring(decisions=10)
-    for one in recordings:
+    pages = [world.page(number, number + 1) for number in range(0, 30, 2)]
+    ring = Ring(decisions=9)
+    for one in pages:
         ring.keep(one)
-    assert (len(ring), ring.of("r19"), ring.of("d20")) == (10, [], [recordings[20]])
-    assert ring.held_bytes == sum(one.held_bytes for one in recordings[20:])
-    small = Ring(max_bytes=recordings[29].held_bytes)
-    for one in recordings:
+    assert (len(ring), ring.of("r19"), len(ring.of("d20"))) == (10, [], 1)
+    assert ring.held_bytes == sum(one.held_bytes for one in pages[10:])
+    assert list(ring.requests()) == [f"d{number}" for number in range(20, 30)]
+    small = Ring(max_bytes=pages[-1].held_bytes)
+    for one in pages:
         small.keep(one)
-    assert small.held_bytes <= recordings[29].held_bytes
-    assert small.of("r29") == [recordings[29]]
+    assert small.held_bytes <= pages[-1].held_bytes
+    assert [one.facts.request.request_id for one in small.of("r29")] == ["r29"]
+
+
+def test_a_decision_comes_out_of_the_ring_as_it_went_in() -> None:
+    alone, together = World(random.Random(1), 9), World(random.Random(1), 9)
+    recordings = [alone.decide(number) for number in range(30)]
+    ring = Ring()
+    ring.keep(together.page(*range(30)))
+    for number, one in enumerate(recordings):
+        (kept,) = ring.of(f"d{number}")
+        assert kept.facts == one.facts
+        assert inputs_of(kept) == inputs_of(one)

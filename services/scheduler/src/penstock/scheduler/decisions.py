@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from penstock.scheduler.policies.custom import PolicyFault
     from penstock.scheduler.profile import Profile
 
-# What a recording takes beside its arrays and hashes.
-RECORDING_BYTES = 1000
+# What a page takes beside its bytes.
+PAGE_BYTES = 1000
 
 
 class Case(msgspec.Struct, frozen=True, gc=False):
@@ -85,28 +85,55 @@ class Reasons(msgspec.Struct, frozen=True, gc=False):
     inputs: Inputs | None = None
 
 
-class Recording(msgspec.Struct, frozen=True, gc=False):
-    """One decision with what it was made on; `numbers` are the arrays of Loads that its profile reads, by
-    slot, `score` is that of the instance chosen. Without a `kept`, no instance was looked at.
-
-    Ten thousand are kept: what each holds leaves the processor's cache, and comes back when it is freed. The
-    terms alone, which can be made again, would cost as much time as all the rest."""
+class Facts(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What of a decision is kept packed: `numbers` are the arrays of Loads that its profile reads, by slot,
+    `steps` the prefix index's answer with slots as little-endian bits, `score` is that of the instance
+    chosen, `prefill` the choice of prefill's instance, where `outcome` names two. Hashes are the request's:
+    unpacked they take eight times as much."""
 
     request: ScheduleRequest
     outcome: Placement | Rejection
     policy: str
     seed: int
-    ingress: str
-    view: ViewAge
     excluded: dict[str, int] = {}
     score: float = 0.0
     fault: str = ""
-    profile: Profile | None = None
-    kept: Kept | None = None
-    steps: Sequence[tuple[int, int]] = ()
+    steps: list[tuple[int, bytes]] = []
     turn: int = 0
     replicas: int = 1
-    numbers: Sequence[bytes] = ()
-    held_bytes: int = RECORDING_BYTES
-    # The choice of prefill's instance, where `outcome` names two.
+    numbers: tuple[bytes, ...] = ()
+    prefill: Facts | None = None
+
+
+# Of a choice: profile and candidates; without them no instance was looked at. Those of many are the same.
+MadeBy = tuple["Profile", Kept] | None
+
+
+class Recording(msgspec.Struct, frozen=True, gc=False):
+    """One decision with what it was made on."""
+
+    facts: Facts
+    ingress: str
+    view: ViewAge
+    made_by: MadeBy = None
+    # Of prefill's instance, where the outcome names two.
     prefill: Recording | None = None
+
+
+class Page(msgspec.Struct, frozen=True, gc=False):
+    """The recordings of one message: `packed` is a list of their Facts in MessagePack, `made_by` and
+    `prefill_by` stand beside it, the latter empty where nothing was divided.
+
+    Ten thousand decisions are kept. As objects they leave the processor's cache, and each has to come back to
+    be freed: that costs as much as to make them. Of a page there is one object to free."""
+
+    ingress: str
+    view: ViewAge
+    packed: bytes
+    made_by: tuple[MadeBy, ...]
+    prefill_by: tuple[MadeBy, ...] = ()
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes in memory, about."""
+        return len(self.packed) + PAGE_BYTES

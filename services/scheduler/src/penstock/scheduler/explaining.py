@@ -23,10 +23,14 @@ from penstock.scheduler.entries import Orphan
 from penstock.scheduler.policies.custom import Policy, PolicyFault
 from penstock.scheduler.recording import (
     BadInputs,
+    PageWriter,
     Ring,
     decide_again,
+    facts_of,
     inputs_of,
+    made_by,
     record,
+    recording_of,
     verdict_of,
 )
 from penstock.scheduler.replica import Replica
@@ -49,6 +53,7 @@ class Explaining:
     def __init__(self, own: Identity, replica: Replica, mode: str, custom: Mapping[str, Policy]) -> None:
         self._own, self._replica, self._mode, self._custom = own, replica, mode, custom
         self.ring = Ring()
+        self._page = PageWriter()
         self._second, self._told = 0, 0
 
     def keep(
@@ -57,11 +62,22 @@ class Explaining:
         """Keep a decision, before it is reserved; its inputs if its event is to hold them."""
         if self._mode == OFF:
             return None
-        recording = record(request, decision, batch.ingress, view, self._replica.view.loads)
-        self.ring.keep(recording)
+        facts = facts_of(request, decision, self._replica.view.loads)
+        self._page.add(facts, decision)
         if decision.seed % SAMPLE_EVERY and self._mode != FULL and not self._is_told(decision, now):
             return None
-        return fitting(inputs_of(recording))
+        prefill_by = made_by(decision.prefill) if decision.prefill is not None else None
+        return fitting(inputs_of(recording_of(facts, batch.ingress, view, made_by(decision), prefill_by)))
+
+    def begin(self) -> None:
+        """A message is decided: what became of the one before, if it broke off, is not known."""
+        self._page.clear()
+
+    def end(self, batch: ScheduleBatch, view: ViewAge) -> None:
+        """All of a message is decided."""
+        page = self._page.page(batch.ingress, view)
+        if page is not None:
+            self.ring.keep(page)
 
     def tell_lost(self, orphans: Sequence[Orphan], teller: Teller) -> None:
         """What ingresses that are gone leave, with what this replica knows of the requests."""
@@ -113,17 +129,24 @@ class Explaining:
         """Every candidate, and whether the same comes out again."""
         inputs, prefill = inputs_of(recording), recording.prefill
         verdict, terms = self._verdict(inputs, recording)
-        weights = recording.profile.weights if recording.profile is not None else {}
-        policy, excluded, seed, view = recording.policy, recording.excluded, recording.seed, recording.view
-        why = Reasons(policy, terms, excluded, seed, weights, view, recording.fault, fitting(inputs))
-        told_by, request, outcome = (self._own.id, recording.ingress), recording.request, recording.outcome
+        facts = recording.facts
+        why = Reasons(
+            facts.policy,
+            terms,
+            facts.excluded,
+            facts.seed,
+            weights_of(recording),
+            recording.view,
+            facts.fault,
+            fitting(inputs),
+        )
+        told_by, request, outcome = (self._own.id, recording.ingress), facts.request, facts.outcome
         if not isinstance(outcome, Placement):
             return Explained(verdict, None, rejection_event(*told_by, request, outcome, why))
         placement = placement_event(*told_by, request, outcome, why)
         if prefill is not None and inputs is not None:
             its_verdict, its_terms = self._verdict(inputs.prefill, prefill)
-            its_weights = prefill.profile.weights if prefill.profile is not None else {}
-            placement = with_prefill(placement, its_terms, its_weights)
+            placement = with_prefill(placement, its_terms, weights_of(prefill))
             verdict = verdict if its_verdict == verdict else f"{verdict}; prefill: {its_verdict}"
         return Explained(verdict, placement)
 
@@ -136,10 +159,10 @@ class Explaining:
 
     def _again(self, inputs: Inputs, recording: Recording) -> tuple[str, Decision | None]:
         try:
-            again = decide_again(inputs, self._custom, recording.request, MAX_CANDIDATES)
+            again = decide_again(inputs, self._custom, recording.facts.request, MAX_CANDIDATES)
         except (BadInputs, PolicyFault) as exc:
             return f"failed: {exc}"[:512], None
-        return verdict_of(again, recording.outcome, recording.score), again
+        return verdict_of(again, recording.facts.outcome, recording.facts.score), again
 
     def _reply(self, explained: list[Explained]) -> ExplainReply:
         """As many as fit, the last ones; a single one fits (MAX_CANDIDATES, MAX_INPUTS_BYTES)."""
@@ -147,6 +170,11 @@ class Explaining:
         while len(bodies) > 1 and sum(map(len, bodies)) > MAX_EXPLANATION_BYTES:
             bodies.pop(0)
         return ExplainReply(self._own.id, tuple(bodies))
+
+
+def weights_of(recording: Recording) -> dict[str, float]:
+    """The scorers' weights by name."""
+    return recording.made_by[0].weights if recording.made_by is not None else {}
 
 
 def fitting(inputs: Inputs | None) -> Inputs | None:

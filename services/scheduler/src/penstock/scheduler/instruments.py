@@ -8,7 +8,7 @@ from collections.abc import Callable
 from penstock.common.instances import expose
 from penstock.common.machine_code import compiled
 from penstock.common.messages import Placement
-from penstock.common.telemetry import Metrics
+from penstock.common.telemetry import Cell, Metrics
 from penstock.scheduler.decisions import Decision
 from penstock.scheduler.dividing import IMBALANCE
 from penstock.scheduler.intake import Intake
@@ -33,6 +33,8 @@ class Instruments:
             "policy",
             "outcome",
         )
+        # By policy: their labels are few.
+        self._placed: dict[str, Cell] = {}
         self._seconds = metrics.histogram(
             "penstock_scheduler_decision_seconds", "Time of one decision", bounds=DECISION_BUCKETS
         ).labels()
@@ -136,7 +138,10 @@ class Instruments:
         """Count one decision."""
         outcome = decision.outcome
         if isinstance(outcome, Placement):
-            self._decisions.inc(decision.policy, "placement")
+            placed = self._placed.get(decision.policy)
+            if placed is None:
+                placed = self._placed[decision.policy] = self._decisions.labels(decision.policy, "placement")
+            placed.value += 1
             self._looked_up.value += len(decision.hashes)
             self._matched.value += outcome.matched_blocks
             if decision.prefill is not None or IMBALANCE in decision.excluded:

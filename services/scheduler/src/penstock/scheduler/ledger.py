@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, deque
 
 from penstock.common.messages import LoadReport, Placed
 from penstock.common.model import InstanceId
@@ -37,6 +37,8 @@ MAX_UNCONFIRMED = 1024
 MAX_ORPHANS = 65_536
 SILENT = f"its ingress has said nothing for {SILENCE_S:g} s"
 REPLACED = "its ingress was started again"
+# Deadline, ingress, incarnation, decision.
+_Unconfirmed = tuple[float, str, str, str]
 
 
 class InFlightLedger:
@@ -45,7 +47,9 @@ class InFlightLedger:
     def __init__(self) -> None:
         self._ingresses: dict[str, Books] = {}
         self._sums = InFlightSums()
-        self._unconfirmed: list[tuple[float, str, str, str]] = []
+        # By deadline: those that came in its order, as nearly all do, and the others.
+        self._unconfirmed: deque[_Unconfirmed] = deque()
+        self._unordered: list[_Unconfirmed] = []
         # Sequences by what is over: the report that finished a decision, an incarnation's last.
         self._over: dict[str | tuple[str, str], int] = {}
         self._over_before: dict[str | tuple[str, str], int] = {}
@@ -124,7 +128,11 @@ class InFlightLedger:
         else:
             self._sums.move(work, placed.instance, placed.tokens, placed.uncached_tokens)
         work.deadline = moment + confirm_within_s
-        heapq.heappush(self._unconfirmed, (work.deadline, placed.ingress, placed.incarnation, decision))
+        entry = work.deadline, placed.ingress, placed.incarnation, decision
+        if not self._unconfirmed or self._unconfirmed[-1][0] <= work.deadline:
+            self._unconfirmed.append(entry)
+        else:
+            heapq.heappush(self._unordered, entry)
         return True
 
     def report(self, report: LoadReport, now: float) -> bool:
@@ -164,8 +172,7 @@ class InFlightLedger:
         if self._paused_at is not None:
             return []
         moment = self._moment(now)
-        while self._unconfirmed and self._unconfirmed[0][0] <= moment:
-            deadline, ingress, incarnation, decision = heapq.heappop(self._unconfirmed)
+        for deadline, ingress, incarnation, decision in self._due(moment):
             source = self._ingresses.get(ingress)
             if source is None or source.incarnation != incarnation:
                 continue
@@ -305,10 +312,20 @@ class InFlightLedger:
             *(Orphan(ingress, source.incarnation, cause, *left) for left in decisions.items()),
         ][:room]
 
+    def _due(self, moment: float) -> list[_Unconfirmed]:
+        """Placements whose time is up; they are asked for once."""
+        due: list[_Unconfirmed] = []
+        while self._unconfirmed and self._unconfirmed[0][0] <= moment:
+            due.append(self._unconfirmed.popleft())
+        while self._unordered and self._unordered[0][0] <= moment:
+            due.append(heapq.heappop(self._unordered))
+        return due
+
     def _has_room(self, source: Books) -> bool:
         if (
             len(source.work) < MAX_PER_INGRESS
-            and max(self._sums.in_flight, len(self._unconfirmed)) < MAX_IN_FLIGHT
+            and self._sums.in_flight < MAX_IN_FLIGHT
+            and len(self._unconfirmed) + len(self._unordered) < MAX_IN_FLIGHT
         ):
             return True
         self.dropped["ledger full"] += 1

@@ -14,7 +14,7 @@ from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import Inputs, ViewAge
 from penstock.scheduler.candidates import Candidates
-from penstock.scheduler.decisions import RECORDING_BYTES, Case, Decision, Recording
+from penstock.scheduler.decisions import Case, Decision, Facts, MadeBy, Page, Recording
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.catalog import Catalog
@@ -26,7 +26,8 @@ from penstock.scheduler.scheduler import SHOWN, choose, unpack
 RING_DECISIONS = 10_000
 # With cache-aware, 10,000 decisions of up to 500 instances; past that as many as fit.
 RING_BYTES = 128 * 1024 * 1024
-ARRAY_BYTES = 48
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[Facts]).decode
 _ENDPOINT = Endpoint("unknown", 1)
 # Has no number at any slot.
 _MISSING = np.empty(0)
@@ -36,92 +37,146 @@ class BadInputs(ValueError):
     """The inputs do not fit together: they are not what a scheduler wrote."""
 
 
-def record(
-    request: ScheduleRequest, decision: Decision, ingress: str, view: ViewAge, loads: Loads
-) -> Recording:
+def facts_of(request: ScheduleRequest, decision: Decision, loads: Loads) -> Facts:
     """To be called before anything of the decision is reserved."""
-    if decision.prefill is not None:
-        of_prefill = record(request, decision.prefill, ingress, view, loads)
-        both = record(request, msgspec.structs.replace(decision, prefill=None), ingress, view, loads)
-        held_bytes = both.held_bytes + of_prefill.held_bytes
-        return msgspec.structs.replace(both, prefill=of_prefill, held_bytes=held_bytes)
-    fault = str(decision.fault) if decision.fault is not None else ""
-    # Unpacked hashes are not kept: they take eight times as much. Positional, in the order of the fields: by
-    # name they cost three times as much.
-    basis, outcome, held = decision.basis, decision.outcome, RECORDING_BYTES + len(request.block_hashes)
-    excluded = decision.excluded
+    basis, fault = decision.basis, decision.fault
     if basis is None:
-        return Recording(
-            request, outcome, decision.policy, decision.seed, ingress, view, excluded, held_bytes=held
-        )
-    case, profile = basis.case, basis.profile
-    numbers = loads.copies(profile.arrays, basis.kept.mask.bit_length())
-    return Recording(
+        return Facts(request, decision.outcome, decision.policy, decision.seed, decision.excluded)
+    case, slots = basis.case, basis.kept.mask.bit_length()
+    # Positional, in the order of the fields: by name they cost three times as much.
+    return Facts(
         request,
-        outcome,
+        decision.outcome,
         decision.policy,
         decision.seed,
-        ingress,
-        view,
-        excluded,
+        decision.excluded,
         decision.terms[0].score if decision.terms else 0.0,
-        fault,
-        profile,
-        basis.kept,
-        basis.steps,
+        str(fault) if fault is not None else "",
+        [(blocks, mask.to_bytes((slots + 7) >> 3, "little")) for blocks, mask in basis.steps],
         case.turn,
         case.replicas,
-        numbers,
-        held + len(numbers) * (len(numbers[0]) + ARRAY_BYTES),
+        loads.copies(basis.profile.arrays, slots),
+        facts_of(request, decision.prefill, loads) if decision.prefill is not None else None,
     )
 
 
+def made_by(decision: Decision) -> MadeBy:
+    """Profile and candidates of a choice."""
+    return (decision.basis.profile, decision.basis.kept) if decision.basis is not None else None
+
+
+def recording_of(facts: Facts, ingress: str, view: ViewAge, by: MadeBy, prefill_by: MadeBy) -> Recording:
+    """Facts with what stands beside them."""
+    prefill = Recording(facts.prefill, ingress, view, prefill_by) if facts.prefill is not None else None
+    return Recording(facts, ingress, view, by, prefill)
+
+
+def record(
+    request: ScheduleRequest, decision: Decision, ingress: str, view: ViewAge, loads: Loads
+) -> Recording:
+    """One decision by itself, to be called before anything of it is reserved."""
+    prefill_by = made_by(decision.prefill) if decision.prefill is not None else None
+    return recording_of(facts_of(request, decision, loads), ingress, view, made_by(decision), prefill_by)
+
+
+class PageWriter:
+    """Gathers the decisions of one message."""
+
+    def __init__(self) -> None:
+        self._facts: list[Facts] = []
+        self._made_by: list[MadeBy] = []
+        self._prefill_by: list[MadeBy] = []
+        self._divided = False
+        self._last: MadeBy = None
+
+    def add(self, facts: Facts, decision: Decision) -> None:
+        """One more."""
+        basis, last = decision.basis, self._last
+        if basis is not None and (last is None or last[0] is not basis.profile or last[1] is not basis.kept):
+            self._last = last = basis.profile, basis.kept
+        self._facts.append(facts)
+        self._made_by.append(last if basis is not None else None)
+        self._prefill_by.append(made_by(decision.prefill) if decision.prefill is not None else None)
+        self._divided = self._divided or decision.prefill is not None
+
+    def page(self, ingress: str, view: ViewAge) -> Page | None:
+        """What was added, None if nothing was; the next page begins."""
+        if not self._facts:
+            return None
+        prefill_by = tuple(self._prefill_by) if self._divided else ()
+        page = Page(ingress, view, _pack(self._facts), tuple(self._made_by), prefill_by)
+        self.clear()
+        return page
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._facts, self._made_by, self._prefill_by, self._divided = [], [], [], False
+
+
 class Ring:
-    """The last decisions of a replica, at most `decisions` of them and `held_bytes`."""
+    """The last decisions of a replica: at least `decisions` of them, as far as they fit in `held_bytes`."""
 
     def __init__(self, decisions: int = RING_DECISIONS, max_bytes: int = RING_BYTES) -> None:
         self._most, self._max_bytes = decisions, max_bytes
-        self._recordings: deque[Recording] = deque()
-        self.held_bytes = 0
+        self._pages: deque[Page] = deque()
+        self._count = self.held_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._recordings)
+        return self._count
 
-    def keep(self, recording: Recording) -> None:
-        """The oldest ones make room."""
-        recordings = self._recordings
-        recordings.append(recording)
-        self.held_bytes += recording.held_bytes
-        while len(recordings) > self._most or self.held_bytes > self._max_bytes:
-            self.held_bytes -= recordings.popleft().held_bytes
+    def keep(self, page: Page) -> None:
+        """The oldest pages make room."""
+        pages = self._pages
+        pages.append(page)
+        self.held_bytes += page.held_bytes
+        self._count += len(page.made_by)
+        while pages and (
+            self.held_bytes > self._max_bytes or self._count - len(pages[0].made_by) >= self._most
+        ):
+            oldest = pages.popleft()
+            self.held_bytes -= oldest.held_bytes
+            self._count -= len(oldest.made_by)
 
     def requests(self) -> dict[str, ScheduleRequest]:
-        """By decision id; a millisecond for 10,000."""
-        return {one.request.decision_id: one.request for one in self._recordings}
+        """By decision id; 10 ms for 10,000."""
+        facts = (one for page in self._pages for one in _unpack(page.packed))
+        return {one.request.decision_id: one.request for one in facts}
 
     def of(self, name: str) -> list[Recording]:
         """The decisions of a request, or the one of this id; oldest first. A millisecond for 10,000."""
-        return [one for one in self._recordings if name in (one.request.request_id, one.request.decision_id)]
+        wanted = name.encode("utf-8", "replace")
+        found: list[Recording] = []
+        for page in self._pages:
+            if wanted not in page.packed:
+                continue
+            for number, facts in enumerate(_unpack(page.packed)):
+                if name in (facts.request.request_id, facts.request.decision_id):
+                    prefill_by = page.prefill_by[number] if page.prefill_by else None
+                    by = page.made_by[number]
+                    found.append(recording_of(facts, page.ingress, page.view, by, prefill_by))
+        return found
 
 
 def inputs_of(recording: Recording) -> Inputs | None:
     """In the form in which they leave the process; None if no instance was looked at."""
-    profile, kept, request = recording.profile, recording.kept, recording.request
-    if profile is None or kept is None:
+    if recording.made_by is None:
         return None
-    arrays = zip(profile.arrays, recording.numbers, strict=True)
+    profile, kept = recording.made_by
+    facts = recording.facts
+    request = facts.request
+    arrays = zip(profile.arrays, facts.numbers, strict=True)
     custom = RECORDS in profile.reads
     return Inputs(
         request=msgspec.structs.replace(request, user="", session=""),
         policy=profile.name,
-        seed=recording.seed,
-        turn=recording.turn,
-        replicas=recording.replicas,
+        seed=facts.seed,
+        turn=facts.turn,
+        replicas=facts.replicas,
         session_seed=seed_of(request.session) if request.session else 0,
         thresholds=dataclasses.asdict(profile.thresholds),
         instances=[kept.pool.ids[row] for row in kept.rows],
         numbers={name: _array(packed).take(kept.slots).tobytes() for name, packed in arrays},
-        steps=[(blocks, _bits(mask, kept.slots)) for blocks, mask in recording.steps],
+        steps=[(blocks, _bits(int.from_bytes(mask, "little"), kept.slots)) for blocks, mask in facts.steps],
         records=[kept.pool.instances[row] for row in kept.rows] if custom else [],
         prefill=inputs_of(recording.prefill) if recording.prefill is not None else None,
     )

@@ -157,6 +157,7 @@ class SchedulerService:
         marks = self._traces.marks(batch) if batch.traces and self._traces is not None else None
         replica, started = self.replica, self._clock()
         view = replica.age(started)
+        self._explaining.begin()
         for request in _in_turn(batch.requests):
             decision = replica.decide(request, started)
             inputs = self._explaining.keep(batch, request, decision, view, started)
@@ -170,6 +171,7 @@ class SchedulerService:
             if marks and self._traces is not None and (parent := marks.get(request.decision_id)):
                 self._traces.decided(parent, batch, request, decision, ended - started)
             started = ended
+        self._explaining.end(batch, view)
         for feed in self.replica.feed(batch, placed):
             self._bus.publish(PLACED, feed, DEFAULT_SHARD)
         self._teller.settle()
