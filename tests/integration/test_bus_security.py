@@ -152,7 +152,8 @@ PUBLISHING: dict[str, frozenset[str]] = {
     },
     "$JS.API.STREAM.CREATE.ANOTHER": NOBODY,
     "$JS.API.STREAM.LIST": NOBODY,
-    "$JS.API.INFO": NOBODY,
+    # What the account has: the nats command asks before it makes a consumer.
+    "$JS.API.INFO": frozenset({ARCHIVE}),
     "$SYS.REQ.SERVER.PING": NOBODY,
     "anything.else": NOBODY,
 }  # fmt: skip
