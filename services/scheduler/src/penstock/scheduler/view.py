@@ -150,14 +150,14 @@ class ClusterView:
     def take_status(self, instance: InstanceId, load: EngineLoad, measured_at: float) -> bool:
         """The engine's own numbers; a figure that is missing or absurd leaves the last one, and False is
         returned if none was usable or they are older than those held."""
+        # Whatever its fields hold: machine code takes a field's type at its word.
+        reported: Any = load
         slot, loads = self._slots.get(instance), self.loads
         if slot is None or not math.isfinite(measured_at) or measured_at < loads.status_at[slot]:
             return False
-        if load.kv_expired is not None:
-            self._kv_expired[instance] = load.kv_expired
-        # Whatever its fields hold: machine code takes a field's type at its word.
-        reported: Any = load
-        kv_tokens = (load.kv_blocks or 0) * (load.block_size or 0)
+        if reported.kv_expired is not None:
+            self._kv_expired[instance] = reported.kv_expired
+        kv_tokens = (reported.kv_blocks or 0) * (reported.block_size or 0)
         if 0 < kv_tokens <= MAX_KV_TOKENS:
             loads.kv_tokens[slot] = kv_tokens
         figures: tuple[tuple[Floats, Any, float], ...] = (
@@ -173,7 +173,7 @@ class ClusterView:
                 usable = True
         if usable:
             loads.status_at[slot] = measured_at
-        if load.kv_usage_ratio is not None and 0 <= load.kv_usage_ratio <= 1:
+        if reported.kv_usage_ratio is not None and 0 <= reported.kv_usage_ratio <= 1:
             loads.kv_at[slot] = measured_at
         return usable
 
