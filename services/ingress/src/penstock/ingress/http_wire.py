@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     from penstock.ingress.api_keys import Caller
 
+from penstock.ingress.header_names import COMMON, ONCE, REQUEST_DROPPED, REQUEST_READ, RESPONSE_DROPPED
 from penstock.ingress.openai import GENERATION
-from penstock.ingress.owners import HEADERS, IN_QUERY, split_query
+from penstock.ingress.owners import IN_QUERY, split_query
 from penstock.ingress.wishes import NO_WISHES, Wishes
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -27,58 +28,6 @@ _MEMO_BYTES = 4096
 _LENGTH = re.compile(rb"[0-9]{1,%d}" % MAX_LENGTH_DIGITS)
 # As programs write it; other spellings are parsed every time.
 _LENGTH_LINES = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
-
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-connection",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"te",
-        b"trailer",
-        b"upgrade",
-        b"transfer-encoding",
-        b"content-length",
-    }
-)
-# Set by this gateway, or naming a target: never taken from outside (DESIGN 3.2).
-_ROUTING = frozenset(
-    {
-        b"target-pod",
-        b"target-pod-ip",
-        b"prefill-target-pod",
-        b"prefill-target-pod-ip",
-        b"x-penstock-route",
-        b"x-request-id",
-    }
-)
-# What this gateway alone is told: they steer it, and end here. Who asks (user, x-session-id) is passed on.
-_STEERING = frozenset({b"routing-strategy", b"config-profile", b"x-priority", *HEADERS})
-_REQUEST_DROPPED = _HOP_BY_HOP | _ROUTING | _STEERING | {b"host", b"expect", b"http2-settings"}
-_RESPONSE_DROPPED = _HOP_BY_HOP | _ROUTING | {b"routing-strategy", b"config-profile"}
-_REQUEST_READ = frozenset(
-    {
-        b"routing-strategy",
-        b"config-profile",
-        b"user",
-        *HEADERS,
-        b"x-session-id",
-        b"x-priority",
-        b"content-type",
-        b"x-request-id",
-        b"expect",
-        b"host",
-        b"authorization",
-        b"x-api-key",
-        b"traceparent",
-    }
-)
-_COMMON = frozenset(
-    {b"host", b"content-type", b"x-request-id", b"expect", b"authorization", b"x-api-key", b"traceparent"}
-)
-# Of two of them, the gateway and the instance could each read another one.
-_ONCE = frozenset({b"host", b"content-type"})
 # What an engine, or a hosted endpoint, tells of limits of its own.
 _LIMITS = b"x-ratelimit-"
 _LIMIT_LINES = re.compile(rb"^x-ratelimit-[^\n]*\n", re.I | re.M)
@@ -312,8 +261,8 @@ def parse_request(head: bytes) -> RequestHead:
     for line in block.split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _REQUEST_READ:
-            if name in read and name in _ONCE:
+        if name in REQUEST_READ:
+            if name in read and name in ONCE:
                 raise BadFraming(f"more than one {name.decode()} header")
             read[name] = value.strip(b" \t")
         elif name == b"content-length":
@@ -322,7 +271,7 @@ def parse_request(head: bytes) -> RequestHead:
             codings.append(value.strip(b" \t").lower())
         elif name == b"connection":
             connection.append(value)
-        if name not in _REQUEST_DROPPED:
+        if name not in REQUEST_DROPPED:
             fields.append(line)
     if b"host" not in read and minor == b"1":
         raise BadFraming("a Host header is required")
@@ -338,7 +287,7 @@ def parse_request(head: bytes) -> RequestHead:
     request.block = _block(fields)
     request.content_type, request.given_id = request.header(b"content-type"), read.get(b"x-request-id")
     request.first_line = b"%b %b HTTP/1.1\r\nhost: " % (method, request.origin_form)
-    if _COMMON.issuperset(read):
+    if COMMON.issuperset(read):
         request.wishes = NO_WISHES
     return request
 
@@ -363,7 +312,7 @@ def parse_response(head: bytes) -> ResponseHead:
             codings.append(value.strip(b" \t").lower())
         elif name == b"connection":
             connection.append(value)
-        elif name not in _RESPONSE_DROPPED:
+        elif name not in RESPONSE_DROPPED:
             if name == b"content-type":
                 response.event_stream = b"text/event-stream" in value.lower()
             elif name == b"content-encoding":
