@@ -140,7 +140,7 @@ def test_waiting_counts_as_much_as_the_profile_says() -> None:
     patient = {"routing_strategy": "cache-aware", "wait_weight": 0}
     desk = Desk(m={"profiles": {"default": {"routing_strategy": "cache-aware"}, "patient": patient}})
     desk.view.pool("m")
-    desk.view.loads.ms_per_token[:3] = [0.1, 0.2, 0.2]
+    desk.view.loads.ranked_ms_per_token[:3] = [0.1, 0.2, 0.2]
     desk.view.loads.wait_ms[:3] = [5000, 0, 0]
     chosen = [desk.outcome(name, prompt_tokens=1000) for name in ("", "patient")]
     assert [one.instance == "a" for one in chosen if isinstance(one, Placement)] == [False, True]
