@@ -57,7 +57,7 @@ compile: sync ## the ingress's data path and what the scheduler decides by as ma
 	@$(BIN)/python services/scheduler/compile.py
 
 compiled: compile ## the tests of ingress and scheduler on machine code
-	$(BIN)/python -m penstock.ingress.machine_code pytest services/ingress $(ARGS)
+	$(BIN)/python -m penstock.common.machine_code penstock.ingress pytest services/ingress $(ARGS)
 	$(BIN)/python -m penstock.common.machine_code penstock.scheduler pytest services/scheduler $(ARGS)
 
 bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)

@@ -227,7 +227,7 @@ def test_the_ingress_of_an_image_runs_machine_code(tmp_path: Path) -> None:
     shutil.rmtree(source)
     shutil.rmtree(tools)
     run = (
-        "from penstock.ingress import machine_code; print(machine_code.use());"
+        "from penstock.common.machine_code import folder_of, use; print(use(folder_of('penstock.ingress')));"
         "from penstock.ingress import exchange; print(exchange.__file__)"
     )
     done = subprocess.run(

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.common.compiling import compile_package
 from penstock.common.machine_code import FOLDER, MANIFEST, Finder, digest_of, folder_of, source_of, use
 
 # Of a package that other tests do not import.
@@ -86,3 +89,26 @@ def test_a_manifest_that_makes_no_sense_is_as_none(folder: Path, text: str) -> N
 
 def test_without_a_manifest_the_sources_run(tmp_path: Path) -> None:
     assert tried(tmp_path) == "it has not been compiled"
+
+
+RUN = """
+import sys
+from pathlib import Path
+from penstock.common.compiling import compile_package
+from penstock.common.machine_code import use
+print(use(Path(sys.argv[1])))
+from penstock.common import cells
+print(cells.__file__)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.timeout(300)
+def test_what_the_compiler_makes_is_what_runs(tmp_path: Path) -> None:
+    # One small module, in 7 s of CPU: all of them take a minute, `make compiled`.
+    folder = tmp_path / FOLDER
+    assert compile_package("penstock.common", (), (str(folder), "penstock.common.cells")) == 0
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, folder], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert Path(done.stdout.strip()).parent == folder

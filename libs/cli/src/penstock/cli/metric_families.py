@@ -31,7 +31,6 @@ from penstock.discovery.register.settings import RegisterSettings
 from penstock.discovery.service import Discovery
 from penstock.discovery.settings import DiscoverySettings
 from penstock.discovery.surroundings import ProbePolicy
-from penstock.ingress import machine_code
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.body_helper import BodyHelper
 from penstock.ingress.adapters.connection_limit import SharedCounts
@@ -92,7 +91,6 @@ def _ingress() -> Metrics:
     store = BusLimitStore(parts.bus, settings.limits_nats_timeout)
     Limiter(settings, metrics, gateway.degraded, time.time, store)
     Spans(metrics)
-    machine_code.expose(metrics)
     gateway.waiting = WaitingRoom(gateway, SharedCounts.alone(), metrics)
     IngressService(gateway, parts.bus, parts.lifecycle, metrics)
     HttpServer(gateway, metrics, SharedCounts.alone())

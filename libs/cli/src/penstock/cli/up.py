@@ -24,9 +24,9 @@ from penstock.cli.ready import Check, NotReady, engines_missing, models_served, 
 from penstock.cli.screen import Screen
 from penstock.cli.terminal import wants_colour
 from penstock.cli.up_settings import PROG, UpFlags, UpSettings, read_settings
+from penstock.common.machine_code import folder_of, missing
 from penstock.common.settings import SettingsError, exit_with_faults, unknown_variables
 from penstock.discovery.settings import ENDPOINTS
-from penstock.ingress import machine_code
 
 STOP_MARGIN_S = 2.0
 SCREEN_CLOSE_S = 2.0
@@ -202,6 +202,7 @@ class Stack:
         return time.monotonic() - self._started_at
 
     def _welcome(self, plan: Plan, model: str) -> None:
+        not_compiled = missing(folder_of("penstock.ingress"))
         if self._settings.log_json:
             self._say(
                 "ready",
@@ -212,10 +213,12 @@ class Stack:
                 register_url=plan.register_url,
                 model=model,
                 engines=list(plan.engine_urls),
-                machine_code=not machine_code.missing(),
+                machine_code=not not_compiled,
             )
         else:
-            self._screen.write(welcome(plan, model, self._elapsed_s(), machine_code.missing()))
+            self._screen.write(
+                welcome(plan, model, self._elapsed_s(), missing(folder_of("penstock.ingress")))
+            )
 
 
 def welcome(plan: Plan, model: str, elapsed_s: float, not_compiled: str = "") -> str:

@@ -1,4 +1,4 @@
-"""A service's modules as machine code, where they have been compiled: `make compile`, decision 0050.
+"""A service's modules as machine code, where they have been compiled: `make compile`, decisions 0032, 0050.
 
 `python -m penstock.common.machine_code PACKAGE MODULE ...` runs another module with that of a package. What
 was compiled from other sources than those that stand here, or for another Python, is not used.
@@ -36,12 +36,10 @@ class Finder(MetaPathFinder):
         return None if file is None else spec_from_file_location(fullname, file)
 
 
-def use(folder: Path) -> str:
-    """Have modules that are imported from here on come as machine code; why they do not, "" if they do."""
+def missing(folder: Path) -> str:
+    """Why what starts from here on does not run the machine code in a folder; "" if it does."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        sources: Sources = manifest["sources"]
-        names = [*sources, manifest["library"]]
+        sources, library = _manifest(folder)
         changed = [name for name, digest in sources.items() if digest != digest_of(name)]
     except FileNotFoundError:
         return "it has not been compiled"
@@ -49,13 +47,26 @@ def use(folder: Path) -> str:
         return f"{folder / MANIFEST} cannot be read: {exc}"
     if changed:
         return f"it was compiled from other sources than these ({changed[0]}): compile it again"
-    if not all((folder / f"{name}{EXTENSION_SUFFIXES[0]}").is_file() for name in names):
+    if not all((folder / f"{name}{EXTENSION_SUFFIXES[0]}").is_file() for name in (*sources, library)):
         return "it was compiled for another Python: compile it again"
+    return ""
+
+
+def use(folder: Path) -> str:
+    """Have modules that are imported from here on come as machine code; why they do not, "" if they do."""
+    if why := missing(folder):
+        return why
+    sources, library = _manifest(folder)
     if known := [name for name in sources if name in sys.modules]:
         # Classes of the one kind are not those of the other.
         return f"{known[0]} runs as Python already"
-    sys.meta_path.insert(0, Finder(folder, names))
+    sys.meta_path.insert(0, Finder(folder, (*sources, library)))
     return ""
+
+
+def _manifest(folder: Path) -> tuple[Sources, str]:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    return manifest["sources"], manifest["library"]
 
 
 def folder_of(package: str) -> Path:
@@ -83,10 +94,9 @@ def compiled() -> bool:
 
 
 def main() -> int:
-    """Run the `main` of the module that the second argument names, with the others and the machine code of
-    the package that the first one names."""
-    if why := use(folder_of(sys.argv[1])):
-        sys.stderr.write(f"{sys.argv[1]} runs as Python: {why}\n")
+    """Run the `main` of the module that the second argument names, with the others and with the machine code
+    of the package that the first one names, if there is any of use."""
+    use(folder_of(sys.argv[1]))
     del sys.argv[:2]
     code: int = importlib.import_module(sys.argv[0]).main()
     return code

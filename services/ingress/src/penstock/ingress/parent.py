@@ -154,7 +154,8 @@ class Parent:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "penstock.ingress.machine_code",
+                "penstock.common.machine_code",
+                "penstock.ingress",
                 "penstock.ingress.worker",
                 str(theirs.fileno()),
                 str(counts),

@@ -13,6 +13,7 @@ from penstock.common.errors import MessageTooLarge
 from penstock.common.instances import InstanceTable, expose
 from penstock.common.lifecycle import Lifecycle
 from penstock.common.live_config import MIRROR, Changed, LiveConfig
+from penstock.common.machine_code import compiled
 from penstock.common.messages import LoadReport
 from penstock.common.mirroring import NAME, BadMirrorConfig, of_document
 from penstock.common.subjects import HEARTBEAT, INSTANCES, LOAD
@@ -57,6 +58,9 @@ class IngressService:
             "penstock_ingress_access_log_dropped_total",
             "Log lines dropped",
             lambda: gateway.access_log.dropped,
+        )
+        metrics.gauge(
+            "penstock_ingress_machine_code", "Workers whose data path is compiled", lambda: float(compiled())
         )
         self._reports_too_large = metrics.counter(
             "penstock_ingress_reports_too_large_total", "Load reports over their subject's bound"

@@ -1,5 +1,5 @@
-"""One ingress process behind the shared port: `python -m penstock.ingress.machine_code` and this module's
-name, the descriptors of the channel and of the counts.
+"""One ingress process behind the shared port: `python -m penstock.common.machine_code penstock.ingress`
+and this module's name, the descriptors of the channel and of the counts.
 
 The parent sends settings, address and identity over the channel, then asks for snapshots; when the
 channel ends, the worker drains.
@@ -29,7 +29,6 @@ from penstock.common.live_config import LiveConfig
 from penstock.common.profiles import ModelProfiles
 from penstock.common.telemetry import FamilySnapshot
 from penstock.common.tracing import Sampler, Span, Spans
-from penstock.ingress import machine_code
 from penstock.ingress.access_log import AccessLog
 from penstock.ingress.adapters.admin_relay import AdminCall, AdminRelay, AdminReply
 from penstock.ingress.adapters.body_helper import BodyHelper
@@ -131,7 +130,6 @@ async def serve(channel: Channel, counts_fd: int) -> None:
     workers, index = settings.workers, start.index
     shared = SharedPools(counts_fd, counts_bytes(workers), workers, index) if workers > 1 else None
     bounds = Bounds(settings, shared)
-    machine_code.expose(host.metrics)
     gateway.upstreams = upstreams = EngineClient(settings, host.metrics, bounds)
     gateway.dividing = Dividing(gateway, host.metrics)
     gateway.externals = externals = ExternalClient(settings, host.metrics, bounds)
