@@ -9,9 +9,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import msgspec
-
 from penstock.common.telemetry import Metrics
+from penstock.ingress.leased import Leased
 from penstock.ingress.leases import UNUSED_S, Leases
 from penstock.ingress.limits import MINUTE_S, Correction, Part, Verdict
 from penstock.ingress.plans import Plan
@@ -30,32 +29,6 @@ Settled = Callable[[Verdict | None], None]
 
 
 _Claim = tuple[Plan, list[Part], Settled]
-
-
-class Leased(msgspec.Struct, gc=False):
-    """A claim granted by leases; fulfils `penstock.ingress.limits.Held`. `minute` numbers its window."""
-
-    line: StoreLine
-    plan: Plan
-    tokens: int
-    minute: int
-    headers: bytes
-    counts_tokens: bool
-    hide_usage: bool = False
-    settled: bool = False
-
-    def settle(self, tokens: int | None) -> None:
-        """As of `Held`."""
-        if tokens is None or tokens == self.tokens or self.settled:
-            return
-        self.settled = True
-        delta = tokens - self.tokens
-        first, last = self.plan.leases
-        lease = last if last.by_tokens else first
-        if self.minute == lease.number and 0 <= lease.left - delta <= lease.size and not lease.pending:
-            lease.left -= delta
-        else:
-            self.line.correct([Correction(lease.part.key, MINUTE_S, self.minute, delta)])
 
 
 class StoreLine:
@@ -101,7 +74,7 @@ class StoreLine:
         self._by_lease.value += 1
         if self._leases.wanting:
             self._soon()
-        return Leased(self, plan, tokens, int(now // MINUTE_S), lines, plan.counts_tokens)
+        return Leased(self.correct, plan, tokens, int(now // MINUTE_S), lines, plan.counts_tokens)
 
     def ask(self, plan: Plan, parts: list[Part], settled: Settled) -> None:
         """Have the store decide; `settled` is called later."""
