@@ -267,6 +267,10 @@ async def test_whatever_fails_is_tried_again_or_told_and_nothing_is_kept(
                         break
                     # It met the other one, which the prompt or chance decides.
                     body["messages"][0]["content"] = f"{turn} {PROMPT}"
+                    if kind == "refuse":
+                        # It lasts for a moment.
+                        await heal(session, struck[:1])
+                        await strike(session, struck[:1], kind)
                     await outcome_is(session, url, body, outcome, case)
                 # A 4xx, and what broke off after its first token, are nobody else's to answer. SGLang's
                 # prefill is not listened to once it has agreed.

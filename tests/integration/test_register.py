@@ -170,8 +170,11 @@ async def test_a_store_that_was_away_or_lost_its_data_is_written_again_and_a_kil
             await eventually(lambda: sidecar.answers("/readyz"), PATIENCE_S)
         async with reading(case.store) as reader:
             await until_registered(reader, here)
+            # Else it may write it again before anybody has looked.
+            sidecar.freeze()
             await case.store.delete(here)
             await until_registered(reader)
+            sidecar.thaw()
             await until_registered(reader, here)
         await case.store.lose_data()
         async with reading(case.store) as reader:
