@@ -262,6 +262,10 @@ class Process:
         """SIGCONT."""
         self._popen.send_signal(signal.SIGCONT)
 
+    def heal(self) -> None:
+        """SIGUSR1: simulated engines that refuse connections listen again."""
+        self._popen.send_signal(signal.SIGUSR1)
+
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Its exit code; AssertionError if it does not end."""
         try:

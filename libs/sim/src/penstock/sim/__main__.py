@@ -30,6 +30,13 @@ async def serve(settings: SimSettings) -> list[str]:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    instances: list[Instance] = []
+
+    def heal() -> None:
+        for one in instances:
+            one.heal()
+
+    loop.add_signal_handler(signal.SIGUSR1, heal)
     async with AsyncExitStack() as running:
         for place in range(settings.count):
             port = settings.port + place if settings.port else 0
@@ -46,6 +53,7 @@ async def serve(settings: SimSettings) -> list[str]:
                 await running.enter_async_context(instance)
             except OSError as exc:
                 return [f"--host {settings.host} --port {port}: cannot listen: {exc}"]
+            instances.append(instance)
             print(f"listening on {instance.url}", flush=True)
         await stop.wait()
     return []

@@ -1,6 +1,7 @@
 """One simulated engine on its own listening socket."""
 
 import asyncio
+import contextlib
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class Instance:
         self._transfers: Transfers | None = None
         self._side_channel: asyncio.AbstractServer | None = None
         self._refusal: asyncio.Task[None] | None = None
+        self._healed = asyncio.Event()
         # Connections with a request in progress.
         self._busy: set[web.RequestHandler] = set()
 
@@ -167,6 +169,10 @@ class Instance:
         loop = asyncio.get_running_loop()
         return await loop.create_server(self._server, sock=bound, backlog=_BACKLOG)
 
+    def heal(self) -> None:
+        """Refuse no longer, if it refuses: nobody can tell it so over HTTP meanwhile."""
+        self._healed.set()
+
     def _refuse(self, seconds: float) -> None:
         if self._refusal is not None and not self._refusal.done():
             return
@@ -179,11 +185,14 @@ class Instance:
                 connection.close()
             else:
                 connection.force_close()
+        self._healed.clear()
         self._refusal = asyncio.create_task(self._listen_after(seconds, held), name=f"refuse-{self.port}")
 
     async def _listen_after(self, seconds: float, held: socket.socket) -> None:
         try:
-            await asyncio.sleep(seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._healed.wait()
         except asyncio.CancelledError:
             held.close()
             raise
