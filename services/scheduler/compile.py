@@ -9,6 +9,7 @@ from penstock.common.compiling import compile_package
 MODULES = (
     "penstock.common.adapters.nats_wire",
     "penstock.scheduler.candidates",
+    "penstock.scheduler.columns",
     "penstock.scheduler.draws",
     "penstock.scheduler.echo",
     "penstock.scheduler.explaining",
@@ -24,6 +25,7 @@ MODULES = (
     "penstock.scheduler.scheduler",
     "penstock.scheduler.service",
     "penstock.scheduler.sums",
+    "penstock.scheduler.sweep",
     "penstock.scheduler.telling",
     "penstock.scheduler.view",
 )

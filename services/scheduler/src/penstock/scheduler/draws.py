@@ -6,13 +6,19 @@ Mixing is splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorand
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-_MASK = 2**64 - 1
-_STEP, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK: Final = 2**64 - 1
+_STEP: Final = 0x9E3779B97F4A7C15
+_MIX_1: Final = 0xBF58476D1CE4E5B9
+_MIX_2: Final = 0x94D049BB133111EB
+# The same factors as signed numbers, of which machine code multiplies the lower 64 bits.
+SIGNED_MIX_1: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
+SIGNED_MIX_2: Final = 0x94D049BB133111EB - (1 << 64)
 _ARRAY_MIX_1, _ARRAY_MIX_2, _SHIFT = np.uint64(_MIX_1), np.uint64(_MIX_2), np.uint64(32)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from penstock.common.model import Instance, InstanceId, Role
 from penstock.scheduler.draws import rendezvous_keys
+from penstock.scheduler.sweep import Sweep, sweep_of
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -63,6 +64,7 @@ class Kept(msgspec.Struct, frozen=True):
     excluded: dict[str, int] = {}
     positions: dict[int, int] = {}
     few_keys: tuple[int, ...] = ()
+    sweep: Sweep | None = None
 
     def keep(self, flags: Flags, reason: str) -> Kept:
         """Those flagged; the others are excluded for `reason`."""
@@ -74,11 +76,21 @@ class Kept(msgspec.Struct, frozen=True):
         return Kept(self.pool, rows, slots, self.keys[flags], mask_of(slots), excluded)
 
     def indexed(self) -> Kept:
-        """The same with `positions` by slot and the `keys` of a few as numbers, for a part that serves many
-        requests."""
+        """The same with `positions` by slot, the `keys` of a few as numbers, and its sweep, for a part that
+        serves many requests."""
         positions = {slot: position for position, slot in enumerate(self.slots.tolist())}
         few = tuple(self.keys.tolist()) if len(self.rows) <= FEW else ()
-        return Kept(self.pool, self.rows, self.slots, self.keys, self.mask, self.excluded, positions, few)
+        return Kept(
+            self.pool,
+            self.rows,
+            self.slots,
+            self.keys,
+            self.mask,
+            self.excluded,
+            positions,
+            few,
+            sweep_of(self.slots, self.keys),
+        )
 
 
 def whole(pool: Pool) -> Kept:

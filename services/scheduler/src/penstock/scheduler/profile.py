@@ -22,8 +22,9 @@ from penstock.scheduler.policies.filters import (
     OwnedBy,
     TakesWork,
 )
-from penstock.scheduler.policies.pickers import Picker
-from penstock.scheduler.policies.scorers import Scorer
+from penstock.scheduler.policies.measures import ExpectedTtft
+from penstock.scheduler.policies.pickers import Best, Picker
+from penstock.scheduler.policies.scorers import Least, Scorer
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.pool import Floats, Kept, Pool, whole
 
@@ -94,6 +95,16 @@ class Profile:
     def arrays(self) -> tuple[str, ...]:
         """`reads` without the instances' records."""
         return tuple(name for name in self.reads if name in Loads.NAMES)
+
+    @cached_property
+    def swept(self) -> tuple[Best, ExpectedTtft] | None:
+        """What the choice is made by, if a Sweep does all of it."""
+        if len(self.scorers) != 1 or type(self.picker) is not Best:
+            return None
+        ((scorer, weight),) = self.scorers
+        if type(scorer) is not Least or type(scorer.measure) is not ExpectedTtft or weight != 1.0:
+            return None
+        return self.picker, scorer.measure
 
     def candidates(self, case: Case, pool: Pool, loads: Loads) -> Candidates:
         """Whom the filters leave."""

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import struct
+from typing import Final
 
 import msgspec
 import numpy as np
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms
-from penstock.scheduler.candidates import Candidates, part_of
+from penstock.scheduler.candidates import Candidates, part_of, share_of
 from penstock.scheduler.decisions import Basis, Case, Decision
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
 from penstock.scheduler.policies.custom import PolicyFault
 from penstock.scheduler.policies.filters import OWNER, SATURATED
+from penstock.scheduler.policies.measures import ExpectedTtft
+from penstock.scheduler.policies.pickers import Best
 from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Index, Profile, look_up
+from penstock.scheduler.sweep import MAX_TOKENS, Sweep
 from penstock.scheduler.view import ClusterView
 
 # Candidates of a decision that the routing log shows.
-SHOWN = 3
-HASH_BYTES = 8
+SHOWN: Final = 3
+HASH_BYTES: Final = 8
 _DROPPED_BITS = np.uint64(4)
 # Up to so many are taken apart one by one; numpy needs 1 us to begin with.
-_FEW_BYTES = 16 * HASH_BYTES
+_FEW_BYTES: Final = 16 * HASH_BYTES
 # Among so many candidates the best are found by sorting: a third of the time of numpy's maxima.
-_FEW_SCORES = 32
+_FEW_SCORES: Final = 32
 # Messages quote what clients sent; the wire allows 2,048 characters.
-MAX_MESSAGE = 1024
+MAX_MESSAGE: Final = 1024
 # A client that finds everything full comes back after so long.
-SATURATED_RETRY_S = 1.0
-UNKNOWN = "unknown"
+SATURATED_RETRY_S: Final = 1.0
+UNKNOWN: Final = "unknown"
 
 
 def schedule(
@@ -92,12 +96,25 @@ def choose(
     of `shown` of them. Raises PolicyFault."""
     if profile.by_prefix:
         look_up(case, candidates, index)
-    scores, parts = profile.parts(case, candidates)
-    chosen = profile.picker.pick(case, candidates, scores)
-    slot = candidates.kept.slots.item(chosen)
+    kept, swept = candidates.kept, profile.swept
+    sweep = kept.sweep
+    if (
+        sweep is not None
+        and swept is not None
+        and shown == SHOWN
+        and case.request.prompt_tokens < MAX_TOKENS
+        and candidates.loads.cells.stand_for(candidates.loads)
+    ):
+        ranked = _sweep(sweep, case, candidates, *swept)
+        scores, parts = [sweep.score(position) for position in ranked], None
+    else:
+        totals, by_scorer = profile.parts(case, candidates)
+        ranked = _best(totals, profile.picker.pick(case, candidates, totals), shown)
+        scores, parts = [totals.item(position) for position in ranked], by_scorer
+    slot = kept.slots.item(ranked[0])
     if profile.by_prefix:
         steps = candidates.steps
-        matched = int(candidates.matched.item(chosen)) if steps else 0
+        matched = candidates.held_at(ranked[0]) if steps else 0
     else:
         steps = index.match(case.hashes, 1 << slot)
         matched = steps[-1][0] if steps else 0
@@ -108,12 +125,30 @@ def choose(
         tokens = part * request.prompt_tokens // whole
     # In the order of their fields: by name they cost three times as much.
     placement = Placement(
-        request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens, profile.config
+        request.decision_id, candidates.id(ranked[0]), "", profile.name, matched, tokens, profile.config
     )
-    terms = _terms(candidates, scores, profile.names, parts, _best(scores, chosen, shown), matched)
-    label, kept = profile.label or profile.name, candidates.kept
+    terms = _terms(candidates, profile.names, parts, ranked, scores, matched)
     basis = Basis(case, profile, kept, steps)
-    return Decision(placement, label, slot, hashes, terms, kept.excluded, case.seed, None, basis)
+    return Decision(
+        placement, profile.label or profile.name, slot, hashes, terms, kept.excluded, case.seed, None, basis
+    )
+
+
+def _sweep(
+    sweep: Sweep, case: Case, candidates: Candidates, picker: Best, measure: ExpectedTtft
+) -> list[int]:
+    """Positions of the chosen one, then of the best others: what `parts`, `pick` and `_best` come to."""
+    tokens = case.request.prompt_tokens
+    held = [(share_of(case, blocks, -tokens) + tokens, mask) for blocks, mask in candidates.steps]
+    cells = candidates.loads.cells
+    sweep.rate(
+        cells.ranked_ms_per_token, cells.wait_ms, float(tokens), held, measure.wait_weight, measure.small
+    )
+    band = picker.width(case)
+    chosen = sweep.only(band)
+    if chosen < 0:
+        chosen = sweep.drawn(band, picker.key(case, candidates))
+    return sweep.ranked(chosen)
 
 
 def _best(scores: Floats, chosen: int, shown: int) -> list[int]:
@@ -131,28 +166,28 @@ def _best(scores: Floats, chosen: int, shown: int) -> list[int]:
 
 def _terms(
     candidates: Candidates,
-    scores: Floats,
     names: tuple[str, ...],
-    parts: list[Floats],
+    parts: list[Floats] | None,
     ranked: list[int],
+    scores: list[float],
     matched: int,
 ) -> list[CandidateTerms]:
-    """What spoke for those at the positions `ranked`; the first one holds `matched` blocks."""
+    """What spoke for those at the positions `ranked`, which scored `scores`, made of `parts`; None: by a
+    single scorer. The first one holds `matched` blocks."""
     requests, kept = candidates.loads.requests, candidates.kept
     ids, rows, slots = kept.pool.ids, kept.rows, kept.slots
-    lengths = candidates.matched if candidates.steps else None
     # Of a single scorer in one step: for each candidate its dict costs a third.
-    alone = names[0] if len(parts) == 1 else ""
+    alone = names[0] if len(names) == 1 else ""
     terms: list[CandidateTerms] = []
-    blocks = matched
-    for position in ranked:
-        score = scores.item(position)
-        if alone:
-            values = {alone: score if parts[0] is scores else parts[0].item(position)}
+    for number, position in enumerate(ranked):
+        score = scores[number]
+        if parts is None:
+            values = {alone: score}
+        elif alone:
+            values = {alone: parts[0].item(position)}
         else:
             values = {name: part.item(position) for name, part in zip(names, parts, strict=True)}
-        if terms:
-            blocks = int(lengths.item(position)) if lengths is not None else 0
+        blocks = candidates.held_at(position) if number else matched
         in_flight = int(requests.item(slots.item(position)))
         terms.append(CandidateTerms(ids[rows.item(position)], score, in_flight, blocks, values))
     return terms

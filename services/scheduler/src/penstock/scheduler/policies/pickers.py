@@ -35,14 +35,18 @@ class Best:
     by_block: bool = False
 
     def pick(self, case: Case, candidates: Candidates, scores: Floats) -> int:
-        band = max(self.band, _ROUNDING) if case.replicas > 1 else _ROUNDING
+        band = self.width(case)
         if len(scores) <= FEW:
             return self._of_few(case, candidates, scores.tolist(), band)
         best = int(scores.argmax())
         near = (scores >= scores.item(best) - band).nonzero()[0]
         if len(near) == 1:
             return best
-        return near.item(rendezvous(candidates.kept.keys[near], self._key(case, candidates)))
+        return near.item(rendezvous(candidates.kept.keys[near], self.key(case, candidates)))
+
+    def width(self, case: Case) -> float:
+        """Below the best by no more than this is near-equal."""
+        return max(self.band, _ROUNDING) if case.replicas > 1 else _ROUNDING
 
     def _of_few(self, case: Case, candidates: Candidates, scores: list[float], band: float) -> int:
         """The same: a third of the time that numpy takes for a few."""
@@ -51,9 +55,10 @@ class Best:
         if len(near) == 1:
             return near[0]
         keys = kept.few_keys or kept.keys.tolist()
-        return near[rendezvous_few([keys[one] for one in near], self._key(case, candidates))]
+        return near[rendezvous_few([keys[one] for one in near], self.key(case, candidates))]
 
-    def _key(self, case: Case, candidates: Candidates) -> int:
+    def key(self, case: Case, candidates: Candidates) -> int:
+        """What the order of near-equal ones is drawn by."""
         if self.by_block and candidates.longest < len(case.hashes):
             return case.hashes[candidates.longest]
         return case.seed
