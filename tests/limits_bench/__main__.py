@@ -153,7 +153,7 @@ def settings_of(redis: RedisServer, folder: Path) -> dict[str, Setting]:
 
 async def measure(flags: argparse.Namespace, folder: Path) -> None:
     """Start everything, then measure."""
-    with RedisServer() as redis, running_stack() as stack:
+    with RedisServer("--appendonly", "no") as redis, running_stack() as stack:
         port = free_port()
         engine = stack.exits.enter_context(Process.module("penstock.cli.bench.responder", str(port)))
         engine.wait_for_http(f"http://127.0.0.1:{port}/health")

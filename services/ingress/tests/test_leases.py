@@ -38,6 +38,7 @@ class Process:
         plan = self.plan(parts)
         if self.leases.grant(plan, parts[0].amount, now) is None:
             return None
+        assert plan.leases is not None
         return Verdict(-1, tuple(one.limit - one.free - one.left for one in plan.leases[: len(parts)]), now)
 
     def plan(self, parts: list[Part]) -> Plan:

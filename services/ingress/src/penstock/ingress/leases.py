@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from penstock.ingress.limits import TOKENS, Correction, Part, Verdict, window
+from penstock.ingress.limits import (
+    MINUTE_S,
+    TOKENS,
+    Correction,
+    Counts,
+    Held,
+    Part,
+    Verdict,
+    new_tuple,
+    window,
+)
 from penstock.ingress.plans import Plan
 
 # A lease is at most one part in so many of its limit, and leaves at least one part in so many free.
@@ -41,12 +51,37 @@ class Lease:
         """In the window that `now` lies in; nothing of it is here yet."""
         window_s = self.part.window_s
         self.number = window(now, window_s)
-        self.ends_at = (self.number + 1) * window_s
+        self.ends_at = float((self.number + 1) * window_s)
         self.left, self.free, self.before, self.refused = 0, self.limit, 0, False
 
     def end(self) -> None:
         """Nothing of it is granted any more."""
-        self.left = self.ends_at = 0
+        self.left, self.ends_at = 0, 0.0
+
+
+class Leased(Held):
+    """A claim granted by the leases of `plan`, out of window `minute`."""
+
+    __slots__ = ("_counts", "_minute", "_plan", "_tokens")
+
+    def __init__(self, headers: bytes, plan: Plan, tokens: int, counts: Counts) -> None:
+        """`counts` hear what goes beyond the leases."""
+        super().__init__(headers, plan.counts_tokens)
+        self._plan, self._minute, self._tokens, self._counts = plan, plan.minute, tokens, counts
+
+    def settle(self, tokens: int | None) -> None:
+        """As of `Held`."""
+        held, self._tokens = self._tokens, -1
+        if tokens is None or tokens == held or held < 0 or self._plan.leases is None:
+            return
+        delta = tokens - held
+        first, last = self._plan.leases
+        lease = last if last.by_tokens else first
+        if self._minute == lease.number and 0 <= lease.left - delta <= lease.size and not lease.pending:
+            lease.left -= delta
+        else:
+            place = lease.part.key, MINUTE_S, self._minute, delta
+            self._counts.correct([new_tuple(Correction, place)])
 
 
 class Leases:
@@ -74,7 +109,10 @@ class Leases:
         On the path of every request: a loop, a call or an object more is 1 us of it."""
         if not plan.leased_from <= now < plan.leased_until and not self._look_at(plan, now):
             return None
-        first, other = plan.leases
+        leases = plan.leases
+        if leases is None:
+            return None
+        first, other = leases
         of_first, of_other = tokens if first.by_tokens else 1, tokens if other.by_tokens else 1
         if first.left < of_first or other.left < of_other:
             return None
@@ -96,11 +134,12 @@ class Leases:
         if plan.leases is None:
             return False
         first, other = plan.leases
-        for lease in plan.leases:
+        for lease in (first, other):
             if lease.number != window(now, lease.part.window_s) or not lease.ends_at:
                 return False
-        plan.leased_from = math.floor(now)
+        plan.leased_from = float(math.floor(now))
         plan.leased_until = min(plan.leased_from + 1, first.ends_at, other.ends_at)
+        plan.minute = window(now, MINUTE_S)
         plan.lines = plan.shape.lines(now)
         return True
 
@@ -116,18 +155,20 @@ class Leases:
                 new = True
         if new:
             return
-        leases = [self._lease(part, verdict.now) for part in parts]
-        for lease, part, used in zip(leases, parts, verdict.used, strict=True):
+        leases: list[Lease] = []
+        for part, used in zip(parts, verdict.used, strict=True):
+            lease = self._lease(part, verdict.now)
             # One of another limit, which was changed, goes back by `unused`.
             if lease is None or lease.limit != part.limit:
                 return
+            leases.append(lease)
             if lease.number != window(verdict.now, part.window_s):
                 lease.begin(verdict.now)
             lease.free = lease.limit - used
             self._want(lease)
         if not plan.several:
             plan.leases = leases[0], leases[-1]
-            plan.leased_until = 0
+            plan.leased_until = 0.0
 
     def _lease(self, part: Part, now: float) -> Lease | None:
         lease = self._leases.get(part.key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from penstock.ingress.failures import GatewayError
 
@@ -34,8 +34,8 @@ class Part(NamedTuple):
     whose: str
 
 
-# Makes one without its constructor, which costs twice as much.
-new_part = tuple.__new__
+# Makes a named tuple without its constructor, which costs twice as much.
+new_tuple: Final = tuple.__new__
 
 
 class Verdict(NamedTuple):
@@ -64,40 +64,42 @@ class Counts(Protocol):
         """Take them, now or soon."""
 
 
-class Held(Protocol):
+class Held:
     """What a request holds of its limits. `headers`: the lines that tell its client; `counts_tokens`: a limit
     of tokens applies; `hide_usage`: the gateway asked for the usage chunk, its client did not."""
 
-    headers: bytes
-    counts_tokens: bool
-    hide_usage: bool
+    __slots__ = ("counts_tokens", "headers", "hide_usage")
+
+    def __init__(self, headers: bytes, counts_tokens: bool) -> None:
+        self.headers, self.counts_tokens, self.hide_usage = headers, counts_tokens, False
 
     def settle(self, tokens: int | None) -> None:
         """Correct the estimate, once; what counts requests stays. None: the estimate stands."""
+        raise NotImplementedError
 
 
-class Reservation:
-    """A claim that a store granted, at `now` by its clock. Fulfils `Held`."""
+class Reservation(Held):
+    """A claim that a store granted, at `now` by its clock."""
 
-    __slots__ = ("_counts", "_parts", "counts_tokens", "headers", "hide_usage", "now")
+    __slots__ = ("_counts", "_parts", "now")
 
     def __init__(
-        self, parts: Sequence[Part], counts: Counts, now: float, headers: bytes, *, counts_tokens: bool
+        self, parts: Sequence[Part], counts: Counts, now: float, headers: bytes, counts_tokens: bool
     ) -> None:
         """`counts` hear what is settled."""
-        self._parts, self._counts, self.now, self.headers = parts, counts, now, headers
-        self.counts_tokens, self.hide_usage = counts_tokens, False
+        super().__init__(headers, counts_tokens)
+        self._parts, self._counts, self.now = parts, counts, now
 
     def settle(self, tokens: int | None) -> None:
         """As of `Held`."""
         parts, self._parts = self._parts, ()
         if tokens is None or not self.counts_tokens:
             return
-        corrections = [
-            Correction(key, window_s, int(self.now // window_s), tokens - amount)
-            for key, window_s, amount, _, what, _ in parts
-            if what is TOKENS and tokens != amount
-        ]
+        corrections = []
+        for key, window_s, amount, _, what, _ in parts:
+            if what is TOKENS and tokens != amount:
+                place = key, window_s, window(self.now, window_s), tokens - amount
+                corrections.append(new_tuple(Correction, place))
         if corrections:
             self._counts.correct(corrections)
 
@@ -147,9 +149,9 @@ def parts_of(key: str, whose: str, rpm: int, tpm: int) -> list[Part]:
     """The counts of one whose requests and tokens per minute are limited; 0: they are not."""
     parts = []
     if rpm:
-        parts.append(new_part(Part, (key + "|r", MINUTE_S, 1, rpm, REQUESTS, whose)))
+        parts.append(new_tuple(Part, (key + "|r", MINUTE_S, 1, rpm, REQUESTS, whose)))
     if tpm:
-        parts.append(new_part(Part, (key + "|t", MINUTE_S, 1, tpm, TOKENS, whose)))
+        parts.append(new_tuple(Part, (key + "|t", MINUTE_S, 1, tpm, TOKENS, whose)))
     return parts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from penstock.ingress.limit_settings import Limits, UserRecord
 from penstock.ingress.limits import (
@@ -15,10 +15,13 @@ from penstock.ingress.limits import (
     left_s,
     lines_after,
     lines_before,
-    new_part,
+    new_tuple,
     parts_of,
     rate_headers,
 )
+
+if TYPE_CHECKING:
+    from penstock.ingress.leases import Lease
 
 MAX_PLANS = 8192
 
@@ -60,7 +63,8 @@ class Plan:
     than one of a kind.
 
     `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
-    and `lines` the header lines for their numbers: the notes of `penstock.ingress.leases`."""
+    `minute` is the window of that moment, and `lines` the header lines for their numbers: the notes of
+    `penstock.ingress.leases`."""
 
     __slots__ = (
         "_parts",
@@ -70,6 +74,7 @@ class Plan:
         "leased_until",
         "leases",
         "lines",
+        "minute",
         "several",
         "shape",
     )
@@ -79,8 +84,9 @@ class Plan:
         self._parts = parts
         self.shape = shape = shape or Shape(parts)
         self.counts, self.counts_tokens, self.several = bool(parts), shape.counts_tokens, shape.several
-        self.leases: Any = None
-        self.leased_from = self.leased_until = 0
+        self.leases: tuple[Lease, Lease] | None = None
+        self.leased_from = self.leased_until = 0.0
+        self.minute = 0
         self.lines = b""
 
     def parts(self, tokens: int) -> list[Part]:
@@ -91,14 +97,14 @@ class Plan:
             if what is TOKENS:
                 # Of more than the limit the whole limit is held: in an empty window any request passes.
                 amount = tokens if 0 < tokens <= limit else limit if tokens > 0 else 1
-                part = new_part(Part, (key, window_s, amount, limit, TOKENS, whose))
+                part = new_tuple(Part, (key, window_s, amount, limit, TOKENS, whose))
             parts.append(part)
         return parts
 
     def held(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> Reservation:
         """What a request holds whose claim of `parts` was granted; `counts` hear what is settled."""
         headers = rate_headers(parts, verdict) if self.several else self.shape.headers(verdict)
-        return Reservation(parts, counts, verdict.now, headers, counts_tokens=self.counts_tokens)
+        return Reservation(parts, counts, verdict.now, headers, self.counts_tokens)
 
 
 class Allowances:

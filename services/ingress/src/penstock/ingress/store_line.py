@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from penstock.common.telemetry import Metrics
-from penstock.ingress.leased import Leased
-from penstock.ingress.leases import UNUSED_S, Leases
-from penstock.ingress.limits import MINUTE_S, Correction, Part, Verdict
+from penstock.ingress.leases import UNUSED_S, Leased, Leases
+from penstock.ingress.limits import Correction, Part, Verdict
 from penstock.ingress.plans import Plan
 from penstock.ingress.ports import LimitStore, StoreLost
 
@@ -74,7 +73,7 @@ class StoreLine:
         self._by_lease.value += 1
         if self._leases.wanting:
             self._soon()
-        return Leased(self.correct, plan, tokens, int(now // MINUTE_S), lines, plan.counts_tokens)
+        return Leased(lines, plan, tokens, self)
 
     def ask(self, plan: Plan, parts: list[Part], settled: Settled) -> None:
         """Have the store decide; `settled` is called later."""

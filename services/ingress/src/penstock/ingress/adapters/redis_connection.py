@@ -22,8 +22,11 @@ class RedisRefused(Exception):
 Answered = Callable[[bytes | Exception], None]
 
 
-class RedisConnection(asyncio.Protocol):
-    """Made by `connect`. Answers are told by a call: to wake a task costs as much as all the rest of one."""
+class RedisConnection:
+    """Made by `connect`. Answers are told by a call: to wake a task costs as much as all the rest of one. It
+    is an `asyncio.Protocol` by its methods only, as `EngineConnection` is."""
+
+    __slots__ = ("_answered", "_held", "_transport", "lost")
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -37,7 +40,9 @@ class RedisConnection(asyncio.Protocol):
     ) -> RedisConnection:
         """Connect, and have each of the commands `greetings` answered. Raises OSError, RedisRefused."""
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(cls, host, port, ssl=context)
+        connection = cls()
+        make = cast(Callable[[], asyncio.Protocol], lambda: connection)
+        await loop.create_connection(make, host, port, ssl=context)
         try:
             for words in greetings:
                 await connection._greet(command(*words))
@@ -76,6 +81,15 @@ class RedisConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(ConnectionError(f"connection lost: {exc or 'closed'}"))
+
+    def eof_received(self) -> None:
+        """The transport closes."""
+
+    def pause_writing(self) -> None:
+        """What is written is bounded: one command at a time."""
+
+    def resume_writing(self) -> None:
+        """As `pause_writing`."""
 
     def data_received(self, data: bytes) -> None:
         if self._held:
