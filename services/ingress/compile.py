@@ -10,8 +10,14 @@ from penstock.common.compiling import compile_package
 # What requests pass through. Not here: modules with classes of msgspec or pydantic, which read annotations
 # that machine code has no more.
 MODULES = (
+    "penstock.common.adapters.nats_calls",
+    "penstock.common.adapters.nats_client",
+    "penstock.common.adapters.nats_connection",
+    "penstock.common.adapters.nats_messages",
+    "penstock.common.adapters.nats_wire",
     "penstock.common.block_hash",
     "penstock.common.cells",
+    "penstock.common.codec",
     "penstock.common.event_log",
     "penstock.common.event_packing",
     "penstock.common.instances",

@@ -7,7 +7,15 @@ from penstock.common.compiling import compile_package
 # What requests, and reports on them, pass through. Not here: modules with classes of msgspec or pydantic,
 # which read annotations that machine code has no more, and the policies' own arithmetic, which numpy does.
 MODULES = (
+    "penstock.common.adapters.nats_calls",
+    "penstock.common.adapters.nats_client",
+    "penstock.common.adapters.nats_connection",
+    "penstock.common.adapters.nats_messages",
     "penstock.common.adapters.nats_wire",
+    "penstock.common.cells",
+    "penstock.common.codec",
+    "penstock.common.event_log",
+    "penstock.common.event_packing",
     "penstock.scheduler.candidates",
     "penstock.scheduler.columns",
     "penstock.scheduler.draws",

@@ -79,7 +79,7 @@ async def test_requests_of_an_ingress_that_died_during_an_outage_are_lost_and_no
 
     verdict = await eventually(told)
     assert verdict.clean, verdict
-    assert not folders(tmp_path)
+    await eventually(lambda: not folders(tmp_path))
 
 
 async def hanging(session: aiohttp.ClientSession, url: str, name: str) -> None:

@@ -136,6 +136,25 @@ async def test_a_request_nobody_answers_in_time_is_a_timeout_that_names_its_subj
     assert (caught.value.subject, caught.value.deadline_s) == (SCHEDULE.request.name("0"), 0.05)
 
 
+async def test_what_follows_an_answer_comes_after_it_and_its_fault_costs_nothing(lab: Lab) -> None:
+    server, asker = await lab.member("server"), await lab.member("asker")
+    seen: list[str] = []
+
+    def follow() -> None:
+        seen.append("then")
+        raise ValueError("what follows")
+
+    await server.bus.serve(SCHEDULE, placing("r", seen), then=follow)
+    for name in ("a", "b"):
+        assert (await ask(asker, name)).outcomes == (Placement(name, "x"),)
+    await eventually(lambda: seen == ["a", "then", "b", "then"])
+    answers = await asyncio.gather(*(ask(asker, f"together-{number}") for number in range(4)))
+    assert len(answers) == 4
+    # Once for messages that came together, at least.
+    await eventually(lambda: seen[-1] == "then")
+    assert 3 <= seen.count("then") <= 6
+
+
 async def test_a_request_that_nobody_serves_fails_at_once_and_names_its_subject(lab: Lab) -> None:
     member = await lab.member()
     with pytest.raises(BusUnavailable) as caught:

@@ -134,9 +134,14 @@ class Bus(Protocol):
         """Deliver every message; without tokens, of all names of the subject."""
 
     async def serve(
-        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
+        self,
+        service: Service[M, R],
+        handler: Callable[[M], R | None],
+        *tokens: str,
+        then: Callable[[], None] | None = None,
     ) -> Subscription:
-        """Answer requests as a member of the queue group; None sends no answer."""
+        """Answer requests as a member of the queue group; None sends no answer. `then` is called once the
+        answers to one or several messages are on their way, for what nobody has to wait for."""
 
     async def ensure_stream(self, stream: Stream) -> None:
         """Create the stream unless it exists; its settings are brought up to date.

@@ -159,8 +159,8 @@ class Instruments:
 
     def refresh(self) -> None:
         """Take over what the replica counts itself."""
-        self.feed_missed.value = self._replica.feed_missed
+        self.feed_missed.value = float(self._replica.feed_missed)
         for result, count in self._replica.kv_feeds.results.items():
-            self._kv_events.labels(result).value = count
+            self._kv_events.labels(result).value = float(count)
         for reason, count in self._replica.ledger.dropped.items():
-            self._ledger_dropped.labels(reason).value = count
+            self._ledger_dropped.labels(reason).value = float(count)

@@ -19,7 +19,7 @@ from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, St
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
-from penstock.common.telemetry import Metrics
+from penstock.common.telemetry import Cell, Metrics
 
 MAX_WATCH_EVENTS = 65_536
 
@@ -84,15 +84,15 @@ class _Subscription:
         group: str,
         limit: int,
         handle: Callable[..., None],
-        drop: Callable[[], None],
+        drops: Cell,
     ) -> None:
         self.pattern, self.group = pattern, group
-        self._broker, self._limit, self._handle, self._drop, self._pending = broker, limit, handle, drop, 0
+        self._broker, self._limit, self._handle, self._drops, self._pending = broker, limit, handle, drops, 0
         broker.subscriptions.append(self)
 
     def push(self, payload: bytes, reply: Callable[[bytes], None] | None) -> None:
         if self._pending >= self._limit:
-            self._drop()
+            self._drops.value += 1
             return
         self._pending += 1
         asyncio.get_running_loop().call_soon(self._run, payload, reply)
@@ -237,12 +237,18 @@ class MemoryBus:
         return self._subscribe(subject, "", handle, tokens)
 
     async def serve(
-        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
+        self,
+        service: Service[M, R],
+        handler: Callable[[M], R | None],
+        *tokens: str,
+        then: Callable[[], None] | None = None,
     ) -> _Subscription:
         def handle(payload: bytes, reply: Callable[[bytes], None] | None) -> None:
             answer = self._guarded(service.request, payload, handler)
             if answer is not None and reply is not None and self._broker.up:
                 reply(encode(answer))
+            if then is not None:
+                then()
 
         return self._subscribe(service.request, service.request.queue_group, handle, tokens)
 
@@ -250,12 +256,8 @@ class MemoryBus:
         self, subject: Subject[Any], group: str, handle: Callable[..., None], tokens: tuple[str, ...]
     ) -> _Subscription:
         pattern = subject.name(*tokens) if tokens else subject.pattern
-        drop = self._dropped.labels(subject.pattern, "pending limit")
-
-        def dropped() -> None:
-            drop.value += 1
-
-        return _Subscription(self._broker, pattern, group, subject.pending_messages, handle, dropped)
+        drops = self._dropped.labels(subject.pattern, "pending limit")
+        return _Subscription(self._broker, pattern, group, subject.pending_messages, handle, drops)
 
     def _guarded(self, subject: Subject[Any], payload: bytes, handler: Callable[[Any], Any]) -> Any:
         if len(payload) > subject.max_bytes:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -21,21 +21,18 @@ from penstock.common.adapters.nats_connection import NatsConnection, RawSubscrip
 from penstock.common.adapters.nats_counting import add_all
 from penstock.common.adapters.nats_directory import Directory
 from penstock.common.adapters.nats_log import follow, read
+from penstock.common.adapters.nats_messages import WRITE_DEADLINE_S, NatsMessages
 from penstock.common.adapters.nats_streams import TTL, api, watch_bucket
 from penstock.common.adapters.nats_taking import take
 from penstock.common.adapters.nats_wire import Message
 from penstock.common.bus import M, R, Stored, Taken, WatchEvent
-from penstock.common.codec import DecodeError, decode, encode
-from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
+from penstock.common.errors import BusError, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.settings import BusSettings
 from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
 from penstock.common.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-WRITE_DEADLINE_S = 5.0
 WRONG_LAST_SEQUENCE = 10071
 DELETED = {"KV-Operation": "DEL"}
 
@@ -46,7 +43,7 @@ class NatsBus:
     def __init__(self, settings: BusSettings, name: str, metrics: Metrics) -> None:
         self._replicas = settings.nats_replicas
         self._connection = NatsConnection(settings, name, metrics)
-        self._dropped = self._connection.dropped
+        self._messages = NatsMessages(self._connection)
 
     async def start(self) -> None:
         """Begin to connect, and keep connected until `close`."""
@@ -63,22 +60,10 @@ class NatsBus:
         await self._connection.close()
 
     def publish(self, subject: Subject[M], message: M, *tokens: str) -> bool:
-        payload = _checked(subject, message)
-        trouble = self._connection.send(
-            subject.name(*tokens), payload, unsent_bytes=subject.unsent_bytes + len(payload)
-        )
-        if trouble:
-            self._dropped.inc(subject.pattern, trouble)
-        return not trouble
+        return self._messages.publish(subject, message, tokens)
 
     async def request(self, service: Service[M, R], message: M, *tokens: str, deadline_s: float) -> R:
-        subject = service.request.name(*tokens)
-        answer = await self._connection.request(subject, _checked(service.request, message), deadline_s)
-        try:
-            return decode(service.reply, answer.data)
-        except DecodeError as exc:
-            self._dropped.inc(service.request.pattern, "undecodable reply")
-            raise BusTimeout(subject, deadline_s) from exc
+        return await self._messages.request(service, message, tokens, deadline_s)
 
     def call(
         self,
@@ -88,68 +73,21 @@ class NatsBus:
         deadline_s: float,
         settled: Callable[[R | BusError], None],
     ) -> None:
-        subject = service.request.name(*tokens)
-
-        def settle(answer: Message | BusError) -> None:
-            if isinstance(answer, BusError):
-                settled(answer)
-                return
-            try:
-                reply = decode(service.reply, answer.data)
-            except DecodeError:
-                self._dropped.inc(service.request.pattern, "undecodable reply")
-                settled(BusTimeout(subject, deadline_s))
-                return
-            settled(reply)
-
-        self._connection.call(subject, _checked(service.request, message), deadline_s, settle)
+        self._messages.call(service, message, tokens, deadline_s, settled)
 
     async def subscribe(
         self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
     ) -> RawSubscription:
-        def handle(message: Message) -> None:
-            self._guarded(subject, message.data, handler)
-
-        return await self._subscribe(subject, handle, tokens)
+        return await self._messages.subscribe(subject, handler, tokens)
 
     async def serve(
-        self, service: Service[M, R], handler: Callable[[M], R | None], *tokens: str
-    ) -> RawSubscription:
-        def handle(message: Message) -> None:
-            answer = self._guarded(service.request, message.data, handler)
-            if answer is not None and message.reply:
-                trouble = self._connection.send(message.reply, encode(answer))
-                if trouble:
-                    self._dropped.inc(service.request.pattern, f"reply: {trouble}")
-
-        return await self._subscribe(service.request, handle, tokens, service.request.queue_group)
-
-    async def _subscribe(
         self,
-        subject: Subject[Any],
-        handle: Callable[[Message], None],
-        tokens: tuple[str, ...],
-        queue: str = "",
+        service: Service[M, R],
+        handler: Callable[[M], R | None],
+        *tokens: str,
+        then: Callable[[], None] | None = None,
     ) -> RawSubscription:
-        name = subject.name(*tokens) if tokens else subject.pattern
-        return await self._connection.subscribe(
-            name, handle, queue=queue, pending_messages=subject.pending_messages, label=subject.pattern
-        )
-
-    def _guarded(self, subject: Subject[Any], data: bytes, handler: Callable[[Any], Any]) -> Any:
-        if len(data) > subject.max_bytes:
-            self._dropped.inc(subject.pattern, "over the bound")
-            return None
-        try:
-            return handler(decode(subject.message, data))
-        except DecodeError as exc:
-            self._dropped.inc(subject.pattern, "undecodable")
-            log.debug("%s: %s", subject.pattern, exc)
-        except Exception:
-            # The port's contract: a handler's fault costs its message, not the subscription.
-            self._dropped.inc(subject.pattern, "handler failed")
-            log.exception("handler of %s failed", subject.pattern)
-        return None
+        return await self._messages.serve(service, handler, tokens, then)
 
     async def ensure_stream(self, stream: Stream) -> None:
         config = {
@@ -238,30 +176,7 @@ class NatsBus:
         return False
 
     def append(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> asyncio.Future[int]:
-        return self._write_one(subject, payload, headers, _sequence_of)
-
-    def _write_one(
-        self, subject: str, payload: bytes, headers: Mapping[str, str], read: Callable[[str, bytes], T]
-    ) -> asyncio.Future[T]:
-        """Store one message; `read` makes the result of its subject and acknowledgement."""
-        loop = asyncio.get_running_loop()
-        stored: asyncio.Future[T] = loop.create_future()
-        answer = self._connection.ask(subject, payload, headers)
-        timer = loop.call_later(WRITE_DEADLINE_S, answer.cancel)
-
-        def settle(done: asyncio.Future[Message]) -> None:
-            timer.cancel()
-            if stored.done():
-                return
-            try:
-                stored.set_result(read(subject, done.result().data))
-            except asyncio.CancelledError:
-                stored.set_exception(BusTimeout(subject, WRITE_DEADLINE_S))
-            except BusError as exc:
-                stored.set_exception(exc)
-
-        answer.add_done_callback(settle)
-        return stored
+        return self._messages.write(subject, payload, headers, _sequence_of)
 
     async def put(self, bucket: Bucket, key: str, value: bytes, *, expected: int | None = None) -> int:
         if len(value) > bucket.max_value_bytes:
@@ -319,7 +234,7 @@ class NatsBus:
         ensure = partial(self.ensure_stream, stream)
         async for message, left in take(self._connection, stream.name, subject.queue_group, ensure):
             messages: list[M] = []
-            self._guarded(subject, message.data, messages.append)
+            self._messages.guarded(subject, message.data, messages.append)
             for taken in messages:
                 yield Taken(taken, left)
 
@@ -374,10 +289,3 @@ def _acknowledged(subject: str, data: bytes) -> _Ack:
     if ack.error.err_code == WRONG_LAST_SEQUENCE:
         raise _WrongRevision(subject)
     raise BusUnavailable(subject, f"not stored: {ack.error.description}")
-
-
-def _checked(subject: Subject[Any], message: msgspec.Struct) -> bytes:
-    payload = encode(message)
-    if len(payload) > subject.max_bytes:
-        raise MessageTooLarge(subject.pattern, len(payload), subject.max_bytes)
-    return payload

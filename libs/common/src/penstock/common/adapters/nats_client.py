@@ -7,49 +7,33 @@ bytes at hand have been cut into messages. It never reconnects: whoever holds it
 from __future__ import annotations
 
 import asyncio
-import base64
-import itertools
 import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-import nkeys
 
+from penstock.common.adapters.nats_login import ConnectError, ServerInfo, credentials, tls_context
 from penstock.common.adapters.nats_wire import Message, Parser, WireError, encode_publish
 from penstock.common.settings import BusSettings
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 4222
+DEFAULT_PORT: Final = 4222
 # A server that reads this slowly is behind by seconds; callers stop sending at their own, lower bounds.
-READ_LIMIT_BYTES = 256 * 1024
+READ_LIMIT_BYTES: Final = 256 * 1024
 # What handlers have said is sent once it is this much, half of what 64 placements take: who asked first in
 # a burst need not wait until all have been served.
-SAID_BYTES = 2048
-
-
-class ConnectError(Exception):
-    """The server could not be connected to, or refused."""
-
-
-class ServerInfo(msgspec.Struct):
-    """What the server says of itself first (INFO)."""
-
-    max_payload: int = 1024 * 1024
-    tls_required: bool = False
-    auth_required: bool = False
-    nonce: str = ""
-    headers: bool = False
+SAID_BYTES: Final = 2048
 
 
 class Interest:
     """One subscription on one connection; holds at most `limit` messages that are not handled yet."""
 
-    __slots__ = ("client", "dropped", "handle", "limit", "number", "pending")
+    __slots__ = ("client", "dropped", "handle", "limit", "number", "pending", "then")
 
     def __init__(
         self,
@@ -58,6 +42,7 @@ class Interest:
         handle: Callable[[Message], None],
         limit: int,
         dropped: Callable[[], None],
+        then: Callable[[], None] | None,
     ) -> None:
         self.client, self.number, self.handle, self.limit, self.dropped = (
             client,
@@ -66,15 +51,16 @@ class Interest:
             limit,
             dropped,
         )
-        self.pending = 0
+        self.pending, self.then = 0, then
 
     def end(self) -> None:
         """Take nothing more; what has come is still handled."""
         self.client.unsubscribe(self)
 
 
-class NatsClient(asyncio.Protocol):
-    """Use `connect`, then the rest until `closed` is set."""
+class NatsClient:
+    """Use `connect`, then the rest until `closed` is set. It is an `asyncio.Protocol` by its methods only: a
+    compiled class has slots if its bases are compiled too (decision 0032)."""
 
     def __init__(self, refused: Callable[[str], None]) -> None:
         """`refused` is told what the server does not permit."""
@@ -83,26 +69,30 @@ class NatsClient(asyncio.Protocol):
         self.cause = ""
         self._transport: asyncio.Transport | None = None
         self._parser = Parser(self._on_message, self._on_line)
-        self._info: asyncio.Future[ServerInfo] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._info: asyncio.Future[ServerInfo] = self._loop.create_future()
         self._max_payload = ServerInfo().max_payload
-        self._numbers = itertools.count(1)
+        self._last_number = 0
         self._interests: dict[int, Interest] = {}
         self._arrived: deque[tuple[Interest, Message]] = deque()
         self._unsent: list[bytes] = []
         self._unsent_bytes = 0
         self._pongs: deque[asyncio.Future[None]] = deque()
+        # Handlers are being called: what they say is sent after them. And what they leave for then.
+        self._handling = False
+        self._then: list[Callable[[], None]] = []
 
     # -- for its owner -----------------------------------------------------------------------------
 
     async def connect(self, settings: BusSettings, server: str, name: str) -> None:
         """Connect and prove that the server accepts us. Raises ConnectError, OSError, WireError."""
         parts = urlsplit(server if "://" in server else f"nats://{server}")
-        loop = asyncio.get_running_loop()
         host = parts.hostname or "127.0.0.1"
-        await loop.create_connection(lambda: self, host, parts.port or DEFAULT_PORT)
+        protocol = cast(asyncio.Protocol, self)
+        await self._loop.create_connection(lambda: protocol, host, parts.port or DEFAULT_PORT)
         info = await self._info
         if info.tls_required or settings.nats_tls_ca or settings.nats_tls_cert or parts.scheme == "tls":
-            await self._start_tls(_tls_context(settings), host)
+            await self._start_tls(tls_context(settings), host)
         self._max_payload = info.max_payload
         options: dict[str, Any] = {
             "verbose": False,
@@ -114,9 +104,7 @@ class NatsClient(asyncio.Protocol):
             "headers": True,
             "no_responders": True,
             "echo": True,
-            **_credentials(
-                settings, info.nonce, unquote(parts.username or ""), unquote(parts.password or "")
-            ),
+            **credentials(settings, info.nonce, unquote(parts.username or ""), unquote(parts.password or "")),
         }
         self._write(b"CONNECT " + msgspec.json.encode(options) + b"\r\n")
         try:
@@ -149,9 +137,12 @@ class NatsClient(asyncio.Protocol):
         handle: Callable[[Message], None],
         limit: int,
         dropped: Callable[[], None],
+        then: Callable[[], None] | None = None,
     ) -> Interest:
-        """Call `handle` for every message, `dropped` for each over `limit`."""
-        interest = Interest(self, next(self._numbers), handle, limit, dropped)
+        """Call `handle` for every message, `dropped` for each over `limit`; `then` when what was said to some
+        is on its way."""
+        self._last_number += 1
+        interest = Interest(self, self._last_number, handle, limit, dropped, then)
         self._interests[interest.number] = interest
         self._write(f"SUB {subject} {queue + ' ' if queue else ''}{interest.number}\r\n".encode())
         return interest
@@ -169,7 +160,7 @@ class NatsClient(asyncio.Protocol):
         """Return once the server has taken in all that was sent before. Raises ConnectionError."""
         if self._transport is None:
             raise ConnectionError(self.cause or "not connected")
-        pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        pong: asyncio.Future[None] = self._loop.create_future()
         self._pongs.append(pong)
         self._write(b"PING\r\n")
         await pong
@@ -216,6 +207,15 @@ class NatsClient(asyncio.Protocol):
         if self._arrived:
             self._handle()
 
+    def eof_received(self) -> None:
+        """The server closes: so does the transport."""
+
+    def pause_writing(self) -> None:
+        """Who sends asks `unsent_bytes`."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
     def _on_line(self, name: bytes, rest: bytes) -> None:
         if name == b"PING":
             self._write(b"PONG\r\n")
@@ -260,57 +260,40 @@ class NatsClient(asyncio.Protocol):
 
     def _handle(self) -> None:
         """Call the handlers of what came in one read, then send what they said without waiting a turn."""
-        arrived = self._arrived
-        while arrived:
-            interest, message = arrived.popleft()
-            interest.pending -= 1
-            try:
-                interest.handle(message)
-            except Exception:
-                log.exception("a handler of the bus failed")
-            if self._unsent_bytes >= SAID_BYTES:
-                self.flush()
-        self.flush()
+        arrived, after = self._arrived, self._then
+        self._handling = True
+        try:
+            while arrived:
+                interest, message = arrived.popleft()
+                interest.pending -= 1
+                try:
+                    interest.handle(message)
+                except Exception:
+                    log.exception("a handler of the bus failed")
+                if interest.then is not None and interest.then not in after:
+                    after.append(interest.then)
+                if self._unsent_bytes >= SAID_BYTES:
+                    self.flush()
+            self.flush()
+            while after:
+                try:
+                    after.pop(0)()
+                except Exception:
+                    log.exception("what follows a handler of the bus failed")
+            self.flush()
+        finally:
+            self._handling = False
 
     def _write(self, data: bytes) -> None:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
-        if len(self._unsent) == 1:
-            asyncio.get_running_loop().call_soon(self.flush)
+        if len(self._unsent) == 1 and not self._handling:
+            self._loop.call_soon(self.flush)
 
     async def _start_tls(self, context: ssl.SSLContext, host: str) -> None:
         transport = self._transport
         if transport is None:
             raise ConnectError(self.cause)
-        secured = await asyncio.get_running_loop().start_tls(transport, self, context, server_hostname=host)
+        protocol = cast(asyncio.Protocol, self)
+        secured = await self._loop.start_tls(transport, protocol, context, server_hostname=host)
         self._transport = cast(asyncio.Transport, secured)
-
-
-def _tls_context(settings: BusSettings) -> ssl.SSLContext:
-    ca = settings.nats_tls_ca
-    context = ssl.create_default_context(cafile=str(ca) if ca else None)
-    if settings.nats_tls_cert:
-        context.load_cert_chain(str(settings.nats_tls_cert), str(settings.nats_tls_key))
-    return context
-
-
-def _credentials(settings: BusSettings, nonce: str, user: str, password: str) -> dict[str, str]:
-    if settings.nats_creds:
-        return _signed(settings.nats_creds.read_text(encoding="utf-8"), nonce)
-    if settings.nats_user:
-        return {"user": settings.nats_user, "pass": settings.nats_password.get_secret_value()}
-    if user and not password:
-        return {"auth_token": user}
-    return {"user": user, "pass": password} if user else {}
-
-
-def _signed(credentials: str, nonce: str) -> dict[str, str]:
-    """The file holds a user's JWT and the seed that signs the server's nonce, each between dashed lines."""
-    lines = [line.strip() for line in credentials.splitlines()]
-    content = [line for line in lines if line and not line.startswith(("-", "*", "NKEYs", "NEVER"))]
-    jwt = next((line for line in content if line.count(".") == 2), "")
-    seed = next((line for line in content if line.startswith("SU")), "")
-    if not jwt or not seed:
-        raise ConnectError("--nats-creds: the file holds no user JWT with its seed")
-    signature = nkeys.from_seed(seed.encode()).sign(nonce.encode())
-    return {"jwt": jwt, "sig": base64.urlsafe_b64encode(signature).rstrip(b"=").decode()}

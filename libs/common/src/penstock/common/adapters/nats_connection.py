@@ -13,8 +13,11 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from typing import Final
 
-from penstock.common.adapters.nats_client import ConnectError, Interest, NatsClient
+from penstock.common.adapters.nats_calls import Call, Settled
+from penstock.common.adapters.nats_client import Interest, NatsClient
+from penstock.common.adapters.nats_login import ConnectError
 from penstock.common.adapters.nats_wire import Message, WireError
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable
 from penstock.common.settings import BusSettings
@@ -23,23 +26,18 @@ from penstock.common.telemetry import FAST_SECONDS_BUCKETS, Metrics
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 4.0
-PING_EVERY_S = 1.0
-PINGS_MISSED = 2
-DRAIN_TIMEOUT_S = 1.0
-RETRY_S = 0.1
-# A deadline is waited for in steps, each of which reads what has come: a loop that is busy comes to read once
-# in 50 ms, and what it then judges is itself. (Of 1,000 streams opened at once 68 to 100 % met no answer of a
-# scheduler in 50 ms; in five steps, and with replies that leave one by one, 0 to 31 %.)
-WAIT_STEPS = 5
-MAX_PENDING_REQUESTS = 65_536
-REFUSALS_SHOWN = 20
+CONNECT_TIMEOUT_S: Final = 4.0
+PING_EVERY_S: Final = 1.0
+PINGS_MISSED: Final = 2
+DRAIN_TIMEOUT_S: Final = 1.0
+RETRY_S: Final = 0.1
+MAX_PENDING_REQUESTS: Final = 65_536
+REFUSALS_SHOWN: Final = 20
 # Bytes that may wait to be sent while the server reads slowly; past it messages are dropped and counted.
-MAX_UNSENT_BYTES = 8 * 1024 * 1024
+MAX_UNSENT_BYTES: Final = 8 * 1024 * 1024
 
 
 Headers = Mapping[str, str]
-Settled = Callable[[Message | BusError], None]
 
 
 class RawSubscription:
@@ -53,16 +51,17 @@ class RawSubscription:
         handle: Callable[[Message], None],
         pending_messages: int,
         label: str,
+        then: Callable[[], None] | None = None,
     ) -> None:
         self.connection, self.subject, self.queue, self.handle = connection, subject, queue, handle
-        self.pending_messages = pending_messages
+        self.pending_messages, self._then = pending_messages, then
         self._dropped = connection.dropped.labels(label, "pending limit")
         self._interest: Interest | None = None
 
     def start(self, client: NatsClient) -> None:
         """Subscribe on `client`."""
         self._interest = client.subscribe(
-            self.subject, self.queue, self.handle, self.pending_messages, self._count_drop
+            self.subject, self.queue, self.handle, self.pending_messages, self._count_drop, self._then
         )
 
     async def close(self) -> None:
@@ -100,6 +99,7 @@ class NatsConnection:
         self._settings, self._name = settings, name
         self._servers = itertools.cycle([url.strip() for url in settings.nats_url.split(",") if url.strip()])
         self._client: NatsClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._up = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._answers: dict[str, tuple[Settled, str]] = {}
@@ -136,6 +136,13 @@ class NatsConnection:
     def connected(self) -> bool:
         """Whether there is a connection whose server answers pings."""
         return self._client is not None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the connection lives on."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop
 
     async def start(self) -> None:
         """Begin to connect; returns at once."""
@@ -198,19 +205,18 @@ class NatsConnection:
         future.add_done_callback(lambda _: self._answers.pop(token, None))
         return future
 
-    def call(self, subject: str, payload: bytes, deadline_s: float, settled: Settled) -> None:
+    def call(
+        self,
+        subject: str,
+        payload: bytes,
+        deadline_s: float,
+        settled: Settled,
+        headers: Headers | None = None,
+    ) -> None:
         """`request` without a task: `settled` gets the answer, BusUnavailable or BusTimeout, once, and
         perhaps before this returns."""
-
-        def settle(result: Message | BusError) -> None:
-            if timer is not None:
-                timer.cancel()
-            settled(result)
-
-        timer: asyncio.TimerHandle | None = None
-        token = self.expect(subject, payload, None, settle)
-        if token:
-            timer = self._step(token, deadline_s, WAIT_STEPS)
+        call = Call(self, deadline_s, settled)
+        call.wait(self.expect(subject, payload, headers, call.settle))
 
     def expect(
         self, subject: str, payload: bytes, headers: Headers | None, settle: Settled, *, flush: bool = True
@@ -230,15 +236,9 @@ class NatsConnection:
         self._answers[token] = settle, subject
         return token
 
-    def _step(self, token: str, deadline_s: float, steps: int) -> asyncio.TimerHandle:
-        loop = asyncio.get_running_loop()
-        return loop.call_later(deadline_s / WAIT_STEPS, self._waited, token, deadline_s, steps - 1)
-
-    def _waited(self, token: str, deadline_s: float, steps: int) -> None:
-        if not steps:
-            self.give_up(token, deadline_s)
-        elif token in self._answers:
-            self._step(token, deadline_s, steps)
+    def waits(self, token: str) -> bool:
+        """Whether somebody still waits for this answer."""
+        return token in self._answers
 
     def give_up(self, token: str, deadline_s: float) -> None:
         """Nobody waits for an answer any more, if somebody does: tell them."""
@@ -266,9 +266,11 @@ class NatsConnection:
         queue: str = "",
         pending_messages: int,
         label: str,
+        then: Callable[[], None] | None = None,
     ) -> RawSubscription:
-        """Deliver to `handle` on this and every later connection; returns once the server knows."""
-        subscription = RawSubscription(self, subject, queue, handle, pending_messages, label)
+        """Deliver to `handle` on this and every later connection; returns once the server knows. `then` is
+        called once what was said to messages that came together has left."""
+        subscription = RawSubscription(self, subject, queue, handle, pending_messages, label, then)
         self.subscriptions.add(subscription)
         client = self._client
         if client is None:

@@ -6,10 +6,11 @@ One line per operation, ended by CRLF; MSG and HMSG are followed by as many byte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
-MAX_LINE_BYTES = 64 * 1024
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_HEADER_VERSION = b"NATS/1.0"
+MAX_LINE_BYTES: Final = 64 * 1024
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+_HEADER_VERSION: Final = b"NATS/1.0"
 
 
 class WireError(Exception):
