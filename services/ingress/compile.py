@@ -34,6 +34,7 @@ MODULES = (
     "penstock.ingress.block_hash",
     "penstock.ingress.breaker",
     "penstock.ingress.chunked_body",
+    "penstock.ingress.claims",
     "penstock.ingress.exchange",
     "penstock.ingress.gateway",
     "penstock.ingress.http_wire",

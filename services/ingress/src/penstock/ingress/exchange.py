@@ -118,6 +118,9 @@ class Exchange(Standing):
 
     def placed(self, placement: Placement, instance: Instance) -> None:
         """Go to `instance`."""
+        if self.reservation is not None and self.reservation.pending:
+            self.reservation.find(placement, instance)
+            return
         gateway = self._gateway
         if self.trace is not None:
             self.trace.placed(self, placement, instance)
@@ -141,6 +144,9 @@ class Exchange(Standing):
 
     def rejected(self, rejection: Rejection) -> None:
         """No instance. Where none has room, it waits."""
+        if self.reservation is not None and self.reservation.pending:
+            self.reservation.find(rejection, None)
+            return
         self.rejected_id = rejection.decision_id
         if self.trace is not None:
             self.trace.rejected(self, rejection)

@@ -90,8 +90,8 @@ class Leases:
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
         self._wanted: list[Lease] = []
-        # Counts that were asked for in the last UNUSED_S and have no lease.
-        self._seen: set[str] = set()
+        # Those that were asked for in the last UNUSED_S and are without a lease.
+        self._seen: list[Plan] = []
 
     @property
     def any(self) -> bool:
@@ -146,15 +146,15 @@ class Leases:
     def counted(self, plan: Plan, parts: Sequence[Part], verdict: Verdict) -> None:
         """The store granted a claim. The second one within UNUSED_S is followed by leases, if all of its
         limits are large enough to lease what such a claim needs, and there are not several of a kind."""
-        new = False
         for part in parts:
-            if part.limit < SHARE * max(2, part.amount):
+            if part.limit < SHARE * (part.amount if part.amount > 2 else 2):
                 return
-            if part.key not in self._leases and part.key not in self._seen:
-                self._seen.add(part.key)
-                new = True
-        if new:
-            return
+        if not plan.seen:
+            for part in parts:
+                if part.key not in self._leases:
+                    plan.seen = True
+                    self._seen.append(plan)
+                    return
         leases: list[Lease] = []
         for part, used in zip(parts, verdict.used, strict=True):
             lease = self._lease(part, verdict.now)
@@ -204,7 +204,7 @@ class Leases:
             lease.end()
         self._leases.clear()
         self._wanted.clear()
-        self._seen.clear()
+        self._forget()
 
     def absorb(self, correction: Correction, now: float) -> int:
         """Take a correction into the lease of its count as far as it goes; what the store has to be told."""
@@ -224,7 +224,7 @@ class Leases:
     def unused(self, now: float) -> list[Correction]:
         """To be asked every UNUSED_S: leases that were not used since go back; past ones are forgotten."""
         back = []
-        self._seen.clear()
+        self._forget()
         for key, lease in list(self._leases.items()):
             if lease.pending:
                 continue
@@ -236,6 +236,11 @@ class Leases:
                 lease.left = 0
             lease.before = lease.left
         return back
+
+    def _forget(self) -> None:
+        for plan in self._seen:
+            plan.seen = False
+        self._seen.clear()
 
     def _want(self, lease: Lease) -> None:
         if not (lease.pending or lease.refused):

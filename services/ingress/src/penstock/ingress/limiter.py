@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 
 from penstock.common.live_config import USER, Changed, LiveConfig
 from penstock.common.telemetry import Metrics
 from penstock.ingress.api_keys import ApiKeys
+from penstock.ingress.claims import Claim
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts
 from penstock.ingress.limit_settings import Limits, LimitSettings, UserRecord
 from penstock.ingress.limits import (
     OUTPUT_TOKENS,
     Correction,
-    Counts,
     Held,
     LocalCounts,
     Part,
     Verdict,
+    left_s,
     refusal,
 )
 from penstock.ingress.metering import ask_for_usage
-from penstock.ingress.outcomes import Outcome
 from penstock.ingress.plans import Allowances, Plan
 from penstock.ingress.ports import LimitStore
 from penstock.ingress.rates import Rates
@@ -41,6 +40,7 @@ log = logging.getLogger(__name__)
 GENERATES = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
 # What a client is told while nobody can be counted.
 CLOSED_RETRY_S = 1.0
+MAX_OVER = 10_000
 
 Inference = InferenceRequest | Facts
 _NO_PARTS: tuple[Part, ...] = ()
@@ -52,13 +52,37 @@ class _Local:
     def __init__(self, wall: Callable[[], float]) -> None:
         self._counts, self._wall = LocalCounts(), wall
 
-    def claim(self, parts: list[Part]) -> Verdict:
+    def claim(self, parts: Sequence[Part]) -> Verdict:
         """As of `LocalCounts`."""
         return self._counts.claim(parts, self._wall())
 
     def correct(self, corrections: Iterable[Correction]) -> None:
         """As of `LocalCounts`."""
         self._counts.correct(corrections, self._wall())
+
+
+class _Over:
+    """Counts that a store found at their limits, until their windows are over: who adds to one is likely to
+    be refused, and is placed only once it is not."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+        self._last = 0.0
+
+    def add(self, key: str, until: float) -> None:
+        """Until a moment of our clock."""
+        if len(self._until) >= MAX_OVER:
+            self._until.clear()
+        self._until[key] = until
+        self._last = max(self._last, until)
+
+    def any_of(self, parts: Sequence[Part], now: float) -> bool:
+        """Whether a claim of these is likely to be refused."""
+        if not self._until:
+            return False
+        if now >= self._last:
+            self._until.clear()
+        return any(now < self._until.get(part.key, 0.0) for part in parts)
 
 
 class Limiter:
@@ -77,10 +101,10 @@ class Limiter:
         self.rates = Rates()
         # Where requests need keys, which may have limits of their own.
         self.keys: ApiKeys | None = None
-        self._plans = self.allowances.plans
         self._on_loss = settings.limits_on_store_loss
         self._degraded = degraded
-        self.local = _Local(wall)
+        self.local, self._wall = _Local(wall), wall
+        self._over = _Over()
         self._line = StoreLine(store, metrics, self._say_lost, wall) if store is not None else None
         self._claimed = metrics.counter(
             "penstock_ingress_limits_total",
@@ -126,30 +150,35 @@ class Limiter:
             rate = self.rates.part(inference.model, profile, prompt_tokens, max_tokens)
             if rate is not None:
                 more = (*more, rate)
-        plan = self._plans.get((user, inference.model, more)) or self.allowances.plan(
-            user, inference.model, more
-        )
+        plan = self.allowances.plan(user, inference.model, more)
         if not plan.counts:
             return True
         tokens = prompt_tokens
         if exchange.head.path in GENERATES:
             tokens += max_tokens or OUTPUT_TOKENS
         line = self._line
-        if line is not None and not line.lost and (leased := line.grant(plan, tokens)) is not None:
-            self._granted.value += 1
-            exchange.reservation = leased
-            if exchange.stream and plan.counts_tokens:
-                ask_for_usage(exchange, leased, inference)
+        if line is not None and not line.lost:
+            leased = line.grant(plan, tokens) if plan.leases is not None else None
+            if leased is None:
+                self._ask(line, exchange, inference, plan, plan.parts(tokens))
+                return False
+            self._hold(exchange, inference, leased)
             return True
         parts = plan.parts(tokens)
         if line is None:
-            self._take(exchange, inference, plan, parts, self.local.claim(parts), self.local)
-        elif line.lost:
-            self._without_store(exchange, inference, plan, parts)
+            self._take(exchange, inference, plan, parts, self.local.claim(parts))
         else:
-            line.ask(plan, parts, partial(self._resolve, line, exchange, inference, plan, parts))
-            return False
+            self._without_store(exchange, inference, plan, parts)
         return True
+
+    def _ask(
+        self, line: StoreLine, exchange: Exchange, inference: Inference, plan: Plan, parts: list[Part]
+    ) -> None:
+        claim = Claim(self, exchange, inference, plan, parts, line)
+        exchange.reservation = claim
+        line.ask(plan, parts, claim.answered)
+        if exchange.goes_straight and not self._over.any_of(parts, self._wall()):
+            claim.go_beside(exchange)
 
     async def run(self) -> None:
         """Ask the shared store, if there is one: an eternal loop."""
@@ -163,36 +192,32 @@ class Limiter:
             log.info("the store of rate limits is back")
         self._degraded("limits-store", lost, cause)
 
-    def _resolve(
+    def decided(
         self,
-        line: StoreLine,
+        claim: Claim,
         exchange: Exchange,
         inference: Inference,
         plan: Plan,
-        parts: list[Part],
+        parts: Sequence[Part],
         verdict: Verdict | None,
     ) -> None:
-        """Tell an exchange; a fault of ours costs the request that met it, not the others."""
-        try:
-            if not exchange.waiting:
-                # Its client left meanwhile: what was held for it goes back.
-                if verdict is not None and verdict.over < 0:
-                    plan.held(parts, verdict, line).settle(0)
-                return
-            if verdict is None:
-                self._without_store(exchange, inference, plan, parts)
-            else:
-                self._take(exchange, inference, plan, parts, verdict, line)
-            exchange.go(inference)
-        except GatewayError as exc:
-            exchange.fail(exc, Outcome.REJECTED)
-        except Exception:
-            log.exception("claiming a limit failed")
-            exchange.broken()
+        """The store's answer to a claim that its request waits for. Raises GatewayError for one over a
+        limit."""
+        if verdict is None:
+            exchange.reservation = None
+            self._without_store(exchange, inference, plan, parts)
+        elif verdict.over >= 0:
+            exchange.reservation = None
+            self._refuse(parts, verdict)
+        else:
+            claim.now, claim.headers = verdict.now, plan.headers(parts, verdict)
+            self._hold(exchange, inference, claim)
 
-    def _without_store(self, exchange: Exchange, inference: Inference, plan: Plan, parts: list[Part]) -> None:
+    def _without_store(
+        self, exchange: Exchange, inference: Inference, plan: Plan, parts: Sequence[Part]
+    ) -> None:
         if self._on_loss == "local":
-            self._take(exchange, inference, plan, parts, self.local.claim(parts), self.local)
+            self._take(exchange, inference, plan, parts, self.local.claim(parts))
             return
         self._claimed.inc(self._on_loss)
         if self._on_loss == "closed":
@@ -200,18 +225,18 @@ class Limiter:
             raise GatewayError("limits_unavailable", text, retry_after_s=CLOSED_RETRY_S)
 
     def _take(
-        self,
-        exchange: Exchange,
-        inference: Inference,
-        plan: Plan,
-        parts: list[Part],
-        verdict: Verdict,
-        counts: Counts,
+        self, exchange: Exchange, inference: Inference, plan: Plan, parts: Sequence[Part], verdict: Verdict
     ) -> None:
         if verdict.over >= 0:
-            self._claimed.inc(parts[verdict.over].what)
-            raise refusal(parts, verdict)
-        self._hold(exchange, inference, plan.held(parts, verdict, counts))
+            self._refuse(parts, verdict)
+        self._hold(exchange, inference, plan.held(parts, verdict, self.local))
+
+    def _refuse(self, parts: Sequence[Part], verdict: Verdict) -> NoReturn:
+        part = parts[verdict.over]
+        self._claimed.inc(part.what)
+        if self._line is not None:
+            self._over.add(part.key, self._wall() + left_s(verdict.now, part.window_s))
+        raise refusal(parts, verdict)
 
     def _hold(self, exchange: Exchange, inference: Inference, held: Held) -> None:
         self._granted.value += 1

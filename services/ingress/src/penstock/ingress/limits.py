@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
+from penstock.common.messages import Placement, Rejection
+from penstock.common.model import Instance
 from penstock.ingress.failures import GatewayError
 
 MINUTE_S, SECOND_S = 60, 1
@@ -66,33 +68,43 @@ class Counts(Protocol):
 
 class Held:
     """What a request holds of its limits. `headers`: the lines that tell its client; `counts_tokens`: a limit
-    of tokens applies; `hide_usage`: the gateway asked for the usage chunk, its client did not."""
+    of tokens applies; `hide_usage`: the gateway asked for the usage chunk, its client did not; `pending`: it
+    is not known yet whether it may have it."""
 
-    __slots__ = ("counts_tokens", "headers", "hide_usage")
+    __slots__ = ("counts_tokens", "headers", "hide_usage", "pending")
 
     def __init__(self, headers: bytes, counts_tokens: bool) -> None:
-        self.headers, self.counts_tokens, self.hide_usage = headers, counts_tokens, False
+        self.headers, self.counts_tokens = headers, counts_tokens
+        self.hide_usage = self.pending = False
 
     def settle(self, tokens: int | None) -> None:
         """Correct the estimate, once; what counts requests stays. None: the estimate stands."""
+        raise NotImplementedError
+
+    def find(self, found: Placement | Rejection, instance: Instance | None) -> None:
+        """While it is `pending`: keep what asking for a placement came to."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """While it is `pending`: its request ended."""
         raise NotImplementedError
 
 
 class Reservation(Held):
     """A claim that a store granted, at `now` by its clock."""
 
-    __slots__ = ("_counts", "_parts", "now")
+    __slots__ = ("_counts", "now", "parts")
 
     def __init__(
         self, parts: Sequence[Part], counts: Counts, now: float, headers: bytes, counts_tokens: bool
     ) -> None:
         """`counts` hear what is settled."""
         super().__init__(headers, counts_tokens)
-        self._parts, self._counts, self.now = parts, counts, now
+        self.parts, self._counts, self.now = parts, counts, now
 
     def settle(self, tokens: int | None) -> None:
         """As of `Held`."""
-        parts, self._parts = self._parts, ()
+        parts, self.parts = self.parts, ()
         if tokens is None or not self.counts_tokens:
             return
         corrections = []

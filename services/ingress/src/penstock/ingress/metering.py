@@ -45,7 +45,9 @@ def metered(exchange: Exchange, held: Held, relay: Relay, head: ResponseHead) ->
 def settle(exchange: Exchange, outcome: Outcome, attempting: bool) -> None:
     """Settle what is held for a request that ends; `attempting`: before it was answered."""
     attempt, held = exchange.attempt, exchange.reservation
-    if held is not None and held.counts_tokens:
+    if held is not None and held.pending:
+        held.leave()
+    elif held is not None and held.counts_tokens:
         sent = attempting and attempt is not None and attempt.sent_at > 0
         held.settle(spent(exchange, left_at_work=sent and outcome in LEAVING))
 

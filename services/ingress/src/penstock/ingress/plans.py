@@ -63,8 +63,8 @@ class Plan:
     than one of a kind.
 
     `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
-    `minute` is the window of that moment, and `lines` the header lines for their numbers: the notes of
-    `penstock.ingress.leases`."""
+    `minute` is the window of that moment, and `lines` the header lines for their numbers; `seen`: asked for
+    lately: the notes of `penstock.ingress.leases`."""
 
     __slots__ = (
         "_parts",
@@ -75,6 +75,7 @@ class Plan:
         "leases",
         "lines",
         "minute",
+        "seen",
         "several",
         "shape",
     )
@@ -86,7 +87,7 @@ class Plan:
         self.counts, self.counts_tokens, self.several = bool(parts), shape.counts_tokens, shape.several
         self.leases: tuple[Lease, Lease] | None = None
         self.leased_from = self.leased_until = 0.0
-        self.minute = 0
+        self.minute, self.seen = 0, False
         self.lines = b""
 
     def parts(self, tokens: int) -> list[Part]:
@@ -103,18 +104,23 @@ class Plan:
 
     def held(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> Reservation:
         """What a request holds whose claim of `parts` was granted; `counts` hear what is settled."""
-        headers = rate_headers(parts, verdict) if self.several else self.shape.headers(verdict)
-        return Reservation(parts, counts, verdict.now, headers, self.counts_tokens)
+        return Reservation(parts, counts, verdict.now, self.headers(parts, verdict), self.counts_tokens)
+
+    def headers(self, parts: Sequence[Part], verdict: Verdict) -> bytes:
+        """The header lines for a claim of `parts` that was granted."""
+        return rate_headers(parts, verdict) if self.several else self.shape.headers(verdict)
 
 
 class Allowances:
-    """Who may ask how much: the defaults, and users' records. `plans` are those that `plan` made last."""
+    """Who may ask how much: the defaults, and users' records. Plans that were made last are kept."""
 
     def __init__(self, default: Limits) -> None:
         self._default = default
         self._records: dict[str, UserRecord] = {}
         self._shape = Shape(parts_of("", "", default.rpm, default.tpm))
-        self.plans: dict[tuple[str, str, tuple[Part, ...]], Plan] = {}
+        self._plans: dict[tuple[str, str, tuple[Part, ...]], Plan] = {}
+        # Of users without a record, whose model makes no difference.
+        self._usual: dict[str, Plan] = {}
 
     @property
     def active(self) -> bool:
@@ -123,7 +129,8 @@ class Allowances:
 
     def put(self, user: str, record: UserRecord | None) -> None:
         """A user's record; None: there is none any more."""
-        self.plans.clear()
+        self._plans.clear()
+        self._usual.clear()
         if record is None:
             self._records.pop(user, None)
         else:
@@ -131,24 +138,28 @@ class Allowances:
 
     def plan(self, user: str, model: str, more: tuple[Part, ...] = ()) -> Plan:
         """What requests of `user` (empty: nobody) for `model` add to, and `more`; empty: no limit."""
+        plan = None if more else self._usual.get(user)
+        if plan is not None:
+            return plan
+        if user and not more and user not in self._records:
+            default = self._default
+            plan = Plan(parts_of(f"{len(user)}:{user}", "user", default.rpm, default.tpm), self._shape)
+            if len(self._usual) >= MAX_PLANS:
+                self._usual.clear()
+            self._usual[user] = plan
+            return plan
         key = user, model, more
-        plan = self.plans.get(key)
+        plan = self._plans.get(key)
         if plan is None:
-            if len(self.plans) >= MAX_PLANS:
-                self.plans.clear()
-            plan = self.plans[key] = self._plan(user, model, more)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            parts = self._parts(user, model) if user else []
+            plan = self._plans[key] = Plan([*parts, *more])
         return plan
 
     def parts(self, user: str, model: str, tokens: int) -> list[Part]:
         """What a request of `user` for `model` with an estimate of `tokens` adds."""
         return self.plan(user, model).parts(tokens)
-
-    def _plan(self, user: str, model: str, more: tuple[Part, ...]) -> Plan:
-        default = self._default
-        if user and not more and user not in self._records:
-            return Plan(parts_of(f"{len(user)}:{user}", "user", default.rpm, default.tpm), self._shape)
-        parts = self._parts(user, model) if user else []
-        return Plan([*parts, *more])
 
     def _parts(self, user: str, model: str) -> list[Part]:
         record, default = self._records.get(user), self._default

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from penstock.common.messages import ScheduleRequest
+from penstock.common.messages import Placement, Rejection, ScheduleRequest
+from penstock.common.model import Instance
 from penstock.ingress.attempt import Attempt
 from penstock.ingress.capture import Copied
 from penstock.ingress.detours import Detours
+from penstock.ingress.disaggregation.protocols import PD
 from penstock.ingress.divided import Divided
 from penstock.ingress.gateway import Gateway
 from penstock.ingress.http_wire import RequestHead
@@ -88,6 +90,27 @@ class Standing:
     def queued(self) -> bool:
         """Whether it is in the 429 queue."""
         return self.state is State.QUEUED
+
+    @property
+    def goes_straight(self) -> bool:
+        """Whether nothing but its placement is next: no choice of routes, no copy for the mirror, no
+        division, nobody to wait for."""
+        gateway, wishes = self._gateway, self.head.wishes
+        if gateway.splitting.routes is not None or gateway.capture is not None or gateway.waiting.busy:
+            return False
+        return not gateway.divides and wishes is not None and wishes.strategy != PD
+
+    def found(self, found: Placement | Rejection, instance: Instance | None) -> None:
+        """What its decision came to, which it does not follow yet; an instance is held for it meanwhile."""
+        self.rejected_id = found.decision_id
+        if isinstance(found, Placement) and instance is not None:
+            self._gateway.account.start(
+                found.decision_id, instance.id, self.request.prompt_tokens, found.matched_tokens
+            )
+
+    def withdraw(self) -> None:
+        """Give back what is held for its decision."""
+        self._gateway.account.finish(self.request.decision_id)
 
     def copy(self, model: str) -> None:
         """Copy the request for the mirror, if it is its turn."""

@@ -4,7 +4,6 @@ came meanwhile, small leases that spare most requests the wait, and what happens
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -51,7 +50,7 @@ class StoreLine:
         # A call is under way; one is about to be made; corrections have waited long enough.
         self._asking = self._scheduled = self._due = False
         self._claims: list[_Claim] = []
-        self._corrections: dict[tuple[str, int, int], int] = {}
+        self._corrections: list[Correction] = []
         # A timer runs: of the first correction that waited for one, which may have gone since.
         self._correcting = False
         self.lost = False
@@ -93,12 +92,10 @@ class StoreLine:
                 self._add(correction._replace(delta=delta))
 
     def _add(self, correction: Correction) -> None:
-        key, window_s, number, delta = correction
-        place = key, window_s, number
-        if place not in self._corrections and len(self._corrections) >= MAX_CORRECTIONS:
+        if len(self._corrections) >= MAX_CORRECTIONS:
             self._dropped.inc()
             return
-        self._corrections[place] = self._corrections.get(place, 0) + delta
+        self._corrections.append(correction)
         if not self._correcting:
             self._correcting = True
             asyncio.get_running_loop().call_later(CORRECT_S, self._correct)
@@ -188,14 +185,23 @@ class StoreLine:
             self._soon()
 
     def _take_corrections(self) -> list[Correction]:
-        held, self._due = self._corrections, len(self._corrections) > MAX_BATCH
-        if self._due:
-            return [Correction(*place, held.pop(place)) for place in list(itertools.islice(held, MAX_BATCH))]
-        self._corrections = {}
-        return [Correction(*place, delta) for place, delta in held.items()]
+        held, self._corrections, self._due = self._corrections, [], False
+        if len(held) > MAX_BATCH:
+            held = _merged(held)
+            self._corrections, self._due = held[MAX_BATCH:], len(held) > MAX_BATCH
+        return held[:MAX_BATCH]
 
     def _lose(self, lost: bool, cause: str) -> None:
         if lost is not self.lost:
             self.lost = lost
             self._woken.set()
             self._say_lost(lost, cause)
+
+
+def _merged(corrections: list[Correction]) -> list[Correction]:
+    """One for each count and window."""
+    sums: dict[tuple[str, int, int], int] = {}
+    for key, window_s, number, delta in corrections:
+        place = key, window_s, number
+        sums[place] = sums.get(place, 0) + delta
+    return [Correction(*place, delta) for place, delta in sums.items()]
