@@ -30,6 +30,7 @@ MODULES = (
     "penstock.ingress.adapters.limit_store",
     "penstock.ingress.adapters.pool",
     "penstock.ingress.adapters.redis_connection",
+    "penstock.ingress.askers",
     "penstock.ingress.attempt",
     "penstock.ingress.block_hash",
     "penstock.ingress.breaker",

@@ -94,6 +94,60 @@ async def test_requests_of_one_turn_share_messages_of_at_most_32(lab: Lab, engin
     assert len(await lab.settled()) == 70
 
 
+def together(lab: Lab, connections: int, first: int = 0) -> None:
+    """One request each of so many clients, in one turn of the loop."""
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: {len(BODY)}\r\n\r\n".encode()
+    for connection in list(lab.server.connections)[first : first + connections]:
+        connection.data_received(head + BODY)
+
+
+@pytest.mark.parametrize(
+    ("first", "meanwhile", "messages"),
+    [
+        pytest.param(7, 1, [7, 1], id="few are asked for: at once"),
+        pytest.param(8, 32, [8, 32], id="a whole message is there: at once"),
+        pytest.param(8, 3, [8, 3], id="no answer: after a moment"),
+    ],
+)
+async def test_requests_do_not_wait_for_an_answer_that_does_not_come(
+    lab_of: LabOf, first: int, meanwhile: int, messages: list[int]
+) -> None:
+    lab = await lab_of()
+    await lab.engine()
+    lab.scheduler.silent = True
+    for _ in range(first + meanwhile):
+        await lab.client()
+    await eventually(lambda: len(lab.server.connections) == first + meanwhile)
+    together(lab, first)
+    await eventually(lambda: len(lab.scheduler.batches) == 1)
+    together(lab, meanwhile, first)
+    await eventually(lambda: len(lab.scheduler.batches) == 2)
+    assert [len(batch.requests) for batch in lab.scheduler.batches] == messages
+    assert lab.metric("penstock_ingress_schedule_attempts_total", "timeout") == 0
+
+
+async def test_while_enough_are_asked_for_the_next_share_a_message_that_follows_the_answer(
+    lab: Lab, engine: Engine
+) -> None:
+    # Without an answer they would wait for a tenth of it.
+    lab.placer._attempt_s = 60.0
+    lab.bus.open.clear()
+    for _ in range(20):
+        await lab.client()
+    await eventually(lambda: len(lab.server.connections) == 20)
+    together(lab, 8)
+    await eventually(lambda: len(lab.scheduler.batches) == 1)
+    turn = asyncio.get_running_loop().call_soon
+    for number in range(8, 20):
+        together(lab, 1, number)
+        turned = asyncio.Event()
+        turn(turned.set)
+        await turned.wait()
+    lab.bus.open.set()
+    await eventually(lambda: len(lab.scheduler.placed) == 20, timeout_s=5)
+    assert [len(batch.requests) for batch in lab.scheduler.batches] == [8, 12]
+
+
 async def test_long_headers_of_many_clients_do_not_make_a_message_too_large(
     lab_of: LabOf,
 ) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import xxhash
 
 TOKEN_BYTES, HASH_BYTES = 4, 8
-MAX_TOKEN_ID = 2**32 - 1
+MAX_TOKEN_ID: Final = 2**32 - 1
+_BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
 def root_seed(secret: str, model: str, salt: str = "") -> int:
@@ -51,6 +53,6 @@ def pack_hashes(hashes: Iterable[int]) -> bytes:
 
 
 def _little(numbers: array[int]) -> bytes:
-    if sys.byteorder == "big":
+    if _BIG_ENDIAN:
         numbers.byteswap()
     return numbers.tobytes()

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Final
+
+# A name of another module costs machine code a look into a dictionary, each time.
+_bucket: Final = bisect_left
 
 
 class Cell:
@@ -30,5 +34,5 @@ class HistogramCell:
 
     def observe(self, value: float) -> None:
         """Count one value, in the metric's unit."""
-        self.counts[bisect_left(self.bounds, value)] += 1
+        self.counts[_bucket(self.bounds, value)] += 1
         self.total += value

@@ -8,6 +8,7 @@ all it has (DESIGN D4); so an empty bucket never empties the fleet.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from penstock.common.bus import Change, Entry, Listing, Lost, WatchEvent
 from penstock.common.codec import DecodeError, decode_record, encode_record
@@ -16,8 +17,8 @@ from penstock.common.model import Instance, InstanceId
 from penstock.common.subjects import token
 from penstock.common.telemetry import Metrics
 
-INSTANCE_PREFIX = "instance."
-COMPLETE_PREFIX = "complete."
+INSTANCE_PREFIX: Final = "instance."
+COMPLETE_PREFIX: Final = "complete."
 
 
 def instance_key(instance_id: InstanceId) -> str:

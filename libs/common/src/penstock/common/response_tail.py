@@ -7,17 +7,29 @@ from typing import Final
 
 import msgspec
 
-from penstock.common.usage import Usage
+from penstock.common.usage import Answer, Usage
 
 # Enough for a usage object with every detail field.
-TAIL_BYTES = 2048
-_USAGE = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,12})')
+TAIL_BYTES: Final = 2048
+_USAGE: Final = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,12})')
 _decode: Final = msgspec.json.Decoder(Usage).decode
-_FINISH = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"([a-z_]{1,32})"')
+_decode_answer: Final = msgspec.json.Decoder(Answer).decode
+_KEY: Final = b'"usage":'
+_CLOSING_BRACE: Final = 125
+_FINISH: Final = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"([a-z_]{1,32})"')
 
 
 def usage_in(tail: bytes) -> tuple[int, int, int]:
     """(prompt, completion, cached) tokens of the usage object near the end of a response; 0 if absent."""
+    _, key, rest = tail.rpartition(_KEY)
+    if key and rest and rest[-1] == _CLOSING_BRACE:
+        # The end of an answer in one piece, as most engines write it: each further look at it costs 0.1 us.
+        try:
+            usage = _decode_answer(b'{"usage":' + rest).usage
+        except msgspec.MsgspecError:
+            pass
+        else:
+            return _told(usage) if usage is not None else (0, 0, 0)
     start = tail.rfind(b'"usage"')
     if start < 0:
         return 0, 0, 0
@@ -28,9 +40,15 @@ def usage_in(tail: bytes) -> tuple[int, int, int]:
             plain = _decode(tail[begin:end])
         except msgspec.MsgspecError:
             return _sought(tail, start)
-        prompt, completion = plain.prompt_tokens or plain.input_tokens, plain.completion_tokens
-        return prompt or 0, completion or plain.output_tokens or 0, plain.cached_tokens or 0
+        return _told(plain)
     return _sought(tail, start)
+
+
+def _told(usage: Usage) -> tuple[int, int, int]:
+    details = usage.prompt_tokens_details or usage.input_tokens_details
+    cached = usage.cached_tokens or (details.cached_tokens if details is not None else 0)
+    prompt, completion = usage.prompt_tokens or usage.input_tokens, usage.completion_tokens
+    return prompt or 0, completion or usage.output_tokens or 0, cached or 0
 
 
 def _sought(tail: bytes, start: int) -> tuple[int, int, int]:

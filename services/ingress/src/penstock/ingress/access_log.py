@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -11,7 +12,7 @@ from penstock.common.routing_events import OutcomeEvent
 from penstock.common.telemetry import timestamp
 
 # Lines held for the next write; what comes on top is dropped and counted.
-MAX_LINES = 10_000
+MAX_LINES: Final = 10_000
 
 
 class AccessLog:

@@ -15,23 +15,23 @@ import xxhash
 
 from penstock.common.block_hash import pack_hashes, root_seed, salted
 
-RUN_BLOCKS = 64
-MAX_HASHES = 512
+RUN_BLOCKS: Final = 64
+MAX_HASHES: Final = 512
 # Text between two quotes this long (pasted documents, images) enters as one digest: hashing it by block
 # buys nothing.
-LONG_STRING_BYTES = 64 * 1024
+LONG_STRING_BYTES: Final = 64 * 1024
 # Two blocks of the default size: a digest fills at least one block, wherever it lies. A prompt that is
 # one long document would otherwise be shorter than a block and have no hash at all.
-DIGEST_BYTES = 512
+DIGEST_BYTES: Final = 512
 # A data URI is condensed from this length on, so that a prompt of at most as many bytes can hold none and
 # need not be searched: searching it costs more than hashing it.
-DATA_URI_BYTES = 4096
-MAX_DATA_URIS = 2048
-MAX_MEDIA_TYPE_BYTES = 128
+DATA_URI_BYTES: Final = 4096
+MAX_DATA_URIS: Final = 2048
+MAX_MEDIA_TYPE_BYTES: Final = 128
 _digest_of: Final = xxhash.xxh3_64_intdigest
-_BASE64 = b";base64,"
-_MEDIA_TYPE = re.compile(rb"data:[\w.+-]+/[\w.+-]+")
-_BASE64_TEXT = re.compile(rb"[A-Za-z0-9+/=]*")
+_BASE64: Final = b";base64,"
+_MEDIA_TYPE: Final = re.compile(rb"data:[\w.+-]+/[\w.+-]+")
+_BASE64_TEXT: Final = re.compile(rb"[A-Za-z0-9+/=]*")
 
 
 def condense(prompt: bytes) -> bytes:

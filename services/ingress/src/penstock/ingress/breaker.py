@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-TRIP_AFTER = 3
-PROBE_EVERY_S = 0.2
+from typing import Final
+
+TRIP_AFTER: Final = 3
+PROBE_EVERY_S: Final = 0.2
 
 
 class BusBreaker:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from penstock.ingress.http_wire import TOKEN, BadFraming
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-_FIELD_LINE = re.compile(TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_FIELD_LINE: Final = re.compile(TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n")
 # RFC 9110 6.5.1: what frames a message must not come after it.
-_FRAMING_LINE = re.compile(rb"(?:content-length|transfer-encoding):", re.IGNORECASE)
+_FRAMING_LINE: Final = re.compile(rb"(?:content-length|transfer-encoding):", re.IGNORECASE)
 _SIZE, _DATA, _AFTER, _TRAILER = range(4)
-_MAX_CHUNK_LINE = 256
+_MAX_CHUNK_LINE: Final = 256
 # A read of up to this size holds 700 chunks at most.
-PIECE_BYTES = 4096
-_MAX_TRAILER_BYTES = 8192
+PIECE_BYTES: Final = 4096
+_MAX_TRAILER_BYTES: Final = 8192
 # Each chunk costs about a microsecond, whatever it holds: 4 MiB in chunks of one byte would be 4 s.
-_FREE_CHUNKS = 4096
-_MIN_CHUNK_BYTES = 64
+_FREE_CHUNKS: Final = 4096
+_MIN_CHUNK_BYTES: Final = 64
 
 
 class ChunkedBody:

@@ -135,12 +135,15 @@ class Exchange(Standing):
         )
         body = self.local_body or self.body
         head = gateway.upstream_head(self.head, instance, self.request_id, len(body))
-        make = Attempt if self.detours is None or not self.detours.moved else Retry
-        self.attempt = make(gateway, self, instance, instance.id, work, head, body)
+        if self.detours is None or not self.detours.moved:
+            attempt = Attempt(gateway, self, instance, instance.id, work, head, body)
+        else:
+            attempt = Retry(gateway, self, instance, instance.id, work, head, body)
+        self.attempt = attempt
         self.state = _ATTEMPTING
         if gateway.tripped:
             gateway.breakers.sent(instance.id, gateway.clock())
-        gateway.upstreams.acquire(instance, self.attempt)
+        gateway.upstreams.acquire(instance, attempt)
 
     def rejected(self, rejection: Rejection) -> None:
         """No instance. Where none has room, it waits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -37,7 +37,7 @@ from penstock.ingress.large_bodies import (
 from penstock.ingress.openai import parse
 from penstock.ingress.owners import Owners
 from penstock.ingress.ports import Externals, LargeBodies, Upstreams
-from penstock.ingress.request_body import InferenceRequest
+from penstock.ingress.request_body import BYTES_PER_TOKEN, InferenceRequest
 from penstock.ingress.route_settings import proxy_from_environment
 from penstock.ingress.settings import IngressSettings
 from penstock.ingress.speeds import Speeds
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
     from penstock.ingress.placing import Placer
     from penstock.ingress.waiting_room import WaitingRoom
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-MAX_EXCLUDED = 64
-_SEED_CACHE = 1024
-_HEADER_CACHE = 8192
-GAPS_OF_ONE_IN = 8
-_UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
+_SANE_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+MAX_EXCLUDED: Final = 64
+_SEED_CACHE: Final = 1024
+_HEADER_CACHE: Final = 8192
+GAPS_OF_ONE_IN: Final = 8
+_UNPRINTABLE: Final = re.compile(r"[^\x21-\x7e]")
 
 
 class Gateway:
@@ -196,10 +196,13 @@ class Gateway:
         owner = inference.owner or owner
         if owner:
             owner = self.owners.resolve(inference.model, owner)
-        if isinstance(inference, Facts):
-            hashes = inference.block_hashes
-        else:
+        # In this order: to ask of an object of another class costs 0.1 us.
+        if isinstance(inference, InferenceRequest):
             hashes = chain(condense(inference.prompt), self._seed(inference), self._block_bytes)
+            # As its property says, which runs as Python.
+            tokens = len(inference.prompt) // BYTES_PER_TOKEN
+        else:
+            hashes, tokens = inference.block_hashes, inference.prompt_tokens
         if self._tenant != "none":
             # Hashes that match no other tenant's.
             hashes = of_tenant(hashes, self._secret, self._tenant, user, owner)
@@ -211,7 +214,7 @@ class Gateway:
             owner,
             strategy,
             profile,
-            inference.prompt_tokens,
+            tokens,
             min(inference.max_tokens, 2**40),
             hashes,
             session,

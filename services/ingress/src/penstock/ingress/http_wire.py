@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from penstock.ingress.api_keys import Caller
@@ -18,22 +18,24 @@ from penstock.ingress.openai import GENERATION
 from penstock.ingress.owners import IN_QUERY, split_query
 from penstock.ingress.wishes import NO_WISHES, Wishes
 
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_FIELDS = rb"((?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
-_REQUEST = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n" + _FIELDS)
-_RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n" + _FIELDS)
-MAX_LENGTH_DIGITS = 18
+TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELDS: Final = rb"((?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+_REQUEST: Final = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n" + _FIELDS)
+_RESPONSE: Final = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n" + _FIELDS
+)
+MAX_LENGTH_DIGITS: Final = 18
 # Longer heads are not remembered: an idle connection must not hold them.
-_MEMO_BYTES = 4096
-_LENGTH = re.compile(rb"[0-9]{1,%d}" % MAX_LENGTH_DIGITS)
+_MEMO_BYTES: Final = 4096
+_LENGTH: Final = re.compile(rb"[0-9]{1,%d}" % MAX_LENGTH_DIGITS)
 # As programs write it; other spellings are parsed every time.
-_LENGTH_LINES = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
+_LENGTH_LINES: Final = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
 # What an engine, or a hosted endpoint, tells of limits of its own.
-_LIMITS = b"x-ratelimit-"
-_LIMIT_LINES = re.compile(rb"^x-ratelimit-[^\n]*\n", re.I | re.M)
-UNTIL_CLOSE = -1
-CHUNKED = -2
-LAST_CHUNK = b"0\r\n\r\n"
+_LIMITS: Final = b"x-ratelimit-"
+_LIMIT_LINES: Final = re.compile(rb"^x-ratelimit-[^\n]*\n", re.I | re.M)
+UNTIL_CLOSE: Final = -1
+CHUNKED: Final = -2
+LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 class BadFraming(Exception):

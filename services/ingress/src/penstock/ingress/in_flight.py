@@ -7,14 +7,15 @@ says everything. An entry leaves through `finish` and through nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from penstock.common.messages import InFlight, InstanceSpeed, LoadReport
 from penstock.common.model import InstanceId
 
 # Finished ids waiting for a report; past it the next report is a snapshot, which needs none of them.
-MAX_FINISHED = 65_536
+MAX_FINISHED: Final = 65_536
 # Entries of one report: with instance ids of 512 bytes still under the bound of the LOAD subject.
-PIECE_ENTRIES = 512
+PIECE_ENTRIES: Final = 512
 
 
 def of_prefill_id(decision_id: str) -> str:

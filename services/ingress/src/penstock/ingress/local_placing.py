@@ -19,8 +19,7 @@ from penstock.ingress.local_policy import place_locally
 from penstock.ingress.local_profiles import HASH_BYTES, LocalProfiles
 
 if TYPE_CHECKING:
-    from penstock.ingress.exchange import Exchange
-    from penstock.ingress.placing import Asker
+    from penstock.ingress.askers import Asker
 
 # An enum's member costs 0.1 us where it is read from its class.
 _NEUTRAL: Final = Mode.NEUTRAL
@@ -46,7 +45,7 @@ class LocalPlacer:
         self._usual: dict[tuple[str, str], tuple[Sequence[Instance], bool]] = {}
         self._version = -1
 
-    def place(self, asker: Exchange | Asker) -> None:
+    def place(self, asker: Asker) -> None:
         """Find an instance for one that still wants it, or say that there is none."""
         request = asker.request
         if not asker.waiting:

@@ -11,7 +11,7 @@ from penstock.common.model import Instance, InstanceId
 
 # How many requests above the least loaded the preferred instance may hold: enough to keep a session or
 # prefix together in normal traffic, too few to pile a hot one up while nobody sees the whole fleet.
-SLACK_REQUESTS = 4
+SLACK_REQUESTS: Final = 4
 _digest_of: Final = xxhash.xxh3_64_intdigest
 
 

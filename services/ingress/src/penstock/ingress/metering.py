@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.large_bodies import Facts
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from penstock.ingress.relay import Relay
 
 # Where `stream_options` exists.
-ASKS_USAGE = frozenset({b"/v1/chat/completions", b"/v1/completions"})
+ASKS_USAGE: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 # Ends at which an instance may be at work on a request.
-LEAVING = frozenset({Outcome.CLIENT_GONE, Outcome.TIMED_OUT, Outcome.SHUTDOWN})
+LEAVING: Final = frozenset({Outcome.CLIENT_GONE, Outcome.TIMED_OUT, Outcome.SHUTDOWN})
 
 
 def ask_for_usage(exchange: Exchange, held: Held, inference: InferenceRequest | Facts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Final
 
 import msgspec
 
@@ -12,9 +13,9 @@ from penstock.ingress.failures import GatewayError
 from penstock.ingress.owners import said_in_body, without_owner
 from penstock.ingress.request_body import Body, InferenceRequest, Named
 
-MAX_MODEL_LENGTH = 512
+MAX_MODEL_LENGTH: Final = 512
 # Each costs another look at the whole body.
-MAX_MODEL_PLACES = 4
+MAX_MODEL_PLACES: Final = 4
 
 # Path -> the field that holds the prompt (None: nothing to hash), and whether it must be there.
 GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
@@ -27,23 +28,23 @@ GENERATION_PATHS: dict[bytes, tuple[str | None, bool]] = {
     b"/v1/images/generations": ("prompt", True),
     b"/v1/audio/speech": ("input", True),
 }
-MULTIPART_PATHS = frozenset(
+MULTIPART_PATHS: Final = frozenset(
     {b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/images/edits", b"/v1/images/variations"}
 )
-GENERATION = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
+GENERATION: Final = frozenset(GENERATION_PATHS) | MULTIPART_PATHS
 # Parts of a form that are looked at, bytes of a part's headers, bytes of its value that are read.
-MAX_FORM_PARTS = 64
-MAX_PART_HEAD_BYTES = 1024
-MAX_PART_VALUE_BYTES = 4096
-_BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
-_FIELD_NAME = re.compile(
+MAX_FORM_PARTS: Final = 64
+MAX_PART_HEAD_BYTES: Final = 1024
+MAX_PART_VALUE_BYTES: Final = 4096
+_BOUNDARY: Final = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
+_FIELD_NAME: Final = re.compile(
     rb'^content-disposition:[ \t]*form-data;[ \t]*name="?([^";\r\n]{1,64})"?[ \t]*\r?$',
     re.IGNORECASE | re.MULTILINE,
 )
-_PARAM = re.compile(r"at `\$\.([A-Za-z_]+)")
-_decode = msgspec.json.Decoder(Body).decode
-_decode_model = msgspec.json.Decoder(Named).decode
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_PARAM: Final = re.compile(r"at `\$\.([A-Za-z_]+)")
+_decode: Final = msgspec.json.Decoder(Body).decode
+_decode_model: Final = msgspec.json.Decoder(Named).decode
+_decode_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def parse(path: bytes, content_type: str, body: bytes | bytearray) -> InferenceRequest:

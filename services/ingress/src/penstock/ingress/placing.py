@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final
 
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError, BusTimeout, MessageTooLarge
@@ -20,13 +20,10 @@ from penstock.common.instances import InstanceTable
 from penstock.common.messages import (
     MAX_BATCH,
     Placement,
-    Rejection,
     ScheduleBatch,
     ScheduleReply,
-    ScheduleRequest,
     TraceMark,
 )
-from penstock.common.model import Instance
 from penstock.common.routing_events import (
     ADMITTED,
     Admission,
@@ -34,6 +31,7 @@ from penstock.common.routing_events import (
 )
 from penstock.common.subjects import DEFAULT_SHARD, SCHEDULE, SCHEDULE_BY
 from penstock.common.telemetry import FAST_SECONDS_BUCKETS, Metrics
+from penstock.ingress.askers import Asker
 from penstock.ingress.breaker import BusBreaker
 from penstock.ingress.in_flight import InFlightAccount
 from penstock.ingress.local_pairs import LOCAL
@@ -41,35 +39,17 @@ from penstock.ingress.local_placing import LocalPlacer
 from penstock.ingress.replicas import ANY, Replicas
 
 if TYPE_CHECKING:
-    from penstock.ingress.exchange import Exchange
-    from penstock.ingress.traced import Trace
+    from penstock.common.messages import Rejection
 
 log = logging.getLogger(__name__)
 
 # Attempts that may go unanswered before the request is placed here.
-MAX_ATTEMPTS = 2
-
-
-class Asker(Protocol):
-    """What waits for a placement."""
-
-    request: ScheduleRequest
-    # Of the same request, this one's last.
-    decisions: list[str]
-    trace: Trace | None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it still wants one."""
-
-    def placed(self, placement: Placement, instance: Instance) -> None:
-        """Go to `instance`."""
-
-    def rejected(self, rejection: Rejection) -> None:
-        """Go nowhere."""
-
-    def broken(self) -> None:
-        """End after a fault of this program, in whatever state."""
+MAX_ATTEMPTS: Final = 2
+# With as many requests at each scheduler, further ones share the message that follows its next answer: a
+# message costs ingress, bus and scheduler more than a request in it does. One that does not answer in this
+# part of an attempt keeps them no longer.
+ENOUGH_ASKED: Final = 8
+GATHERING: Final = 0.1
 
 
 class _Batch:
@@ -77,7 +57,7 @@ class _Batch:
 
     __slots__ = ("asked_at", "askers", "left", "replica", "silences")
 
-    def __init__(self, askers: list[Exchange | Asker]) -> None:
+    def __init__(self, askers: list[Asker]) -> None:
         self.askers = askers
         self.asked_at, self.replica, self.silences, self.left = 0.0, ANY, 0, False
 
@@ -99,11 +79,14 @@ class Placer:
         """`max_requests`: of this process on one instance that has no such label; 0: any number."""
         self._bus, self._table, self._account, self._events = bus, table, account, events
         self._identity, self._attempt_s = identity, attempt_s
-        self._pending: list[Exchange | Asker] = []
+        self._pending: list[Asker] = []
+        # Requests whose attempt has no answer yet, and what ends the wait of those that are to follow.
+        self._asked = 0
+        self._gathering: asyncio.TimerHandle | None = None
         self._breaker = BusBreaker()
         self.replicas = Replicas()
         # Which of the askers are traced, while any may be.
-        self.marks: Callable[[Sequence[Exchange | Asker]], tuple[TraceMark, ...]] | None = None
+        self.marks: Callable[[Sequence[Asker]], tuple[TraceMark, ...]] | None = None
         self._degraded = self._avoiding = False
         attempts = metrics.counter(
             "penstock_ingress_schedule_attempts_total", "Schedule messages by what became of them", "result"
@@ -133,13 +116,30 @@ class Placer:
             over="max",
         )
 
-    def submit(self, asker: Exchange | Asker) -> None:
+    def submit(self, asker: Asker) -> None:
         """Place `asker`; its answer comes in a later tick."""
         self._pending.append(asker)
-        if len(self._pending) == 1:
+        count = len(self._pending)
+        if count == 1:
+            loop = asyncio.get_running_loop()
+            if self._enough_asked():
+                self._gathering = loop.call_later(self._attempt_s * GATHERING, self._flush)
+            else:
+                loop.call_soon(self._flush)
+        elif count == MAX_BATCH:
+            self._end_gathering()
+
+    def _enough_asked(self) -> bool:
+        return self._asked >= ENOUGH_ASKED * max(1, len(self.replicas))
+
+    def _end_gathering(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
+        self._gathering = None
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), MAX_BATCH):
             askers = [asker for asker in pending[start : start + MAX_BATCH] if asker.waiting]
@@ -153,7 +153,7 @@ class Placer:
                 cause = "schedulers do not answer" if connected else "no bus"
                 self._locally(askers, cause, certain=not connected)
 
-    def admit(self, askers: Sequence[Exchange | Asker]) -> None:
+    def admit(self, askers: Sequence[Asker]) -> None:
         """Where there is a spool: have on disk whom a decision is asked for, before it is."""
         if self._events.spools:
             requests = [
@@ -178,7 +178,7 @@ class Placer:
                 if asker.waiting:
                     self._break(asker)
 
-    def _break(self, asker: Exchange | Asker) -> None:
+    def _break(self, asker: Asker) -> None:
         """A fault of ours costs the request that met it, none of those that came with it."""
         try:
             asker.broken()
@@ -198,14 +198,23 @@ class Placer:
             self.marks(batch.askers) if self.marks is not None else (),
         )
 
-        def settled(result: ScheduleReply | BusError) -> None:
-            self._guarded(batch, lambda batch: self._settle(batch, result))
+        count = len(batch.askers)
 
+        def settled(result: ScheduleReply | BusError) -> None:
+            self._asked -= count
+            self._guarded(batch, lambda batch: self._settle(batch, result))
+            if not self._enough_asked():
+                self._end_gathering()
+
+        self._asked += count
         try:
             self._bus.call(
                 service, message, DEFAULT_SHARD, *tokens, deadline_s=self._attempt_s, settled=settled
             )
-        except MessageTooLarge as exc:
+        except Exception as exc:
+            self._asked -= count
+            if not isinstance(exc, MessageTooLarge):
+                raise
             self._split(batch, exc)
 
     def _split(self, batch: _Batch, cause: MessageTooLarge) -> None:
@@ -249,37 +258,40 @@ class Placer:
             self._breaker.failed(now)
             self._locally(batch.askers, str(result), certain=True)
 
-    def _deliver(self, askers: list[Exchange | Asker], reply: ScheduleReply) -> None:
+    def _deliver(self, askers: list[Asker], reply: ScheduleReply) -> None:
         outcomes: Sequence[Placement | Rejection | None] = reply.outcomes
         asked = [asker.request.decision_id for asker in askers]
         if [outcome.decision_id for outcome in reply.outcomes] != asked:
             by_id = {outcome.decision_id: outcome for outcome in reply.outcomes}
             outcomes = [by_id.get(decision_id) for decision_id in asked]
-        unserved: list[Exchange | Asker] = []
+        unserved: list[Asker] = []
         for asker, outcome in zip(askers, outcomes, strict=True):
             try:
                 if not asker.waiting:
                     # Its client left in the meantime: what the scheduler reserved is given back.
                     self._local.release(asker.request)
-                elif isinstance(outcome, Rejection):
-                    asker.rejected(outcome)
-                elif (
-                    outcome is None
-                    or (instance := self._table.get(outcome.instance)) is None
-                    or (outcome.prefill_instance and self._table.get(outcome.prefill_instance) is None)
-                ):
-                    # No outcome, or an instance this ingress never heard of: its own table decides.
+                # In this order: to ask of an object of another class costs 0.1 us.
+                elif isinstance(outcome, Placement):
+                    instance = self._table.get(outcome.instance)
+                    if instance is None or (
+                        outcome.prefill_instance and self._table.get(outcome.prefill_instance) is None
+                    ):
+                        # An instance this ingress never heard of: its own table decides.
+                        unserved.append(asker)
+                    else:
+                        self._by_scheduler.value += 1
+                        asker.placed(outcome, instance)
+                elif outcome is None:
                     unserved.append(asker)
                 else:
-                    self._by_scheduler.value += 1
-                    asker.placed(outcome, instance)
+                    asker.rejected(outcome)
             except Exception:
                 log.exception("placing a request failed")
                 self._break(asker)
         if unserved:
             self._locally(unserved, "", certain=False)
 
-    def _locally(self, askers: list[Exchange | Asker], cause: str, *, certain: bool) -> None:
+    def _locally(self, askers: list[Asker], cause: str, *, certain: bool) -> None:
         """`certain`: there is no bus or no scheduler. An unanswered message alone may be a hiccup."""
         if certain or self._breaker.open:
             self._degrade(True, cause)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from penstock.ingress.limit_settings import Limits, UserRecord
 from penstock.ingress.limits import (
@@ -23,7 +23,7 @@ from penstock.ingress.limits import (
 if TYPE_CHECKING:
     from penstock.ingress.leases import Lease
 
-MAX_PLANS = 8192
+MAX_PLANS: Final = 8192
 
 
 class Shape:

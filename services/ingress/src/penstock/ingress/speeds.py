@@ -7,14 +7,15 @@ no earlier prompt was ahead: from the last first token of the instance on, if th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from penstock.common.messages import MAX_REPORT_SPEEDS, InstanceSpeed
 from penstock.common.model import InstanceId
 
 # Of shorter prompts the time to first token says more about one engine step than about prefill.
-MIN_PREFILL_TOKENS = 256
+MIN_PREFILL_TOKENS: Final = 256
 # Past it all sums begin anew; schedulers take sums that fell for a new start.
-MAX_INSTANCES = 8192
+MAX_INSTANCES: Final = 8192
 
 
 class _Sums:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Instance
+from penstock.ingress.askers import Asker
 from penstock.ingress.attempt import Attempt
 from penstock.ingress.capture import Copied
 from penstock.ingress.detours import Detours
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _PLACING: Final = State.PLACING
 
 
-class Standing:
+class Standing(Asker):
     """The part of an exchange that others read, and that does nothing by itself."""
 
     # Each has all of them from the beginning: to read one that stands in the class costs 30 ns, to set one 4.

@@ -15,9 +15,9 @@ from penstock.ingress.attempt import Attempt, Failure
 from penstock.ingress.outcomes import Outcome
 
 if TYPE_CHECKING:
+    from penstock.ingress.askers import Asker
     from penstock.ingress.exchange import Exchange
     from penstock.ingress.gateway import Gateway
-    from penstock.ingress.placing import Asker
 
 TRACEPARENT = b"traceparent"
 # Of a trace that began here: what the client says of its own is not part of it.

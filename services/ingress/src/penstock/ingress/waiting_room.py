@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from penstock.common.messages import ScheduleRequest, Stage
 from penstock.common.model import InstanceId
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 # How late capacity is noticed that became free at another ingress, in seconds: as rarely does each line ask
 # without a reason. No shorter than the service's sweep.
-PROBE_EVERY_S = 0.1
+PROBE_EVERY_S: Final = 0.1
 # Models with a gauge of their own; the requests of further ones are summed up.
-SHOWN_MODELS = 100
-OTHER = "other"
+SHOWN_MODELS: Final = 100
+OTHER: Final = "other"
 TOO_MANY, TOO_LATE = 429, 503
 
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 import socket
 import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from penstock.ingress.adapters.admin_relay import PREFIX, AdminExchange
 from penstock.ingress.chunked_body import ChunkedBody
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from penstock.ingress.adapters.http_server import HttpServer
 
 # Bytes of further requests that a connection may send while one is served; then it is not read.
-MAX_PIPELINED_BYTES = 64 * 1024
+MAX_PIPELINED_BYTES: Final = 64 * 1024
 # Response bytes that may wait for a slow client before its upstream is paused.
-WRITE_HIGH_WATER = 64 * 1024
+WRITE_HIGH_WATER: Final = 64 * 1024
 # What a refused client may still send is read and dropped for this long.
-LINGER_S = 2.0
+LINGER_S: Final = 2.0
 # After as many chunks, or a read of this size, others have their turn before more of a body is read; uvloop
 # would read on up to 32 times.
-MAX_CHUNKS = 512
-FULL_READ_BYTES = 128 * 1024
+MAX_CHUNKS: Final = 512
+FULL_READ_BYTES: Final = 128 * 1024
 # Makes the kernel end a connection with a reset instead of a FIN.
-_RESET = struct.pack("ii", 1, 0)
-_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_RESET: Final = struct.pack("ii", 1, 0)
+_EMPTY_LINES: Final = re.compile(rb"\A(?:\r\n)+")
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-MODELS = b"/v1/models"
+MODELS: Final = b"/v1/models"
 
 
 class ClientConnection(Downstream):

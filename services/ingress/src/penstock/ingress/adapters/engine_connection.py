@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from penstock.ingress.chunked_body import PIECE_BYTES, ChunkedBody
 from penstock.ingress.http_wire import (
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 # A second write costs less than copying a body of this size behind its head.
-JOIN_BYTES = 32 * 1024
+JOIN_BYTES: Final = 32 * 1024
 # A larger body is sent by pieces, with a turn of the loop after each: 4 MiB at once hold it for 4 ms.
-SLICE_BYTES = 128 * 1024
+SLICE_BYTES: Final = 128 * 1024
 # After as many chunks, or a read of this size, others have their turn before more of a response is read;
 # uvloop would read on up to 32 times.
-MAX_CHUNKS = 512
-FULL_READ_BYTES = 128 * 1024
-MAX_INTERIM_RESPONSES = 8
+MAX_CHUNKS: Final = 512
+FULL_READ_BYTES: Final = 128 * 1024
+MAX_INTERIM_RESPONSES: Final = 8
 
 
 class EngineConnection(Upstream):
@@ -185,7 +185,8 @@ class EngineConnection(Upstream):
             if response is not None:
                 self._body(response, data)
             elif not self._buffer and (whole := self._heads_seen.whole(data)) and whole[0].status >= 200:
-                self._whole(listener, *whole)
+                known, body = whole
+                self._whole(listener, known, body)
             else:
                 self._heads(listener, data)
         except BadFraming as exc:

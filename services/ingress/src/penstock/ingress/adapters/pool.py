@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Hashable
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from penstock.common.cells import Cell
 from penstock.ingress.adapters.engine_connection import EngineConnection
@@ -22,6 +22,7 @@ from penstock.ingress.adapters.shared_pools import (
 from penstock.ingress.ports import Upstream, UpstreamListener
 from penstock.ingress.traffic_settings import TrafficSettings
 
+_clock: Final = time.monotonic
 # Host, port, and "http" or "https", and whatever else tells connections apart.
 Address = tuple[Any, ...]
 
@@ -237,7 +238,7 @@ class Pool:
             self.forget(connection)
             connection.close_idle()
             return
-        connection.idle_since = time.monotonic()
+        connection.idle_since = _clock()
         self.idle.append(connection)
         self._bounds.idle += 1
         if connection.retry:
