@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from penstock.cli.replay.schedulers import Schedulers
 from penstock.cli.replay.setups import Setup
 from penstock.cli.replay.timeline import Timeline
+from penstock.scheduler.chain import unpack
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.scheduler import unpack
 from penstock.sim.cluster import Arrival, Cluster
 from penstock.sim.engine import Engine
 from penstock.sim.spec import EngineRequest, EngineSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.replay.trace import MAX_LINE_BYTES, TraceFault, read, timed
-from penstock.scheduler.scheduler import unpack
+from penstock.scheduler.chain import unpack
 
 LINE = '{"timestamp": %d, "input_length": %d, "output_length": 5, "hash_ids": %s}\n'
 

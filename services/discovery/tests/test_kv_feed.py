@@ -20,9 +20,9 @@ from penstock.discovery.kv_blocks import KvBlocks
 from penstock.discovery.kv_events import BlockRemoved, BlockStored, KvEventError
 from penstock.discovery.kv_feed import KvFeed, Next
 from penstock.discovery.kv_targets import KvTarget, target_of
+from penstock.scheduler.chain import unpack
 from penstock.scheduler.kv_feeds import KvFeeds
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.scheduler import unpack
 
 SIZE, SECRET, MODEL = 2, "s", "m"
 

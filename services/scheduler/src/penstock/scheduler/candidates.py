@@ -23,6 +23,14 @@ def part_of(case: Case, blocks: int) -> tuple[int, int]:
     return _size(blocks, run), _size(len(case.hashes), run)
 
 
+def held_by(steps: Sequence[tuple[int, int]], slot: int) -> int:
+    """Leading blocks that the candidate at a slot holds."""
+    for blocks, mask in reversed(steps):
+        if mask >> slot & 1:
+            return blocks
+    return 0
+
+
 def share_of(case: Case, blocks: int, factor: float) -> float:
     """What the first `blocks` are of the prompt, 0..1, times `factor`."""
     count, run = len(case.hashes), case.request.run_blocks
@@ -102,16 +110,11 @@ class Candidates:
                 self._mark(self._matched, mask, blocks)
         return self._matched
 
-    def held_at(self, position: int) -> int:
-        """Leading blocks that the candidate at a position of the arrays holds."""
-        slot = self.kept.slots.item(position)
-        for blocks, mask in reversed(self.steps):
-            if mask >> slot & 1:
-                return blocks
-        return 0
-
     def shares(self, case: Case, factor: float = 1.0) -> Floats:
         """What of the prompt each candidate holds, 0..1, times `factor`; an array of the caller's."""
+        count, run = len(case.hashes), case.request.run_blocks
+        if not run or count <= run:
+            return self.matched * (factor / (count or 1))
         shares = np.zeros(len(self.kept.rows))
         for blocks, mask in self.steps:
             self._mark(shares, mask, share_of(case, blocks, factor))

@@ -12,6 +12,7 @@ import msgspec
 
 from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms, Inputs, ViewAge
+from penstock.scheduler.chain import Hashes
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.pool import Kept
 
@@ -31,7 +32,7 @@ class Case(msgspec.Struct, frozen=True, gc=False):
     """
 
     request: ScheduleRequest
-    hashes: Sequence[int]
+    hashes: Hashes
     seed: int
     turn: int = 0
     replicas: int = 1
@@ -62,7 +63,7 @@ class Decision(msgspec.Struct, frozen=True):
     outcome: Placement | Rejection
     policy: str
     slot: int = -1
-    hashes: Sequence[int] = ()
+    hashes: Hashes = ()
     terms: list[CandidateTerms] = []
     excluded: dict[str, int] = {}
     seed: int = 0

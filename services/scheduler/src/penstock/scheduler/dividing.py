@@ -15,6 +15,7 @@ import numpy as np
 from penstock.common.messages import Mode, Placement, ScheduleRequest, Stage
 from penstock.common.model import Instance, Role
 from penstock.scheduler.candidates import Candidates, part_of
+from penstock.scheduler.chain import HASH_BYTES, chain_of
 from penstock.scheduler.decisions import Case, Decision
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
@@ -24,13 +25,11 @@ from penstock.scheduler.pool import Pool
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Division, Profile
 from penstock.scheduler.scheduler import (
-    HASH_BYTES,
     UNKNOWN,
     choose,
     none_left,
     reject,
     schedule,
-    unpack,
 )
 from penstock.scheduler.view import ClusterView
 
@@ -63,7 +62,7 @@ def schedule_divided(
     pool = view.pool(request.model)
     if pool is None or len(request.block_hashes) % HASH_BYTES:
         return schedule(request, view, index, catalog, default=default, replicas=replicas)
-    hashes, seed = unpack(request.block_hashes), seed_of(request.decision_id)
+    hashes, seed = chain_of(request.block_hashes), seed_of(request.decision_id)
     own = division if asked.division is None else asked.division.over(division)
     case, ratio = Case(request, hashes, seed, pool.turn, replicas), asked.thresholds.imbalance_ratio
     divider = _Divider(case, pool, view, index, catalog, own, ratio)
@@ -187,7 +186,7 @@ class _Divider:
     def _lacks(self, decodes: Candidates) -> int:
         """Prompt tokens that the decode candidate which holds most of them does not."""
         request, hashes = self.case.request, self.case.hashes
-        steps = self.index.match(hashes, decodes.kept.mask) if hashes else []
+        steps = self.index.match(hashes, decodes.kept.mask) if len(hashes) else []
         if not steps:
             return request.prompt_tokens
         part, whole = part_of(self.case, steps[-1][0])

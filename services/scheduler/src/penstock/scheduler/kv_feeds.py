@@ -12,9 +12,9 @@ import msgspec
 
 from penstock.common.messages import InstanceSpeed, KvEvents
 from penstock.common.model import InstanceId
+from penstock.scheduler.chain import HASH_BYTES, unpack
 from penstock.scheduler.precision import Trust, Window
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.scheduler import HASH_BYTES, unpack
 
 EVENTS, PLACEMENTS = "events", "placements"
 

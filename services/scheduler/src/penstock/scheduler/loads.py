@@ -161,8 +161,14 @@ class Loads:
         cells.requests[slot] = requests
         cells.tokens[slot] = tokens
         cells.pending[slot] = pending
-        cells.backlog_ms[slot] = backlog_ms if backlog_ms < most_ms else most_ms
-        self.sum_up(slot)
+        if backlog_ms > most_ms:
+            backlog_ms = most_ms
+        cells.backlog_ms[slot] = backlog_ms
+        # What `sum_up` does, without a call.
+        queued = requests + cells.echo[slot] + cells.rank[slot]
+        cells.queued[slot] = queued / cells.weight[slot]
+        ahead_ms = backlog_ms + cells.echo_ms[slot] + cells.kv_wait_ms[slot]
+        cells.wait_ms[slot] = ahead_ms + queued * (STEPS_PER_REQUEST * cells.tpot_ms[slot])
 
     def sum_up(self, slot: int) -> None:
         """Bring what follows from in flight and echo in step, as `advance` does for all."""

@@ -63,6 +63,9 @@ class Kept(msgspec.Struct, frozen=True):
     mask: int
     excluded: dict[str, int] = {}
     positions: dict[int, int] = {}
+    # The same as `slots`, and their instances' ids.
+    numbers: tuple[int, ...] = ()
+    ids: tuple[InstanceId, ...] = ()
     few_keys: tuple[int, ...] = ()
     sweep: Sweep | None = None
 
@@ -76,9 +79,11 @@ class Kept(msgspec.Struct, frozen=True):
         return Kept(self.pool, rows, slots, self.keys[flags], mask_of(slots), excluded)
 
     def indexed(self) -> Kept:
-        """The same with `positions` by slot, the `keys` of a few as numbers, and its sweep, for a part that
-        serves many requests."""
-        positions = {slot: position for position, slot in enumerate(self.slots.tolist())}
+        """The same with what takes time to make and saves it for many requests: numbers as objects of
+        Python, the keys of a few, the sweep."""
+        numbers = tuple(self.slots.tolist())
+        positions = {slot: position for position, slot in enumerate(numbers)}
+        ids = tuple(self.pool.ids[row] for row in self.rows.tolist())
         few = tuple(self.keys.tolist()) if len(self.rows) <= FEW else ()
         return Kept(
             self.pool,
@@ -88,6 +93,8 @@ class Kept(msgspec.Struct, frozen=True):
             self.mask,
             self.excluded,
             positions,
+            numbers,
+            ids,
             few,
             sweep_of(self.slots, self.keys),
         )

@@ -12,48 +12,27 @@ again; when the current one is full it becomes the previous one, whose content g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import islice, repeat
+from collections.abc import Iterable
+from typing import Final
 
-from penstock.scheduler.masks import Mask
+from penstock.scheduler.chain import Hashes
+from penstock.scheduler.columns import NATIVE
+from penstock.scheduler.generations import Generation, first_generation
 
 # Distinct sets of instances per generation; a generation ends early at this many (about 20 MB at 1,000
 # instances). Forgetting an instance visits all of them: 3 ms per 10,000.
 MAX_MASKS = 65_536
-_ALL = -1
-
-
-class _Generation:
-    """Blocks and the masks they share. `made` lists every mask, since two may become equal."""
-
-    __slots__ = ("blocks", "made", "masks")
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, Mask] = {}
-        self.masks: dict[int, Mask] = {}
-        self.made: list[Mask] = []
-
-    def mask(self, slots: int) -> Mask:
-        mask = self.masks.get(slots)
-        if mask is None:
-            mask = self.masks[slots] = Mask(slots)
-            self.made.append(mask)
-        return mask
-
-    def forget(self, slots: int) -> None:
-        for mask in self.made:
-            mask.slots &= ~slots
-        self.masks = {mask.slots: mask for mask in self.made}
+_ALL: Final = -1
 
 
 class PrefixIndex:
-    """Which instance slots hold the head of a prompt. A million blocks take about 100 MB; a generation's
-    dict grows by steps, of which the last, at 350,000 blocks, stops the loop for 15 ms."""
+    """Which instance slots hold the head of a prompt. In Python a million blocks take about 100 MB, and a
+    generation grows by steps, of which the last, at 350,000 blocks, stops the loop for 15 ms."""
 
     def __init__(self, max_blocks: int) -> None:
         """`max_blocks` bounds both generations together."""
         self.resize(max_blocks)
-        self._current, self._previous = _Generation(), _Generation()
+        self._current, self._previous = first_generation(), first_generation()
         self._began_at: float | None = None
         self.turnovers = 0
 
@@ -70,62 +49,63 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         """Blocks held, those in both generations twice."""
-        return len(self._current.blocks) + len(self._previous.blocks)
+        return len(self._current) + len(self._previous)
 
-    def match(self, hashes: Sequence[int], candidates: int) -> list[tuple[int, int]]:
+    def match(self, hashes: Hashes, candidates: int) -> list[tuple[int, int]]:
         """Steps (leading blocks, slots that hold at least so many), the blocks rising, the slots within
         `candidates` and each step's within those of the step before; empty if nobody holds the first."""
+        current, previous = self._current, self._previous
+        hashes = current.chain(hashes) if NATIVE else hashes
         steps: list[tuple[int, int]] = []
         position, end, slots = 0, len(hashes), candidates
         while position < end:
-            held = self._slots(hashes[position]) & slots
+            held = current.slots_at(hashes, position, previous) & slots
             if not held:
                 break
-            position, slots = self._run(hashes, position, slots, held), held
+            position, slots = current.run(previous, hashes, position, slots, held), held
             steps.append((position, held))
         return steps
 
-    def insert(self, hashes: Sequence[int], slot: int, matched: int = 0) -> int:
+    def insert(self, hashes: Hashes, slot: int, matched: int = 0) -> int:
         """Mark `slot` as given all of `hashes`, of which it is known to hold the first `matched`.
 
         Returns the number of leading blocks that were in place already: what a sibling that sees the same
         placements lacks is the rest. Of a prompt longer than a generation only the head is kept.
         """
-        if len(hashes) > self._limit:
-            hashes = hashes[: self._limit]
-        kept = self._in_current(hashes, min(matched, len(hashes)))
-        full = len(self._current.blocks) + len(hashes) - kept > self._limit
-        if full or len(self._current.made) >= MAX_MASKS:
+        current = self._current
+        hashes = current.chain(hashes) if NATIVE else hashes
+        end, limit = len(hashes), self._limit
+        if end > limit:
+            end = limit
+        kept = current.leading(hashes, matched if matched < end else end)
+        if not current.takes(end - kept, limit, MAX_MASKS):
             self._turn_over()
             kept = 0
-        self._mark(hashes, kept, 1 << slot)
+        self._mark(hashes, kept, end, 1 << slot)
         return kept
 
     def page(self, generation: int, position: int, count: int) -> tuple[list[int], list[int]]:
         """(blocks, the slots that hold each) of a generation, `count` from `position` on, in the order in
         which they came, which never changes; `turnovers` numbers them, the last two are held."""
-        blocks = self._numbered(generation).blocks
-        page = list(islice(blocks, position, position + count))
-        return page, [blocks[block].slots for block in page]
+        return self._numbered(generation).page(position, count)
 
-    def restore(self, hashes: Sequence[int], slots: int, *, older: bool = False) -> int:
+    def restore(self, hashes: Hashes, slots: int, *, older: bool = False) -> int:
         """Mark all of `slots` as given these blocks, in the current or in the older generation: as many as
         there is room for, from the front on."""
         generation = self._previous if older else self._current
-        blocks = generation.blocks
-        if len(generation.made) >= MAX_MASKS:
+        if generation.sets() >= MAX_MASKS:
             return 0
-        hashes = hashes[: max(0, self._limit - len(blocks))]
-        mask = generation.mask(slots)
-        for block in hashes:
-            held = blocks.get(block)
-            blocks[block] = mask if held is None else generation.mask(held.slots | slots)
-        return len(hashes)
+        hashes = generation.chain(hashes)
+        count = min(len(hashes), max(0, self._limit - len(generation)))
+        for position in range(count):
+            held = generation.own_slots_at(hashes, position)
+            generation.put(hashes, position, position + 1, slots if held < 0 else held | slots)
+        return count
 
-    def _numbered(self, generation: int) -> _Generation:
+    def _numbered(self, generation: int) -> Generation:
         if generation == self.turnovers:
             return self._current
-        return self._previous if generation == self.turnovers - 1 else _Generation()
+        return self._previous if generation == self.turnovers - 1 else Generation()
 
     def remove(self, hashes: Iterable[int], slot: int) -> None:
         """Unmark blocks that `slot` holds no longer, children before their parents: with those that follow
@@ -133,15 +113,17 @@ class PrefixIndex:
         kept, current, previous = ~(1 << slot), self._current, self._previous
         for block in hashes:
             # What the current generation says of a block hides what the previous one says.
-            generation = current if block in current.blocks else previous
-            mask = generation.blocks.get(block)
-            if mask is None or mask.slots & kept == mask.slots:
+            own, generation = current.chain([block]), current
+            held = current.own_slots_at(own, 0)
+            if held < 0:
+                generation, held = previous, previous.own_slots_at(own, 0)
+            if held < 0 or held & kept == held:
                 continue
-            slots = mask.slots & kept
+            slots = held & kept
             # An entry stays where it is in the generation, since `page` counts on that. Without room to say
             # who else holds the block, nobody does.
-            full = len(generation.made) >= MAX_MASKS and slots not in generation.masks
-            generation.blocks[block] = generation.mask(0 if full else slots)
+            full = generation.sets() >= MAX_MASKS and not generation.has_set(slots)
+            generation.put(own, 0, 1, 0 if full else slots)
 
     def expire(self, now: float, max_age_s: float) -> None:
         """Let a generation end that began over half of `max_age_s` ago: what was not placed or announced for
@@ -157,49 +139,18 @@ class PrefixIndex:
         self._current.forget(slots)
         self._previous.forget(slots)
 
-    def _in_current(self, hashes: Sequence[int], matched: int) -> int:
-        """How many of the first `matched` blocks lead into the current generation."""
-        blocks = self._current.blocks
-        # Of a chain known from siblings the tail alone may be current; its head then has to be copied.
-        low, high = 0, matched if hashes and hashes[0] in blocks else 0
-        while low < high:
-            middle = (low + high) >> 1
-            if hashes[middle] in blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def _turn_over(self) -> None:
-        self._previous, self._current = self._current, _Generation()
+        self._previous, self._current = self._current, self._current.next_one()
         self._began_at = None
         self.turnovers += 1
 
-    def _mark(self, hashes: Sequence[int], position: int, bit: int) -> None:
-        generation, end = self._current, len(hashes)
+    def _mark(self, hashes: Hashes, position: int, end: int, bit: int) -> None:
+        current, previous = self._current, self._previous
         while position < end:
-            held = self._slots(hashes[position])
+            held = current.slots_at(hashes, position, previous)
             # Nobody was given this block, hence none after it.
-            stop = self._run(hashes, position, _ALL, held) if held else end
-            generation.blocks.update(
-                zip(hashes[position:stop], repeat(generation.mask(held | bit)), strict=False)
-            )
+            stop = current.run(previous, hashes, position, _ALL, held) if held else end
+            if stop > end:
+                stop = end
+            current.put(hashes, position, stop, held | bit)
             position = stop
-
-    def _slots(self, block: int) -> int:
-        mask = self._current.blocks.get(block) or self._previous.blocks.get(block)
-        return mask.slots if mask is not None else 0
-
-    def _run(self, hashes: Sequence[int], low: int, slots: int, held: int) -> int:
-        """The end of the run of blocks from `low` on that are held by `held` of `slots`."""
-        current, previous = self._current.blocks.get, self._previous.blocks.get
-        high = len(hashes)
-        while high - low > 1:
-            middle = (low + high) >> 1
-            block = hashes[middle]
-            mask = current(block) or previous(block)
-            if mask is not None and mask.slots & slots == held:
-                low = middle
-            else:
-                high = middle
-        return high

@@ -11,6 +11,7 @@ import numpy as np
 
 from penstock.common.model import Role
 from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.chain import Hashes
 from penstock.scheduler.decisions import Case
 from penstock.scheduler.loads import Loads
 from penstock.scheduler.policies.filters import (
@@ -144,21 +145,23 @@ class Profile:
 class Index(Protocol):
     """What is asked of a prefix index."""
 
-    def match(self, hashes: Sequence[int], candidates: int) -> Sequence[tuple[int, int]]:
+    def match(self, hashes: Hashes, candidates: int) -> Sequence[tuple[int, int]]:
         """See PrefixIndex."""
 
 
 def look_up(case: Case, candidates: Candidates, index: Index) -> None:
     """Let the candidates know what each holds of the prompt."""
-    if case.hashes:
+    if len(case.hashes):
         candidates.steps = index.match(case.hashes, candidates.kept.mask)
 
 
 def _apply(filters: Iterable[Filter], case: Case, candidates: Candidates) -> Candidates:
+    if not len(candidates):
+        return candidates
     for one in filters:
-        if not len(candidates):
-            break
         flags = one.keep(case, candidates)
         if flags is not None:
             candidates = Candidates(candidates.kept.keep(flags, one.name), candidates.loads)
+            if not len(candidates):
+                break
     return candidates

@@ -14,6 +14,7 @@ from penstock.common.messages import Placement, Rejection, ScheduleRequest
 from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import Inputs, ViewAge
 from penstock.scheduler.candidates import Candidates
+from penstock.scheduler.chain import Hashes, unpack
 from penstock.scheduler.decisions import Case, Decision, Facts, MadeBy, Page, Recording
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.loads import Loads
@@ -21,7 +22,7 @@ from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import RECORDS, Policy
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.pool import Floats, Pool, Rows, whole
-from penstock.scheduler.scheduler import SHOWN, choose, unpack
+from penstock.scheduler.scheduler import SHOWN, choose
 
 RING_DECISIONS = 10_000
 # With cache-aware, 10,000 decisions of up to 500 instances; past that as many as fit.
@@ -233,7 +234,7 @@ class _Held:
     def __init__(self, steps: Sequence[tuple[int, int]]) -> None:
         self._steps = steps
 
-    def match(self, hashes: Sequence[int], candidates: int) -> Sequence[tuple[int, int]]:
+    def match(self, hashes: Hashes, candidates: int) -> Sequence[tuple[int, int]]:
         return self._steps
 
 

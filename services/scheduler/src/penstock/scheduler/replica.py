@@ -21,6 +21,7 @@ from penstock.common.messages import (
 )
 from penstock.common.routing_events import ViewAge
 from penstock.scheduler.ages import Ages
+from penstock.scheduler.chain import HASH_BYTES, chain_of
 from penstock.scheduler.decisions import Decision
 from penstock.scheduler.dividing import PREFILL_SUFFIX, schedule_divided
 from penstock.scheduler.draws import seed_of
@@ -34,7 +35,7 @@ from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Division
 from penstock.scheduler.restarts import Restarts
-from penstock.scheduler.scheduler import HASH_BYTES, schedule, unpack
+from penstock.scheduler.scheduler import schedule
 from penstock.scheduler.snapshot import Giver, Taker
 from penstock.scheduler.speeds import Speeds
 from penstock.scheduler.view import ClusterView
@@ -180,7 +181,7 @@ class Replica:
             if slot is None:
                 continue
             if len(placed.tail) % HASH_BYTES == 0:
-                self.index.insert(unpack(placed.tail), slot)
+                self.index.insert(chain_of(placed.tail), slot)
         self.view.take(self.ledger.changes())
 
     def marker(self) -> PlacedFeed:
@@ -197,7 +198,7 @@ class Replica:
         for placed in feed.placed:
             slot = self.view.slot(placed.instance)
             if slot is not None and len(placed.tail) % HASH_BYTES == 0:
-                self.index.insert(unpack(placed.tail), slot)
+                self.index.insert(chain_of(placed.tail), slot)
         return len(feed.placed)
 
     @property

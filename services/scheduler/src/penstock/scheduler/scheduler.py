@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.common.routing_events import CandidateTerms
-from penstock.scheduler.candidates import Candidates, part_of, share_of
+from penstock.scheduler.candidates import Candidates, held_by, part_of, share_of
+from penstock.scheduler.chain import HASH_BYTES, chain_of
 from penstock.scheduler.decisions import Basis, Case, Decision
 from penstock.scheduler.draws import seed_of
 from penstock.scheduler.policies.catalog import BadStrategy, Catalog
@@ -26,10 +25,6 @@ from penstock.scheduler.view import ClusterView
 
 # Candidates of a decision that the routing log shows.
 SHOWN: Final = 3
-HASH_BYTES: Final = 8
-_DROPPED_BITS = np.uint64(4)
-# Up to so many are taken apart one by one; numpy needs 1 us to begin with.
-_FEW_BYTES: Final = 16 * HASH_BYTES
 # Among so many candidates the best are found by sorting: a third of the time of numpy's maxima.
 _FEW_SCORES: Final = 32
 # Messages quote what clients sent; the wire allows 2,048 characters.
@@ -37,6 +32,8 @@ MAX_MESSAGE: Final = 1024
 # A client that finds everything full comes back after so long.
 SATURATED_RETRY_S: Final = 1.0
 UNKNOWN: Final = "unknown"
+# Who knows the score at a position, by `item`.
+Totals = Floats | Sweep
 
 
 def schedule(
@@ -63,7 +60,7 @@ def schedule(
     if pool is None:
         message = f"no instance serves model {request.model!r}"
         return reject(request, profile.name, Reason.UNKNOWN_MODEL, message)
-    case = Case(request, unpack(request.block_hashes), seed_of(request.decision_id), pool.turn, replicas)
+    case = Case(request, chain_of(request.block_hashes), seed_of(request.decision_id), pool.turn, replicas)
     candidates = profile.candidates(case, pool, view.loads)
     if not len(candidates):
         decision = none_left(request, profile, candidates)
@@ -77,18 +74,6 @@ def schedule(
         return msgspec.structs.replace(decision, fault=fault)
 
 
-def unpack(packed: bytes) -> list[int]:
-    """The upper 60 bits of the block hashes on the wire, little-endian u64; the length is a multiple of 8.
-
-    A larger int takes 48 bytes instead of 32, a sixth of the prefix index's memory; among 10**6 blocks two
-    agree in 60 bits once in two million indexes.
-    """
-    if len(packed) <= _FEW_BYTES:
-        return [block >> 4 for block in struct.unpack(f"<{len(packed) // HASH_BYTES}Q", packed)]
-    blocks: list[int] = (np.frombuffer(packed, dtype="<u8") >> _DROPPED_BITS).tolist()
-    return blocks
-
-
 def choose(
     case: Case, candidates: Candidates, index: Index, profile: Profile, shown: int = SHOWN
 ) -> Decision:
@@ -96,25 +81,21 @@ def choose(
     of `shown` of them. Raises PolicyFault."""
     if profile.by_prefix:
         look_up(case, candidates, index)
-    kept, swept = candidates.kept, profile.swept
-    sweep = kept.sweep
-    if (
-        sweep is not None
-        and swept is not None
-        and shown == SHOWN
-        and case.request.prompt_tokens < MAX_TOKENS
-        and candidates.loads.cells.stand_for(candidates.loads)
-    ):
+    kept = candidates.kept
+    numbers, sweep = kept.numbers, kept.sweep
+    swept = _swept(case, candidates, profile) if sweep is not None and shown == SHOWN else None
+    if sweep is not None and swept is not None:
+        parts: list[Floats] = []
+        totals: Totals = sweep
         ranked = _sweep(sweep, case, candidates, *swept)
-        scores, parts = [sweep.score(position) for position in ranked], None
     else:
-        totals, by_scorer = profile.parts(case, candidates)
-        ranked = _best(totals, profile.picker.pick(case, candidates, totals), shown)
-        scores, parts = [totals.item(position) for position in ranked], by_scorer
-    slot = kept.slots.item(ranked[0])
+        sums, parts = profile.parts(case, candidates)
+        totals, ranked = sums, _best(sums, profile.picker.pick(case, candidates, sums), shown)
+    chosen = ranked[0]
+    slot = numbers[chosen] if numbers else kept.slots.item(chosen)
     if profile.by_prefix:
         steps = candidates.steps
-        matched = candidates.held_at(ranked[0]) if steps else 0
+        matched = held_by(steps, slot) if steps else 0
     else:
         steps = index.match(case.hashes, 1 << slot)
         matched = steps[-1][0] if steps else 0
@@ -125,13 +106,20 @@ def choose(
         tokens = part * request.prompt_tokens // whole
     # In the order of their fields: by name they cost three times as much.
     placement = Placement(
-        request.decision_id, candidates.id(ranked[0]), "", profile.name, matched, tokens, profile.config
+        request.decision_id, candidates.id(chosen), "", profile.name, matched, tokens, profile.config
     )
-    terms = _terms(candidates, profile.names, parts, ranked, scores, matched)
+    terms = _terms(candidates, profile.names, totals, parts, ranked, matched)
     basis = Basis(case, profile, kept, steps)
     return Decision(
         placement, profile.label or profile.name, slot, hashes, terms, kept.excluded, case.seed, None, basis
     )
+
+
+def _swept(case: Case, candidates: Candidates, profile: Profile) -> tuple[Best, ExpectedTtft] | None:
+    """What the choice is made by, if machine code can make it in one pass."""
+    loads = candidates.loads
+    fits = 0 <= case.request.prompt_tokens < MAX_TOKENS and loads.cells.stand_for(loads)
+    return profile.swept if fits else None
 
 
 def _sweep(
@@ -167,29 +155,35 @@ def _best(scores: Floats, chosen: int, shown: int) -> list[int]:
 def _terms(
     candidates: Candidates,
     names: tuple[str, ...],
-    parts: list[Floats] | None,
+    totals: Totals,
+    parts: list[Floats],
     ranked: list[int],
-    scores: list[float],
     matched: int,
 ) -> list[CandidateTerms]:
-    """What spoke for those at the positions `ranked`, which scored `scores`, made of `parts`; None: by a
-    single scorer. The first one holds `matched` blocks."""
-    requests, kept = candidates.loads.requests, candidates.kept
-    ids, rows, slots = kept.pool.ids, kept.rows, kept.slots
+    """What spoke for those at the positions `ranked`; the first one holds `matched` blocks. A Sweep's scores
+    are those of a single scorer."""
+    requests, kept, steps = candidates.loads.requests, candidates.kept, candidates.steps
+    ids, rows, slots, numbers = kept.pool.ids, kept.rows, kept.slots, kept.numbers
+    own, lengths = kept.ids, candidates.matched if parts and steps else None
     # Of a single scorer in one step: for each candidate its dict costs a third.
     alone = names[0] if len(names) == 1 else ""
     terms: list[CandidateTerms] = []
-    for number, position in enumerate(ranked):
-        score = scores[number]
-        if parts is None:
-            values = {alone: score}
-        elif alone:
-            values = {alone: parts[0].item(position)}
-        else:
+    blocks = matched
+    for position in ranked:
+        score = totals.item(position)
+        if not alone:
             values = {name: part.item(position) for name, part in zip(names, parts, strict=True)}
-        blocks = candidates.held_at(position) if number else matched
-        in_flight = int(requests.item(slots.item(position)))
-        terms.append(CandidateTerms(ids[rows.item(position)], score, in_flight, blocks, values))
+        elif not parts or parts[0] is totals:
+            values = {alone: score}
+        else:
+            values = {alone: parts[0].item(position)}
+        if numbers:
+            slot, instance = numbers[position], own[position]
+        else:
+            slot, instance = slots.item(position), ids[rows.item(position)]
+        if terms:
+            blocks = held_by(steps, slot) if lengths is None else int(lengths.item(position))
+        terms.append(CandidateTerms(instance, score, int(requests.item(slot)), blocks, values))
     return terms
 
 

@@ -21,9 +21,9 @@ from penstock.common.messages import (
     SnapshotPiece,
 )
 from penstock.common.model import InstanceId
+from penstock.scheduler.chain import HASH_BYTES
 from penstock.scheduler.feed import FeedReader, FeedWriter
 from penstock.scheduler.prefix_index import PrefixIndex
-from penstock.scheduler.scheduler import HASH_BYTES
 from penstock.scheduler.view import ClusterView
 
 FIGURES, BLOCKS = 0, 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.scheduler.chain import signed
 from penstock.scheduler.columns import NATIVE
 from penstock.scheduler.draws import SIGNED_MIX_1, SIGNED_MIX_2
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from librt.vecs import vec
     from mypy_extensions import i64
 
-_SIGN: Final = 1 << 63
 _LEAST: Final = -(1 << 63)
 _LOW_HALF: Final = 0xFFFFFFFF
 # Times a single bit its upper six bits are others for each of the 64 (Leiserson, Prokop, Randall: Using
@@ -37,7 +37,7 @@ class Sweep:
     def __init__(self, slots: NDArray[np.intp], keys: NDArray[np.uint64]) -> None:
         """`keys` are for rendezvous; both are aligned with the candidates."""
         self._slots = vec[i64](slots.tolist())
-        self._keys = vec[i64]([_signed(key) for key in keys.tolist()])
+        self._keys = vec[i64]([signed(key) for key in keys.tolist()])
         self._costs = vec[float]([0.0] * len(slots))
         positions = [0] * (int(slots.max()) + 1)
         for position, slot in enumerate(slots.tolist()):
@@ -52,7 +52,7 @@ class Sweep:
         self._third: i64 = 0
         self._top = self._small = 1.0
 
-    def score(self, position: int) -> float:
+    def item(self, position: int) -> float:
         """Of a candidate, 0..1."""
         return self._top / (self._costs[position] + self._small)
 
@@ -132,15 +132,15 @@ class Sweep:
 
     def only(self, band: float) -> int:
         """The best candidate, if no other is within `band` of it; else -1."""
-        if self._second >= 0 and self.score(self._second) >= self.score(self._first) - band:
+        if self._second >= 0 and self.item(self._second) >= self.item(self._first) - band:
             return -1
         return self._first
 
     def drawn(self, band: float, key: int) -> int:
         """Of all within `band` of the best the first in rendezvous order for `key`, see draws."""
         costs, keys, top, small = self._costs, self._keys, self._top, self._small
-        floor = self.score(self._first) - band
-        own: i64 = _signed(key)
+        floor = self.item(self._first) - band
+        own: i64 = signed(key)
         chosen: i64 = -1
         highest: i64 = 0
         i: i64 = 0
@@ -168,8 +168,3 @@ class Sweep:
 def sweep_of(slots: NDArray[np.intp], keys: NDArray[np.uint64]) -> Sweep | None:
     """None in Python, where numpy is faster."""
     return Sweep(slots, keys) if NATIVE and len(slots) else None
-
-
-def _signed(number: int) -> int:
-    """64 bits as a signed number."""
-    return number - (1 << 64) if number >= _SIGN else number

@@ -27,11 +27,11 @@ from penstock.common.routing_events import (
     WriterChange,
     WriterEvent,
 )
+from penstock.scheduler.chain import HASH_BYTES
 from penstock.scheduler.decisions import Decision, Reasons
 from penstock.scheduler.entries import Orphan
 from penstock.scheduler.kv_feeds import TrustChange
 from penstock.scheduler.precision import WINDOW
-from penstock.scheduler.scheduler import HASH_BYTES
 
 log = logging.getLogger(__name__)
 

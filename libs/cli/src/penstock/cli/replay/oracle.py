@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.scheduler.chain import Hashes
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.sim.engine import Engine
 
@@ -16,7 +17,7 @@ class TrueCaches(PrefixIndex):
         super().__init__(2)
         self._engines = engines
 
-    def match(self, hashes: Sequence[int], candidates: int) -> list[tuple[int, int]]:
+    def match(self, hashes: Hashes, candidates: int) -> list[tuple[int, int]]:
         prompt = tuple(hashes)
         slots_by_length: dict[int, int] = {}
         for slot, engine in enumerate(self._engines):
@@ -30,7 +31,7 @@ class TrueCaches(PrefixIndex):
             steps.append((length, held))
         return steps[::-1]
 
-    def insert(self, hashes: Sequence[int], slot: int, matched: int = 0) -> int:
+    def insert(self, hashes: Hashes, slot: int, matched: int = 0) -> int:
         return matched
 
     def forget(self, slots: int) -> None:

@@ -15,9 +15,9 @@ from penstock.cli.replay.schedulers import Schedulers
 from penstock.cli.replay.settings import ReplaySettings
 from penstock.cli.replay.setups import Setup
 from penstock.cli.replay.trace import TraceRequest, timed
+from penstock.scheduler.chain import unpack
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.scheduler import unpack
 from penstock.sim.cluster import Arrival, Cluster, Outcome
 from penstock.sim.engine import Engine
 from penstock.sim.spec import EngineRequest
