@@ -98,6 +98,10 @@ class Leases:
         """Whether `unused` has something to look at."""
         return bool(self._leases or self._seen)
 
+    def holds(self, key: str) -> bool:
+        """Whether there is a lease of a count."""
+        return key in self._leases
+
     @property
     def wanting(self) -> bool:
         """Whether `wanted` has something to ask for."""
@@ -146,15 +150,13 @@ class Leases:
     def counted(self, plan: Plan, parts: Sequence[Part], verdict: Verdict) -> None:
         """The store granted a claim. The second one within UNUSED_S is followed by leases, if all of its
         limits are large enough to lease what such a claim needs, and there are not several of a kind."""
+        if not (plan.seen or (plan.leases is not None and plan.leases[0].ends_at)):
+            plan.seen = True
+            self._seen.append(plan)
+            return
         for part in parts:
-            if part.limit < SHARE * (part.amount if part.amount > 2 else 2):
+            if part.limit < SHARE * max(2, part.amount):
                 return
-        if not plan.seen:
-            for part in parts:
-                if part.key not in self._leases:
-                    plan.seen = True
-                    self._seen.append(plan)
-                    return
         leases: list[Lease] = []
         for part, used in zip(parts, verdict.used, strict=True):
             lease = self._lease(part, verdict.now)
@@ -229,6 +231,7 @@ class Leases:
             if lease.pending:
                 continue
             if now >= lease.ends_at:
+                lease.ends_at = 0.0
                 del self._leases[key]
             elif lease.left and lease.left == lease.before:
                 back.append(Correction(key, lease.part.window_s, lease.number, -lease.left))

@@ -69,6 +69,11 @@ class _Over:
         self._until: dict[str, float] = {}
         self._last = 0.0
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._until)
+
     def add(self, key: str, until: float) -> None:
         """Until a moment of our clock."""
         if len(self._until) >= MAX_OVER:
@@ -78,8 +83,6 @@ class _Over:
 
     def any_of(self, parts: Sequence[Part], now: float) -> bool:
         """Whether a claim of these is likely to be refused."""
-        if not self._until:
-            return False
         if now >= self._last:
             self._until.clear()
         return any(now < self._until.get(part.key, 0.0) for part in parts)
@@ -177,7 +180,7 @@ class Limiter:
         claim = Claim(self, exchange, inference, plan, parts, line)
         exchange.reservation = claim
         line.ask(plan, parts, claim.answered)
-        if exchange.goes_straight and not self._over.any_of(parts, self._wall()):
+        if exchange.goes_straight and not (self._over.any and self._over.any_of(parts, self._wall())):
             claim.go_beside(exchange)
 
     async def run(self) -> None:

@@ -83,13 +83,13 @@ class StoreLine:
 
     def correct(self, corrections: Iterable[Correction]) -> None:
         """Keep them for a moment; beyond MAX_CORRECTIONS they are dropped, and counted."""
-        now = self._wall() + self._ahead_s
         for correction in corrections:
-            delta = self._leases.absorb(correction, now)
-            if delta == correction.delta:
-                self._add(correction)
-            elif delta:
-                self._add(correction._replace(delta=delta))
+            if self._leases.holds(correction[0]):
+                delta = self._leases.absorb(correction, self._wall() + self._ahead_s)
+                if not delta:
+                    continue
+                correction = correction._replace(delta=delta)
+            self._add(correction)
 
     def _add(self, correction: Correction) -> None:
         if len(self._corrections) >= MAX_CORRECTIONS:
@@ -175,8 +175,9 @@ class StoreLine:
         leases = self._leases
         for part, verdict in zip(wanted, verdicts[len(claims) :], strict=True):
             leases.answered(part, verdict)
-        for (plan, parts, settled), verdict in zip(claims, verdicts, strict=False):
-            if verdict.over < 0:
+        for index, (plan, parts, settled) in enumerate(claims):
+            verdict = verdicts[index]
+            if verdict[0] < 0:
                 leases.counted(plan, parts, verdict)
             settled(verdict)
         if leases.any and not self._woken.is_set():
