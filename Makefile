@@ -9,7 +9,10 @@ PACKAGES := libs/common libs/sim services/ingress services/scheduler services/di
 STAMP := $(VENV)/.synced
 ARGS ?=
 
-.PHONY: help sync up test unit integration soak lint types contracts check compile compiled bench bench-discovery bench-limits bench-mirror bench-pd bench-replicas bench-traces fmt docs
+# What a benchmark measures is what images run: machine code, where there is a C compiler.
+BENCHES := bench bench-discovery bench-limits bench-mirror bench-pd bench-replicas bench-scheduler bench-traces
+
+.PHONY: help sync up test unit integration soak lint types contracts check compile compiled machine-code $(BENCHES) fmt docs
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,29 +59,36 @@ compile: sync ## the ingress's data path and what the scheduler decides by as ma
 	@$(BIN)/python services/ingress/compile.py
 	@$(BIN)/python services/scheduler/compile.py
 
+machine-code: sync
+	-@$(BIN)/python services/ingress/compile.py
+	-@$(BIN)/python services/scheduler/compile.py
+
 compiled: compile ## the tests of ingress and scheduler on machine code
 	$(BIN)/python -m penstock.common.machine_code penstock.ingress pytest services/ingress $(ARGS)
 	$(BIN)/python -m penstock.common.machine_code penstock.scheduler pytest services/scheduler $(ARGS)
 
-bench: sync ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
+bench: machine-code ## the gateway beside nginx, CPU per request (ARGS="--quick", PEERS=1 for other routers)
 	$(BIN)/python -m penstock.cli.bench $(ARGS)
 
 bench-discovery: sync ## what discovery costs with 2,000 engines, and how soon a change in each store counts (ARGS="--source etcd")
 	PYTHONPATH=tests $(BIN)/python -m discovery_bench $(ARGS)
 
-bench-mirror: sync ## what clients notice of the mirror, off, on and in trouble (ARGS="--rate 200 --rounds 3")
+bench-mirror: machine-code ## what clients notice of the mirror, off, on and in trouble (ARGS="--rate 200 --rounds 3")
 	PYTHONPATH=tests $(BIN)/python -m mirror_bench $(ARGS)
 
-bench-pd: sync ## pairs of prefill and decode against neutral instances, and what the gateway adds (ARGS="--trace FILE --no-live")
+bench-pd: machine-code ## pairs of prefill and decode against neutral instances, and what the gateway adds (ARGS="--trace FILE --no-live")
 	PYTHONPATH=tests $(BIN)/python -m pd_bench $(ARGS)
 
-bench-replicas: sync ## schedulers over the bus, and sessions through 8 ingress workers and 32 engines (ARGS="--no-bus")
+bench-replicas: machine-code ## schedulers over the bus, and sessions through 8 ingress workers and 32 engines (ARGS="--no-bus")
 	PYTHONPATH=tests $(BIN)/python -m replica_bench $(ARGS)
 
-bench-limits: sync ## what limits and API keys cost a request, by store (ARGS="--rounds 7 --only off+nats")
+bench-limits: machine-code ## what limits and API keys cost a request, by store (ARGS="--rounds 7 --only off+nats")
 	PYTHONPATH=tests $(BIN)/python -m limits_bench $(ARGS)
 
-bench-traces: sync ## what traces cost a request, off and at 1 % (ARGS="--rounds 30 --percent 1,100")
+bench-scheduler: machine-code ## decisions a second of a scheduler in one process (ARGS="--help")
+	$(BIN)/python -m penstock.common.machine_code penstock.scheduler penstock.scheduler.bench $(ARGS)
+
+bench-traces: machine-code ## what traces cost a request, off and at 1 % (ARGS="--rounds 30 --percent 1,100")
 	PYTHONPATH=tests $(BIN)/python -m trace_bench $(ARGS)
 
 docs: sync ## write the generated tables in docs/

@@ -143,6 +143,7 @@ def test_a_busy_machine_is_said_to_be_one() -> None:
     assert any("30 %" in line for line in header(read(), made))
     assert any("busy" in line for line in header(read(), made))
     assert any("--seed 7" in line for line in header(read(), made))
+    assert any(line.startswith("ingress runs as ") for line in header(read(), made))
 
 
 def test_every_measurement_can_be_chosen_by_its_name_and_shows_what_it_has() -> None:

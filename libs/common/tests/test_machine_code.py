@@ -91,6 +91,17 @@ def test_without_a_manifest_the_sources_run(tmp_path: Path) -> None:
     assert tried(tmp_path) == "it has not been compiled"
 
 
+def test_what_is_there_of_these_sources_is_not_compiled_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert compile_package("penstock.sample", (NAME,), ()) == 0
+    assert compile_package("penstock.sample", (NAME, "penstock.sample.two"), ()) == 1
+    source_of(NAME).write_text("x = 2")
+    assert compile_package("penstock.sample", (NAME,), ()) == 1
+    assert capsys.readouterr().err.count("no C compiler") == 2
+
+
 RUN = """
 import sys
 from pathlib import Path

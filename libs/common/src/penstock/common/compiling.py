@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from penstock.common.machine_code import MANIFEST, digest_of, folder_of, source_of
+from penstock.common.machine_code import MANIFEST, digest_of, folder_of, missing, source_of
 
 _SETUP = """
 import os
@@ -31,14 +31,16 @@ _CONFIG = "[mypy]\nfollow_imports = silent\nignore_missing_imports = True\n"
 
 
 def compile_package(package: str, modules: Sequence[str], argv: Sequence[str]) -> int:
-    """Compile `modules`, and put the result where processes of `package` look for it. `argv` may name another
-    folder, and other modules. 1, and why on stderr, if it cannot be done here."""
+    """Compile `modules`, and put the result where processes of `package` look for it, unless it is there.
+    `argv` may name another folder, and other modules. 1, and why on stderr, if it cannot be done here."""
+    folder, modules = (Path(argv[0]), argv[1:]) if len(argv) > 1 else (folder_of(package), modules)
+    if not missing(folder, modules):
+        return 0
     if shutil.which("cc") is None:
         sys.stderr.write(
             f"no C compiler: {package} runs as Python (apt-get install gcc, then make compile)\n"
         )
         return 1
-    folder, modules = (Path(argv[0]), argv[1:]) if len(argv) > 1 else (folder_of(package), modules)
     # Before they are read: who edits one meanwhile gets Python.
     sources = {name: digest_of(name) for name in modules}
     with tempfile.TemporaryDirectory() as scratch:

@@ -36,8 +36,9 @@ class Finder(MetaPathFinder):
         return None if file is None else spec_from_file_location(fullname, file)
 
 
-def missing(folder: Path) -> str:
-    """Why what starts from here on does not run the machine code in a folder; "" if it does."""
+def missing(folder: Path, modules: Sequence[str] = ()) -> str:
+    """Why what starts from here on does not run the machine code in a folder; "" if it does. `modules` are
+    those that it has to be of, if there are any."""
     try:
         sources, library = _manifest(folder)
         changed = [name for name, digest in sources.items() if digest != digest_of(name)]
@@ -47,6 +48,8 @@ def missing(folder: Path) -> str:
         return f"{folder / MANIFEST} cannot be read: {exc}"
     if changed:
         return f"it was compiled from other sources than these ({changed[0]}): compile it again"
+    if modules and set(modules) != set(sources):
+        return "it was compiled of other modules: compile it again"
     if not all((folder / f"{name}{EXTENSION_SUFFIXES[0]}").is_file() for name in (*sources, library)):
         return "it was compiled for another Python: compile it again"
     return ""

@@ -12,7 +12,9 @@ from penstock.cli.bench.results import Results, Spread
 from penstock.cli.bench.run import Run
 from penstock.cli.bench.settings import BenchSettings
 from penstock.cli.bench.way import DIRECT, FULL, LEAST_REQUEST, NGINX
+from penstock.common.machine_code import folder_of, missing
 
+COMPILED = ("penstock.ingress", "penstock.scheduler")
 GAP = "  "
 # Of the gateway's core in the hands of others, from which on the report warns.
 BUSY_PERCENT = 10
@@ -79,12 +81,19 @@ def _with_range(spread: Spread, digits: int) -> str:
     return f"{median} ({low}..{high})"
 
 
+def runs_as(package: str) -> str:
+    """What a service started now runs as."""
+    why = missing(folder_of(package))
+    return f"as Python: {why}" if why else "as machine code"
+
+
 def header(settings: BenchSettings, run: Run) -> list[str]:
     """Under what conditions the figures came about."""
     cores = "the gateway alone on one core, all else on the others" if run.pinned else "nothing is pinned"
     foreign = run.results.everywhere("foreign_percent")
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, {cores}; Python {platform.python_version()}",
+        *(f"{package.partition('.')[2]} runs {runs_as(package)}" for package in COMPILED),
         f"{settings.repeats} rounds of {settings.slot_s:g} s, order by --seed {run.seed}, "
         f"{settings.engines} engines",
         "medians of the rounds; ratios and differences are made inside each round: median (low..high)",
