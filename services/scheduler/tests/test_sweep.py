@@ -41,6 +41,7 @@ def test_a_sweep_comes_to_what_numpy_does(data: st.DataObject) -> None:
     for slot in range(count):
         ms_per_token, wait_ms = some[slot * 7 % len(some)]
         view.loads.ranked_ms_per_token[slot], view.loads.wait_ms[slot] = ms_per_token, wait_ms
+        view.loads.queued[slot] = wait_ms
     hashes = [(1 << 59) + number for number in range(data.draw(st.sampled_from([0, 1, 9, 40])))]
     for slot, length in data.draw(st.lists(st.tuples(st.integers(0, count - 1), st.integers(0, 40)))):
         index.insert(hashes[:length], slot)
@@ -53,7 +54,9 @@ def test_a_sweep_comes_to_what_numpy_does(data: st.DataObject) -> None:
     )
     seed = data.draw(st.sampled_from([0, 1, 1 << 63, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1))
     case = Case(request, hashes, seed, 0, data.draw(st.sampled_from([1, 3])))
-    profile = Catalog(Thresholds(wait_weight=data.draw(st.sampled_from([1.0, 0.3])))).find("cache-aware")
+    catalog = Catalog(Thresholds(wait_weight=data.draw(st.sampled_from([1.0, 0.3]))))
+    profile = catalog.find(data.draw(st.sampled_from(["cache-aware", "cache-aware", "least-request"])))
+    assert profile.swept is not None
     band = data.draw(st.sampled_from([0.0, 0.02, 0.9]))
     profile = replace(profile, picker=Best(band, by_block=data.draw(st.booleans())))
     kept = profile.candidates(case, pool, view.loads).kept

@@ -274,12 +274,12 @@ class Cells:
         self.ms_per_token: vec[float] = columns["ms_per_token"].cells
         self.ranked_ms_per_token: vec[float] = columns["ranked_ms_per_token"].cells
         self.tpot_ms: vec[float] = columns["tpot_ms"].cells
-        self._arrays = columns["wait_ms"].array, columns["ranked_ms_per_token"].array
+        self._arrays = columns["wait_ms"].array, columns["ranked_ms_per_token"].array, columns["queued"].array
 
     def stand_for(self, loads: Loads) -> bool:
         """Whether loads still have these columns; recorded ones have arrays of their own."""
-        wait_ms, ranked_ms_per_token = self._arrays
-        return loads.wait_ms is wait_ms and loads.ranked_ms_per_token is ranked_ms_per_token
+        wait_ms, ranked, queued = self._arrays
+        return loads.wait_ms is wait_ms and loads.ranked_ms_per_token is ranked and loads.queued is queued
 
 
 def _mean(sums: Floats, counts: Floats, otherwise: float) -> float:

@@ -25,7 +25,7 @@ from penstock.scheduler.policies.filters import (
 )
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.policies.pickers import Best, Picker
-from penstock.scheduler.policies.scorers import Least, Scorer
+from penstock.scheduler.policies.scorers import FewestRequests, Least, Scorer
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.pool import Floats, Kept, Pool, whole
 
@@ -98,14 +98,21 @@ class Profile:
         return tuple(name for name in self.reads if name in Loads.NAMES)
 
     @cached_property
-    def swept(self) -> tuple[Best, ExpectedTtft] | None:
-        """What the choice is made by, if a Sweep does all of it."""
+    def swept(self) -> tuple[Best, ExpectedTtft | None] | None:
+        """What the choice is made by, if a Sweep does all of it; without a measure by fewest requests."""
         if len(self.scorers) != 1 or type(self.picker) is not Best:
             return None
         ((scorer, weight),) = self.scorers
+        if type(scorer) is FewestRequests and weight == 1.0:
+            return self.picker, None
         if type(scorer) is not Least or type(scorer.measure) is not ExpectedTtft or weight != 1.0:
             return None
         return self.picker, scorer.measure
+
+    @cached_property
+    def unfiltered(self) -> bool:
+        """Whether its filters drop those alone that the request or the instances' own limits exclude."""
+        return self.filters == (NotExcluded(), NotSaturated())
 
     def candidates(self, case: Case, pool: Pool, loads: Loads) -> Candidates:
         """Whom the filters leave."""

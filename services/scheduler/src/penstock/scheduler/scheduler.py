@@ -17,7 +17,7 @@ from penstock.scheduler.policies.custom import PolicyFault
 from penstock.scheduler.policies.filters import OWNER, SATURATED
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.policies.pickers import Best
-from penstock.scheduler.pool import Floats
+from penstock.scheduler.pool import Floats, Kept, Pool
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Index, Profile, look_up
 from penstock.scheduler.sweep import MAX_TOKENS, Sweep
@@ -61,7 +61,10 @@ def schedule(
         message = f"no instance serves model {request.model!r}"
         return reject(request, profile.name, Reason.UNKNOWN_MODEL, message)
     case = Case(request, chain_of(request.block_hashes), seed_of(request.decision_id), pool.turn, replicas)
-    candidates = profile.candidates(case, pool, view.loads)
+    kept = _standing(profile, case, pool)
+    candidates = (
+        Candidates(kept, view.loads) if kept is not None else profile.candidates(case, pool, view.loads)
+    )
     if not len(candidates):
         decision = none_left(request, profile, candidates)
         return msgspec.structs.replace(decision, basis=Basis(case, profile, candidates.kept))
@@ -72,6 +75,14 @@ def schedule(
         fresh = Candidates(candidates.kept, view.loads)
         decision = choose(case, fresh, index, catalog.fallback)
         return msgspec.structs.replace(decision, fault=fault)
+
+
+def _standing(profile: Profile, case: Case, pool: Pool) -> Kept | None:
+    """Whom the filters leave, if that is known without asking them."""
+    request = case.request
+    if request.excluded or pool.limits is not None or not profile.unfiltered:
+        return None
+    return pool.standing.get((profile.role, request.owner))
 
 
 def choose(
@@ -115,7 +126,7 @@ def choose(
     )
 
 
-def _swept(case: Case, candidates: Candidates, profile: Profile) -> tuple[Best, ExpectedTtft] | None:
+def _swept(case: Case, candidates: Candidates, profile: Profile) -> tuple[Best, ExpectedTtft | None] | None:
     """What the choice is made by, if machine code can make it in one pass."""
     loads = candidates.loads
     fits = 0 <= case.request.prompt_tokens < MAX_TOKENS and loads.cells.stand_for(loads)
@@ -123,20 +134,29 @@ def _swept(case: Case, candidates: Candidates, profile: Profile) -> tuple[Best, 
 
 
 def _sweep(
-    sweep: Sweep, case: Case, candidates: Candidates, picker: Best, measure: ExpectedTtft
+    sweep: Sweep, case: Case, candidates: Candidates, picker: Best, measure: ExpectedTtft | None
 ) -> list[int]:
     """Positions of the chosen one, then of the best others: what `parts`, `pick` and `_best` come to."""
+    cells = candidates.loads.cells
+    if measure is None:
+        # (1 + least) / (1 + requests).
+        sweep.rate(cells.ranked_ms_per_token, cells.queued, 0.0, (), 1.0, 1.0)
+    else:
+        _rate(sweep, case, candidates, measure)
+    band = picker.width(case)
+    chosen = sweep.only(band)
+    if chosen < 0:
+        chosen = sweep.drawn(band, picker.key(case, candidates))
+    return sweep.ranked(chosen)
+
+
+def _rate(sweep: Sweep, case: Case, candidates: Candidates, measure: ExpectedTtft) -> None:
     tokens = case.request.prompt_tokens
     held = [(share_of(case, blocks, -tokens) + tokens, mask) for blocks, mask in candidates.steps]
     cells = candidates.loads.cells
     sweep.rate(
         cells.ranked_ms_per_token, cells.wait_ms, float(tokens), held, measure.wait_weight, measure.small
     )
-    band = picker.width(case)
-    chosen = sweep.only(band)
-    if chosen < 0:
-        chosen = sweep.drawn(band, picker.key(case, candidates))
-    return sweep.ranked(chosen)
 
 
 def _best(scores: Floats, chosen: int, shown: int) -> list[int]:

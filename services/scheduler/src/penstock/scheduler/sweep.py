@@ -1,4 +1,4 @@
-"""Sweep: the whole choice by expected time to first token in one pass over the candidates, as machine code.
+"""Sweep: a whole choice by expected time to first token, or by fewest requests, in one pass of machine code.
 
 numpy takes some twenty calls for it, each of a microsecond or more, few numbers or many. What is computed is
 the same to the last bit: ExpectedTtft, Least, Best and the best candidates to show (decision 0062).
