@@ -55,8 +55,10 @@ def test_a_sweep_comes_to_what_numpy_does(data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from([0, 1, 1 << 63, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1))
     case = Case(request, hashes, seed, 0, data.draw(st.sampled_from([1, 3])))
     catalog = Catalog(Thresholds(wait_weight=data.draw(st.sampled_from([1.0, 0.3]))))
-    profile = catalog.find(data.draw(st.sampled_from(["cache-aware", "cache-aware", "least-request"])))
-    assert profile.swept is not None
+    profile = catalog.find(
+        data.draw(st.sampled_from(["cache-aware", "cache-aware", "least-request", "prefix-cache"]))
+    )
+    assert profile.swept
     band = data.draw(st.sampled_from([0.0, 0.02, 0.9]))
     profile = replace(profile, picker=Best(band, by_block=data.draw(st.booleans())))
     kept = profile.candidates(case, pool, view.loads).kept

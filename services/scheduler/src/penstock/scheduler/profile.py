@@ -25,7 +25,7 @@ from penstock.scheduler.policies.filters import (
 )
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.policies.pickers import Best, Picker
-from penstock.scheduler.policies.scorers import FewestRequests, Least, Scorer
+from penstock.scheduler.policies.scorers import FewestRequests, Headroom, Least, PrefixMatch, Scorer
 from penstock.scheduler.policies.table import Thresholds
 from penstock.scheduler.pool import Floats, Kept, Pool, whole
 
@@ -98,16 +98,18 @@ class Profile:
         return tuple(name for name in self.reads if name in Loads.NAMES)
 
     @cached_property
-    def swept(self) -> tuple[Best, ExpectedTtft | None] | None:
-        """What the choice is made by, if a Sweep does all of it; without a measure by fewest requests."""
-        if len(self.scorers) != 1 or type(self.picker) is not Best:
-            return None
-        ((scorer, weight),) = self.scorers
-        if type(scorer) is FewestRequests and weight == 1.0:
-            return self.picker, None
-        if type(scorer) is not Least or type(scorer.measure) is not ExpectedTtft or weight != 1.0:
-            return None
-        return self.picker, scorer.measure
+    def swept(self) -> bool:
+        """Whether a Sweep can do all of the choice."""
+        if type(self.picker) is not Best:
+            return False
+        if tuple(type(scorer) for scorer, _ in self.scorers) == (PrefixMatch, Headroom):
+            return True
+        if len(self.scorers) != 1 or self.scorers[0][1] != 1.0:
+            return False
+        scorer = self.scorers[0][0]
+        return type(scorer) is FewestRequests or (
+            type(scorer) is Least and type(scorer.measure) is ExpectedTtft
+        )
 
     @cached_property
     def unfiltered(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -17,6 +17,7 @@ from penstock.scheduler.policies.custom import PolicyFault
 from penstock.scheduler.policies.filters import OWNER, SATURATED
 from penstock.scheduler.policies.measures import ExpectedTtft
 from penstock.scheduler.policies.pickers import Best
+from penstock.scheduler.policies.scorers import Headroom, Least, PrefixMatch
 from penstock.scheduler.pool import Floats, Kept, Pool
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.profile import Index, Profile, look_up
@@ -94,11 +95,10 @@ def choose(
         look_up(case, candidates, index)
     kept = candidates.kept
     numbers, sweep = kept.numbers, kept.sweep
-    swept = _swept(case, candidates, profile) if sweep is not None and shown == SHOWN else None
-    if sweep is not None and swept is not None:
-        parts: list[Floats] = []
+    if sweep is not None and shown == SHOWN and profile.swept and _can_sweep(case, candidates):
         totals: Totals = sweep
-        ranked = _sweep(sweep, case, candidates, *swept)
+        parts = _score(sweep, case, candidates, profile)
+        ranked = _ranked(sweep, case, candidates, profile)
     else:
         sums, parts = profile.parts(case, candidates)
         totals, ranked = sums, _best(sums, profile.picker.pick(case, candidates, sums), shown)
@@ -126,37 +126,40 @@ def choose(
     )
 
 
-def _swept(case: Case, candidates: Candidates, profile: Profile) -> tuple[Best, ExpectedTtft | None] | None:
-    """What the choice is made by, if machine code can make it in one pass."""
+def _can_sweep(case: Case, candidates: Candidates) -> bool:
+    """Whether machine code has the numbers, and they are the same there."""
     loads = candidates.loads
-    fits = 0 <= case.request.prompt_tokens < MAX_TOKENS and loads.cells.stand_for(loads)
-    return profile.swept if fits else None
+    return 0 <= case.request.prompt_tokens < MAX_TOKENS and loads.cells.stand_for(loads)
 
 
-def _sweep(
-    sweep: Sweep, case: Case, candidates: Candidates, picker: Best, measure: ExpectedTtft | None
-) -> list[int]:
-    """Positions of the chosen one, then of the best others: what `parts`, `pick` and `_best` come to."""
-    cells = candidates.loads.cells
-    if measure is None:
-        # (1 + least) / (1 + requests).
-        sweep.rate(cells.ranked_ms_per_token, cells.queued, 0.0, (), 1.0, 1.0)
-    else:
-        _rate(sweep, case, candidates, measure)
+def _score(sweep: Sweep, case: Case, candidates: Candidates, profile: Profile) -> list[Floats]:
+    """What `Profile.parts` comes to; the scores of several scorers, one by one."""
+    cells, (scorer, weight) = candidates.loads.cells, profile.scorers[0]
+    if isinstance(scorer, Least):
+        measure, tokens = cast("ExpectedTtft", scorer.measure), case.request.prompt_tokens
+        held = [(share_of(case, blocks, -tokens) + tokens, mask) for blocks, mask in candidates.steps]
+        prefill, wait_ms = cells.ranked_ms_per_token, cells.wait_ms
+        sweep.by_cost(prefill, wait_ms, float(tokens), held, measure.wait_weight, measure.small)
+        return []
+    if isinstance(scorer, PrefixMatch):
+        headroom, room_weight = cast("tuple[Headroom, float]", profile.scorers[1])
+        shares = [(share_of(case, blocks, 1.0), mask) for blocks, mask in candidates.steps]
+        guard, room = (scorer.requests, scorer.ratio), (headroom.requests, headroom.ratio)
+        sweep.by_prefix(cells.queued, shares, candidates.mean, guard, room, (weight, room_weight))
+        return [sweep.held.array, sweep.room.array]
+    # FewestRequests: (1 + least) / (1 + requests).
+    sweep.by_cost(cells.ranked_ms_per_token, cells.queued, 0.0, (), 1.0, 1.0)
+    return []
+
+
+def _ranked(sweep: Sweep, case: Case, candidates: Candidates, profile: Profile) -> list[int]:
+    """Positions of the chosen one, then of the best others: what `Best.pick` and `_best` come to."""
+    picker = cast("Best", profile.picker)
     band = picker.width(case)
     chosen = sweep.only(band)
     if chosen < 0:
         chosen = sweep.drawn(band, picker.key(case, candidates))
     return sweep.ranked(chosen)
-
-
-def _rate(sweep: Sweep, case: Case, candidates: Candidates, measure: ExpectedTtft) -> None:
-    tokens = case.request.prompt_tokens
-    held = [(share_of(case, blocks, -tokens) + tokens, mask) for blocks, mask in candidates.steps]
-    cells = candidates.loads.cells
-    sweep.rate(
-        cells.ranked_ms_per_token, cells.wait_ms, float(tokens), held, measure.wait_weight, measure.small
-    )
 
 
 def _best(scores: Floats, chosen: int, shown: int) -> list[int]:
@@ -184,7 +187,7 @@ def _terms(
     are those of a single scorer."""
     requests, kept, steps = candidates.loads.requests, candidates.kept, candidates.steps
     ids, rows, slots, numbers = kept.pool.ids, kept.rows, kept.slots, kept.numbers
-    own, lengths = kept.ids, candidates.matched if parts and steps else None
+    own, lengths = kept.ids, candidates.matched if steps and kept.sweep is None else None
     # Of a single scorer in one step: for each candidate its dict costs a third.
     alone = names[0] if len(names) == 1 else ""
     terms: list[CandidateTerms] = []

@@ -1,7 +1,8 @@
-"""Sweep: a whole choice by expected time to first token, or by fewest requests, in one pass of machine code.
+"""Sweep: a whole choice in one pass of machine code: by expected time to first token, by fewest requests, or
+by prefix and headroom.
 
 numpy takes some twenty calls for it, each of a microsecond or more, few numbers or many. What is computed is
-the same to the last bit: ExpectedTtft, Least, Best and the best candidates to show (decision 0062).
+the same to the last bit: the scorers, Best and the best candidates to show (decision 0062).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.scheduler.chain import signed
-from penstock.scheduler.columns import NATIVE
+from penstock.scheduler.columns import NATIVE, Column
 from penstock.scheduler.draws import SIGNED_MIX_1, SIGNED_MIX_2
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class Sweep:
         """`keys` are for rendezvous; both are aligned with the candidates."""
         self._slots = vec[i64](slots.tolist())
         self._keys = vec[i64]([signed(key) for key in keys.tolist()])
-        self._costs = vec[float]([0.0] * len(slots))
+        count = len(slots)
+        self._scores = vec[float]([0.0] * count)
+        # What the last choice held of the prompt for each candidate; its headroom.
+        self.held, self.room = Column([0.0] * count), Column([0.0] * count)
         positions = [0] * (int(slots.max()) + 1)
         for position, slot in enumerate(slots.tolist()):
             positions[slot] = position
@@ -50,13 +54,12 @@ class Sweep:
         self._first: i64 = 0
         self._second: i64 = 0
         self._third: i64 = 0
-        self._top = self._small = 1.0
 
     def item(self, position: int) -> float:
-        """Of a candidate, 0..1."""
-        return self._top / (self._costs[position] + self._small)
+        """The score of a candidate, 0..1."""
+        return self._scores[position]
 
-    def rate(
+    def by_cost(
         self,
         ms_per_token: vec[float],
         wait_ms: vec[float],
@@ -68,54 +71,102 @@ class Sweep:
         """Score everybody: (small + least) / (small + cost). Cost is a slot's `ms_per_token` x tokens to
         compute + `wait_ms` x `wait_weight`; `held` are (tokens to compute, slots that have no more), the
         later entries' slots within those of the earlier."""
-        slots, costs = self._slots, self._costs
-        count: i64 = len(slots)
+        self._spread(tokens, held)
+        slots, scores, uncached = self._slots, self._scores, self.held.cells
+        least = math.inf
         i: i64 = 0
+        count: i64 = len(slots)
         while i < count:
             slot = slots[i]
-            costs[i] = ms_per_token[slot] * tokens + wait_ms[slot] * wait_weight
+            cost = ms_per_token[slot] * uncached[i] + wait_ms[slot] * wait_weight
+            scores[i] = cost
+            if cost < least:
+                least = cost
             i += 1
-        for uncached, mask in held:
-            self._mark(ms_per_token, wait_ms, uncached, mask, wait_weight)
-        least = costs[0]
-        i = 1
+        top = small + least
+        i = 0
         while i < count:
-            if costs[i] < least:
-                least = costs[i]
+            scores[i] = top / (scores[i] + small)
             i += 1
-        self._top, self._small = small + least, small
         self._rank()
 
-    def _mark(
-        self, ms_per_token: vec[float], wait_ms: vec[float], uncached: float, mask: int, wait_weight: float
+    def by_prefix(
+        self,
+        requests: vec[float],
+        held: Sequence[tuple[float, int]],
+        mean: float,
+        guard: tuple[float, float],
+        room: tuple[float, float],
+        weights: tuple[float, float],
     ) -> None:
-        costs, positions, places = self._costs, self._positions, self._places
-        packed = mask.to_bytes(((mask.bit_length() + 63) >> 6) << 3, "little")
-        slot: i64 = 0
-        end: i64 = len(packed)
-        while slot < end << 3:
-            bits = read_i64_le(packed, slot >> 3)
-            while bits:
-                at = slot + places[((bits & -bits) * _DE_BRUIJN) >> 58 & 63]
-                costs[positions[at]] = ms_per_token[at] * uncached + wait_ms[at] * wait_weight
-                bits &= bits - 1
-            slot += 64
+        """Score everybody: PrefixMatch and Headroom by their `weights`. `guard` and `room` are (requests,
+        ratio) of either, `held` (share of the prompt, slots that hold no less), `mean` that of `requests`."""
+        self._spread(0.0, held)
+        slots, scores, shares, rooms = self._slots, self._scores, self.held.cells, self.room.cells
+        least = most = requests[slots[0]]
+        i: i64 = 1
+        count: i64 = len(slots)
+        while i < count:
+            number = requests[slots[i]]
+            if number < least:
+                least = number
+            if number > most:
+                most = number
+            i += 1
+        allowed, (guard_requests, guard_ratio) = math.inf, guard
+        if most > least + guard_requests:
+            allowed = (1.0 + guard_ratio) * mean
+            if allowed < least + guard_requests:
+                allowed = least + guard_requests
+        room_requests, room_ratio = room
+        scale = room_requests + room_ratio * mean
+        slope, base, below = -1.0 / scale, 1.0 + least / scale, most - least > scale
+        share_weight, room_weight = weights
+        i = 0
+        while i < count:
+            number = requests[slots[i]]
+            if number > allowed:
+                shares[i] = 0.0
+            left = number * slope + base
+            if below and left < 0.0:
+                left = 0.0
+            rooms[i] = left
+            scores[i] = shares[i] * share_weight + left * room_weight
+            i += 1
+        self._rank()
+
+    def _spread(self, otherwise: float, held: Sequence[tuple[float, int]]) -> None:
+        """Put numbers where their slots are, and `otherwise` elsewhere."""
+        numbers, positions, places = self.held.cells, self._positions, self._places
+        i: i64 = 0
+        count: i64 = len(numbers)
+        while i < count:
+            numbers[i] = otherwise
+            i += 1
+        for number, mask in held:
+            packed = mask.to_bytes(((mask.bit_length() + 63) >> 6) << 3, "little")
+            slot: i64 = 0
+            end: i64 = len(packed)
+            while slot < end << 3:
+                bits = read_i64_le(packed, slot >> 3)
+                while bits:
+                    at = slot + places[((bits & -bits) * _DE_BRUIJN) >> 58 & 63]
+                    numbers[positions[at]] = number
+                    bits &= bits - 1
+                slot += 64
 
     def _rank(self) -> None:
         """Find the three highest scores, of equals the first."""
-        costs, top, small = self._costs, self._top, self._small
+        scores = self._scores
         first: i64 = -1
         second: i64 = -1
         third: i64 = -1
         highest, next_one, last = -1.0, -1.0, -1.0
-        most = math.inf
         i: i64 = 0
-        count: i64 = len(costs)
+        count: i64 = len(scores)
         while i < count:
-            cost = costs[i]
-            # What costs no less scores no more; a division takes longer than all the rest.
-            if cost < most:
-                score = top / (cost + small)
+            score = scores[i]
+            if score > last:
                 if score > highest:
                     last, third = next_one, second
                     next_one, second = highest, first
@@ -123,10 +174,8 @@ class Sweep:
                 elif score > next_one:
                     last, third = next_one, second
                     next_one, second = score, i
-                elif score > last:
+                else:
                     last, third = score, i
-                if third >= 0:
-                    most = costs[third]
             i += 1
         self._first, self._second, self._third = first, second, third
 
@@ -138,15 +187,15 @@ class Sweep:
 
     def drawn(self, band: float, key: int) -> int:
         """Of all within `band` of the best the first in rendezvous order for `key`, see draws."""
-        costs, keys, top, small = self._costs, self._keys, self._top, self._small
+        scores, keys = self._scores, self._keys
         floor = self.item(self._first) - band
         own: i64 = signed(key)
         chosen: i64 = -1
         highest: i64 = 0
         i: i64 = 0
-        count: i64 = len(costs)
+        count: i64 = len(scores)
         while i < count:
-            if top / (costs[i] + small) >= floor:
+            if scores[i] >= floor:
                 mixed: i64 = (keys[i] ^ own) * SIGNED_MIX_1
                 mixed ^= (mixed >> 32) & _LOW_HALF
                 rank: i64 = (mixed * SIGNED_MIX_2) ^ _LEAST
