@@ -13,7 +13,7 @@ from integration.servers import eventually
 from penstock.common.messages import Placement, Reason, Rejection, ScheduleRequest
 from penstock.ingress.limit_settings import UserRecord
 from penstock.ingress.limiter import Limiter
-from penstock.ingress.limits import Correction, LocalCounts, Part
+from penstock.ingress.limits import Correction, LocalCounts, Parts
 from penstock.ingress.ports import Settled, StoreLost
 
 from .ingress_lab import BODY, Lab
@@ -26,11 +26,9 @@ class Store:
 
     def __init__(self) -> None:
         self.counts, self.claims = LocalCounts(), 0
-        self._asked: list[tuple[Sequence[Sequence[Part]], Sequence[Correction], Settled]] = []
+        self._asked: list[tuple[Sequence[Parts], Sequence[Correction], Settled]] = []
 
-    def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
-    ) -> None:
+    def settle(self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled) -> None:
         self.claims += len(claims)
         self._asked.append((claims, corrections, settled))
 

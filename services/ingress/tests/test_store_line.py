@@ -9,7 +9,7 @@ import pytest
 from integration.servers import eventually
 
 from penstock.common.telemetry import Metrics
-from penstock.ingress.limits import MINUTE_S, REQUESTS, TOKENS, Correction, LocalCounts, Part, Verdict
+from penstock.ingress.limits import MINUTE_S, REQUESTS, TOKENS, Correction, LocalCounts, Part, Parts, Verdict
 from penstock.ingress.plans import Plan
 from penstock.ingress.ports import Settled, StoreLost
 from penstock.ingress.store_line import StoreLine
@@ -24,11 +24,9 @@ class Store:
         self.counts = LocalCounts()
         self.calls: list[tuple[int, int]] = []
         self.away = self.closed = False
-        self._asked: tuple[Sequence[Sequence[Part]], Sequence[Correction], Settled] | None = None
+        self._asked: tuple[Sequence[Parts], Sequence[Correction], Settled] | None = None
 
-    def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
-    ) -> None:
+    def settle(self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled) -> None:
         assert self._asked is None, "a call is under way"
         self._asked = claims, corrections, settled
         self.calls.append((len(claims), len(corrections)))

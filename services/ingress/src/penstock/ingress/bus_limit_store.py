@@ -18,7 +18,7 @@ from hashlib import blake2b
 from penstock.common.bus import Bus
 from penstock.common.errors import BusError
 from penstock.common.subjects import LIMITS
-from penstock.ingress.limits import OVERFLOW, Correction, Part, Verdict, window
+from penstock.ingress.limits import OVERFLOW, Correction, Parts, Verdict, window
 from penstock.ingress.ports import StoreLost
 from penstock.ingress.tasked_store import TaskedStore
 
@@ -43,8 +43,10 @@ class BusLimitStore(TaskedStore):
         # By length of the window: its number, and the names that were counted in it.
         self._names: dict[int, tuple[int, set[str]]] = {}
 
-    async def ask(self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]) -> list[Verdict]:
+    async def ask(self, claims: Sequence[Parts], corrections: Sequence[Correction]) -> list[Verdict]:
         """As of `TaskedStore`."""
+        # Looked at more than once.
+        claims = [list(parts) for parts in claims]
         try:
             async with asyncio.timeout(self._timeout_s):
                 now = await self._now(probing=not (claims or corrections))
@@ -117,7 +119,7 @@ class BusLimitStore(TaskedStore):
 
 
 def _decide(
-    claims: Sequence[Sequence[Part]],
+    claims: Sequence[Parts],
     claimed: Sequence[Sequence[Place]],
     counts: dict[Place, int],
     now: float,

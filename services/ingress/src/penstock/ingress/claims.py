@@ -8,16 +8,15 @@ hears of that first. A refusal gives the placement back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from penstock.common.messages import Placement, Rejection
 from penstock.common.model import Instance
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.large_bodies import Facts
-from penstock.ingress.limits import Counts, Part, Reservation, Verdict
+from penstock.ingress.limits import Counts, Verdict
 from penstock.ingress.outcomes import Outcome
-from penstock.ingress.plans import Plan
+from penstock.ingress.plans import Asked, Plan
 from penstock.ingress.request_body import InferenceRequest
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Claim(Reservation):
+class Claim(Asked):
     """Held by its request from the beginning; `pending` until the store has answered."""
 
-    __slots__ = ("_exchange", "_found", "_inference", "_instance", "_limiter", "_plan", "_went")
+    __slots__ = ("_exchange", "_found", "_inference", "_instance", "_limiter", "_went")
 
     def __init__(
         self,
@@ -38,13 +37,13 @@ class Claim(Reservation):
         exchange: Exchange,
         inference: InferenceRequest | Facts,
         plan: Plan,
-        parts: Sequence[Part],
+        tokens: int,
         counts: Counts,
     ) -> None:
         """`counts` are the store's."""
-        super().__init__(parts, counts, 0.0, b"", plan.counts_tokens)
+        super().__init__(plan, tokens, counts)
         self.pending = True
-        self._limiter, self._inference, self._plan = limiter, inference, plan
+        self._limiter, self._inference = limiter, inference
         # It knows this claim: the cycle ends with the store's answer.
         self._exchange: Exchange | None = exchange
         self._went = False
@@ -89,7 +88,7 @@ class Claim(Reservation):
                 self.settle(0)
             return
         try:
-            self._limiter.decided(self, exchange, self._inference, self._plan, self.parts, verdict)
+            self._limiter.decided(self, exchange, self._inference, verdict)
             self._go_on(exchange)
         except GatewayError as exc:
             self._withdraw(exchange)

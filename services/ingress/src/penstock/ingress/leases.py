@@ -8,7 +8,6 @@ store has counted it, no limit is ever passed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from penstock.ingress.limits import (
     MINUTE_S,
@@ -17,6 +16,7 @@ from penstock.ingress.limits import (
     Counts,
     Held,
     Part,
+    Parts,
     Verdict,
     new_tuple,
     window,
@@ -147,7 +147,7 @@ class Leases:
         plan.lines = plan.shape.lines(now)
         return True
 
-    def counted(self, plan: Plan, parts: Sequence[Part], verdict: Verdict) -> None:
+    def counted(self, plan: Plan, parts: Parts, verdict: Verdict) -> None:
         """The store granted a claim. The second one within UNUSED_S is followed by leases, if all of its
         limits are large enough to lease what such a claim needs, and there are not several of a kind."""
         if not (plan.seen or (plan.leases is not None and plan.leases[0].ends_at)):

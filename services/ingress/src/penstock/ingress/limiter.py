@@ -81,11 +81,11 @@ class _Over:
         self._until[key] = until
         self._last = max(self._last, until)
 
-    def any_of(self, parts: Sequence[Part], now: float) -> bool:
+    def any_of(self, keys: Sequence[str], now: float) -> bool:
         """Whether a claim of these is likely to be refused."""
         if now >= self._last:
             self._until.clear()
-        return any(now < self._until.get(part.key, 0.0) for part in parts)
+        return any(now < self._until.get(key, 0.0) for key in keys)
 
 
 class Limiter:
@@ -163,7 +163,7 @@ class Limiter:
         if line is not None and not line.lost:
             leased = line.grant(plan, tokens) if plan.leases is not None else None
             if leased is None:
-                self._ask(line, exchange, inference, plan, plan.parts(tokens))
+                self._ask(line, exchange, inference, plan, tokens)
                 return False
             self._hold(exchange, inference, leased)
             return True
@@ -175,12 +175,12 @@ class Limiter:
         return True
 
     def _ask(
-        self, line: StoreLine, exchange: Exchange, inference: Inference, plan: Plan, parts: list[Part]
+        self, line: StoreLine, exchange: Exchange, inference: Inference, plan: Plan, tokens: int
     ) -> None:
-        claim = Claim(self, exchange, inference, plan, parts, line)
+        claim = Claim(self, exchange, inference, plan, tokens, line)
         exchange.reservation = claim
-        line.ask(plan, parts, claim.answered)
-        if exchange.goes_straight and not (self._over.any and self._over.any_of(parts, self._wall())):
+        line.ask(plan, claim, claim.answered)
+        if exchange.goes_straight and not (self._over.any and self._over.any_of(plan.keys, self._wall())):
             claim.go_beside(exchange)
 
     async def run(self) -> None:
@@ -196,24 +196,19 @@ class Limiter:
         self._degraded("limits-store", lost, cause)
 
     def decided(
-        self,
-        claim: Claim,
-        exchange: Exchange,
-        inference: Inference,
-        plan: Plan,
-        parts: Sequence[Part],
-        verdict: Verdict | None,
+        self, claim: Claim, exchange: Exchange, inference: Inference, verdict: Verdict | None
     ) -> None:
         """The store's answer to a claim that its request waits for. Raises GatewayError for one over a
         limit."""
+        plan, tokens = claim.plan, claim.tokens
         if verdict is None:
             exchange.reservation = None
-            self._without_store(exchange, inference, plan, parts)
-        elif verdict.over >= 0:
+            self._without_store(exchange, inference, plan, plan.parts(tokens))
+        elif verdict[0] >= 0:
             exchange.reservation = None
-            self._refuse(parts, verdict)
+            self._refuse(plan.parts(tokens), verdict)
         else:
-            claim.now, claim.headers = verdict.now, plan.headers(parts, verdict)
+            claim.now, claim.headers = verdict[2], plan.headers(claim, verdict)
             self._hold(exchange, inference, claim)
 
     def _without_store(

@@ -7,7 +7,7 @@ requests can both take the last place. Tokens are added by estimate and correcte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
@@ -57,6 +57,16 @@ class Correction(NamedTuple):
     window_s: int
     number: int
     delta: int
+
+
+class Parts(Protocol):
+    """What one claim adds to: a list, or what is one as soon as somebody looks."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __iter__(self) -> Iterator[Part]:
+        """One after the other."""
 
 
 class Counts(Protocol):
@@ -124,7 +134,7 @@ class LocalCounts:
         # By length of the window: its number and its counts. The past is forgotten whole.
         self._windows: dict[int, tuple[int, dict[str, int]]] = {}
 
-    def claim(self, parts: Sequence[Part], now: float) -> Verdict:
+    def claim(self, parts: Parts, now: float) -> Verdict:
         """Add to all counts, or to none."""
         over, used, places = -1, [], []
         for part in parts:
@@ -177,7 +187,7 @@ def left_s(now: float, window_s: int) -> int:
     return window_s - int(now) % window_s
 
 
-def rate_headers(parts: Sequence[Part], verdict: Verdict) -> bytes:
+def rate_headers(parts: Parts, verdict: Verdict) -> bytes:
     """The `x-ratelimit-*` lines, as OpenAI's; of several limits of one kind, the one with the least left."""
     tightest: dict[str, tuple[int, int, int]] = {}
     for (_, window_s, _, limit, what, _), used in zip(parts, verdict.used, strict=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from penstock.ingress.limit_settings import Limits, UserRecord
 from penstock.ingress.limits import (
     TOKENS,
+    Correction,
     Counts,
+    Held,
     Part,
+    Parts,
     Reservation,
     Verdict,
     left_s,
@@ -18,21 +21,23 @@ from penstock.ingress.limits import (
     new_tuple,
     parts_of,
     rate_headers,
+    window,
 )
 
 if TYPE_CHECKING:
     from penstock.ingress.leases import Lease
 
-MAX_PLANS: Final = 8192
+MAX_PLANS = 8192
 
 
 class Shape:
-    """What all plans with the same limits have in common. `several`: more than one of a kind."""
+    """What all plans with the same limits have in common. `kinds`: of each limit what it counts, the limit,
+    the length of its window, and whose it is; `several`: more than one of a kind."""
 
     __slots__ = ("_limits", "_lines", "_second", "counts_tokens", "kinds", "several")
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.kinds = [(part.what, part.limit, part.window_s) for part in parts]
+        self.kinds = [(part.what, part.limit, part.window_s, part.whose) for part in parts]
         self._limits = [part.limit for part in parts]
         tokens = sum(part.what is TOKENS for part in parts)
         self.counts_tokens = tokens > 0
@@ -46,7 +51,7 @@ class Shape:
             self._second = second
             self._lines = b"".join(
                 lines_before(what, limit) + b"%d" + lines_after(what, left_s(now, window_s))
-                for what, limit, window_s in self.kinds
+                for what, limit, window_s, _ in self.kinds
             )
         return self._lines
 
@@ -59,17 +64,17 @@ class Shape:
 
 
 class Plan:
-    """The counts that requests of one user for one model add to. `counts`: there are any; `several`: more
-    than one of a kind.
+    """The counts that requests of one user for one model add to, by their `keys`. `counts`: there are any;
+    `several`: more than one of a kind.
 
     `leases` are the first and the last of their leases, which `leased_from` a moment until another are good,
     `minute` is the window of that moment, and `lines` the header lines for their numbers; `seen`: asked for
     lately: the notes of `penstock.ingress.leases`."""
 
     __slots__ = (
-        "_parts",
         "counts",
         "counts_tokens",
+        "keys",
         "leased_from",
         "leased_until",
         "leases",
@@ -80,11 +85,13 @@ class Plan:
         "shape",
     )
 
-    def __init__(self, parts: Sequence[Part], shape: Shape | None = None) -> None:
-        """What a request adds to `parts` is 1, or its tokens."""
-        self._parts = parts
+    def __init__(
+        self, parts: Sequence[Part], shape: Shape | None = None, keys: list[str] | None = None
+    ) -> None:
+        """What a request adds to `parts` is 1, or its tokens. `keys` and `shape` say the same."""
+        self.keys = [part.key for part in parts] if keys is None else keys
         self.shape = shape = shape or Shape(parts)
-        self.counts, self.counts_tokens, self.several = bool(parts), shape.counts_tokens, shape.several
+        self.counts, self.counts_tokens, self.several = bool(self.keys), shape.counts_tokens, shape.several
         self.leases: tuple[Lease, Lease] | None = None
         self.leased_from = self.leased_until = 0.0
         self.minute, self.seen = 0, False
@@ -93,22 +100,58 @@ class Plan:
     def parts(self, tokens: int) -> list[Part]:
         """What a request with an estimate of `tokens` adds."""
         parts = []
-        for part in self._parts:
-            key, window_s, _, limit, what, whose = part
-            if what is TOKENS:
-                # Of more than the limit the whole limit is held: in an empty window any request passes.
-                amount = tokens if 0 < tokens <= limit else limit if tokens > 0 else 1
-                part = new_tuple(Part, (key, window_s, amount, limit, TOKENS, whose))
-            parts.append(part)
+        for index, key in enumerate(self.keys):
+            what, limit, window_s, whose = self.shape.kinds[index]
+            amount = bounded(tokens, limit) if what is TOKENS else 1
+            parts.append(new_tuple(Part, (key, window_s, amount, limit, what, whose)))
         return parts
 
     def held(self, parts: Sequence[Part], verdict: Verdict, counts: Counts) -> Reservation:
         """What a request holds whose claim of `parts` was granted; `counts` hear what is settled."""
         return Reservation(parts, counts, verdict.now, self.headers(parts, verdict), self.counts_tokens)
 
-    def headers(self, parts: Sequence[Part], verdict: Verdict) -> bytes:
+    def headers(self, parts: Parts, verdict: Verdict) -> bytes:
         """The header lines for a claim of `parts` that was granted."""
         return rate_headers(parts, verdict) if self.several else self.shape.headers(verdict)
+
+
+def bounded(tokens: int, limit: int) -> int:
+    """What is held for an estimate: of more than the limit the whole limit, so that in an empty window any
+    request passes."""
+    return tokens if 0 < tokens <= limit else limit if tokens > 0 else 1
+
+
+class Asked(Held):
+    """What a request asks a store for, and then holds: its plan's counts and an estimate of its tokens.
+    Fulfils `Parts`, which are made when somebody looks: that takes as long as all else that is done here."""
+
+    __slots__ = ("_counts", "now", "plan", "tokens")
+
+    def __init__(self, plan: Plan, tokens: int, counts: Counts) -> None:
+        """`counts` hear what is settled. `now` and `headers` are the verdict's."""
+        super().__init__(b"", plan.counts_tokens)
+        self.plan, self.tokens, self._counts = plan, tokens, counts
+        self.now = 0.0
+
+    def __len__(self) -> int:
+        return len(self.plan.keys)
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.plan.parts(self.tokens))
+
+    def settle(self, tokens: int | None) -> None:
+        """As of `Held`."""
+        if tokens is None or not self.counts_tokens:
+            return
+        # Once is all.
+        self.counts_tokens = False
+        shape = self.plan.shape
+        for index, key in enumerate(self.plan.keys):
+            what, limit, window_s, _ = shape.kinds[index]
+            delta = tokens - bounded(self.tokens, limit)
+            if what is TOKENS and delta:
+                place = key, window_s, window(self.now, window_s), delta
+                self._counts.correct([new_tuple(Correction, place)])
 
 
 class Allowances:
@@ -117,7 +160,8 @@ class Allowances:
     def __init__(self, default: Limits) -> None:
         self._default = default
         self._records: dict[str, UserRecord] = {}
-        self._shape = Shape(parts_of("", "", default.rpm, default.tpm))
+        parts = parts_of("", "user", default.rpm, default.tpm)
+        self._shape, self._ends = Shape(parts), [part.key for part in parts]
         self._plans: dict[tuple[str, str, tuple[Part, ...]], Plan] = {}
         # Of users without a record, whose model makes no difference.
         self._usual: dict[str, Plan] = {}
@@ -142,8 +186,8 @@ class Allowances:
         if plan is not None:
             return plan
         if user and not more and user not in self._records:
-            default = self._default
-            plan = Plan(parts_of(f"{len(user)}:{user}", "user", default.rpm, default.tpm), self._shape)
+            name = f"{len(user)}:{user}"
+            plan = Plan((), self._shape, [name + end for end in self._ends])
             if len(self._usual) >= MAX_PLANS:
                 self._usual.clear()
             self._usual[user] = plan

@@ -9,7 +9,7 @@ from penstock.common.model import Instance
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.http_wire import ResponseHead
 from penstock.ingress.large_bodies import Facts
-from penstock.ingress.limits import Correction, Part, Verdict
+from penstock.ingress.limits import Correction, Parts, Verdict
 from penstock.ingress.routes import External
 
 
@@ -152,9 +152,7 @@ Settled = Callable[[list[Verdict] | StoreLost], None]
 class LimitStore(Protocol):
     """Counts that all ingress processes share."""
 
-    def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
-    ) -> None:
+    def settle(self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled) -> None:
         """Apply the corrections, then each claim in order. `settled` is called once, later or at once: with a
         verdict for each claim, or with StoreLost. Without any of them it says whether the store is there. One
         call at a time; one that `close` ends is not told."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from penstock.common.telemetry import Metrics
 from penstock.ingress.leases import UNUSED_S, Leased, Leases
-from penstock.ingress.limits import Correction, Part, Verdict
+from penstock.ingress.limits import Correction, Part, Parts, Verdict
 from penstock.ingress.plans import Plan
 from penstock.ingress.ports import LimitStore, StoreLost
 
@@ -26,7 +26,7 @@ RETRY_S = 0.25
 Settled = Callable[[Verdict | None], None]
 
 
-_Claim = tuple[Plan, list[Part], Settled]
+_Claim = tuple[Plan, Parts, Settled]
 
 
 class StoreLine:
@@ -74,7 +74,7 @@ class StoreLine:
             self._soon()
         return Leased(lines, plan, tokens, self)
 
-    def ask(self, plan: Plan, parts: list[Part], settled: Settled) -> None:
+    def ask(self, plan: Plan, parts: Parts, settled: Settled) -> None:
         """Have the store decide; `settled` is called later."""
         self._by_store.value += 1
         self._claims.append((plan, parts, settled))
@@ -152,7 +152,7 @@ class StoreLine:
         if not (claims or wanted or corrections or probing):
             return
         self._asking = True
-        parts: list[Sequence[Part]] = [claim[1] for claim in claims]
+        parts: list[Parts] = [claim[1] for claim in claims]
         parts += [[part] for part in wanted]
         self._store.settle(parts, corrections, partial(self._answered, claims, wanted, len(corrections)))
 

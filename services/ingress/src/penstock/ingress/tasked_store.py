@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from penstock.ingress.limits import Correction, Part, Verdict
+from penstock.ingress.limits import Correction, Parts, Verdict
 from penstock.ingress.ports import Settled, StoreLost
 
 log = logging.getLogger(__name__)
@@ -19,12 +19,10 @@ class TaskedStore(ABC):
     _task: asyncio.Task[None] | None = None
 
     @abstractmethod
-    async def ask(self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]) -> list[Verdict]:
+    async def ask(self, claims: Sequence[Parts], corrections: Sequence[Correction]) -> list[Verdict]:
         """As `settle` of the port, in steps. Raises StoreLost."""
 
-    def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
-    ) -> None:
+    def settle(self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled) -> None:
         """As of the port."""
         self._task = asyncio.create_task(self._settle(claims, corrections, settled), name="limits")
 
@@ -34,7 +32,7 @@ class TaskedStore(ABC):
             self._task.cancel()
 
     async def _settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
+        self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled
     ) -> None:
         try:
             verdicts: list[Verdict] | StoreLost = await self.ask(claims, corrections)

@@ -17,7 +17,8 @@ import msgspec
 
 from penstock.ingress.adapters.redis_connection import RedisConnection, RedisRefused, command
 from penstock.ingress.limit_settings import LimitSettings
-from penstock.ingress.limits import Correction, Part, Verdict, new_tuple
+from penstock.ingress.limits import TOKENS, Correction, Parts, Verdict, new_tuple
+from penstock.ingress.plans import Asked, bounded
 from penstock.ingress.ports import Settled, StoreLost
 
 READ_S = 0.005
@@ -92,7 +93,7 @@ _decode = msgspec.msgpack.Decoder(list[int]).decode
 class _Call(NamedTuple):
     """The one that is under way."""
 
-    claims: Sequence[Sequence[Part]]
+    claims: Sequence[Parts]
     batch: bytes
     settled: Settled
     deadline: float
@@ -119,9 +120,7 @@ class RedisLimitStore:
         self._call: _Call | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def settle(
-        self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction], settled: Settled
-    ) -> None:
+    def settle(self, claims: Sequence[Parts], corrections: Sequence[Correction], settled: Settled) -> None:
         """As of the port. A call whose answer is lost may have been counted: it is not sent again."""
         given: list[object] = [len(corrections)]
         # One by one: to make tuples of them takes twice as long.
@@ -134,6 +133,18 @@ class RedisLimitStore:
         given.append(len(claims))
         for parts in claims:
             given.append(len(parts))
+            if isinstance(parts, Asked):
+                # Most: as below.
+                kinds, tokens = parts.plan.shape.kinds, parts.tokens
+                for index, key in enumerate(parts.plan.keys):
+                    what, limit, window_s, _ = kinds[index]
+                    amount = bounded(tokens, limit) if what is TOKENS else 1
+                    given.append(key)
+                    given.append(window_s)
+                    given.append(str(amount))
+                    given.append(amount)
+                    given.append(limit)
+                continue
             for key, window_s, amount, limit, _, _ in parts:
                 given.append(key)
                 given.append(window_s)
@@ -213,7 +224,7 @@ class RedisLimitStore:
             self._connecting.cancel()
 
 
-def _verdicts(claims: Sequence[Sequence[Part]], answer: list[int]) -> list[Verdict]:
+def _verdicts(claims: Sequence[Parts], answer: list[int]) -> list[Verdict]:
     now = answer[0] + answer[1] / 1e6
     verdicts, at = [], 2
     for parts in claims:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from penstock.ingress.limits import Correction, LocalCounts, Part, Verdict
+from penstock.ingress.limits import Correction, LocalCounts, Part, Parts, Verdict
 from penstock.ingress.ports import StoreLost
 from penstock.ingress.tasked_store import TaskedStore
 
@@ -52,7 +52,7 @@ class ParentLimitStore(TaskedStore):
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[list[Verdict]]] = {}
 
-    async def ask(self, claims: Sequence[Sequence[Part]], corrections: Sequence[Correction]) -> list[Verdict]:
+    async def ask(self, claims: Sequence[Parts], corrections: Sequence[Correction]) -> list[Verdict]:
         """As of `TaskedStore`."""
         call = CountCall(next(self._numbers), [list(parts) for parts in claims], list(corrections))
         answer: asyncio.Future[list[Verdict]] = asyncio.get_running_loop().create_future()
