@@ -40,6 +40,7 @@ MODULES = (
     "penstock.scheduler.sums",
     "penstock.scheduler.sweep",
     "penstock.scheduler.telling",
+    "penstock.scheduler.untold",
     "penstock.scheduler.view",
 )
 if __name__ == "__main__":

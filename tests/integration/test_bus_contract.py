@@ -136,6 +136,23 @@ async def test_a_request_nobody_answers_in_time_is_a_timeout_that_names_its_subj
     assert (caught.value.subject, caught.value.deadline_s) == (SCHEDULE.request.name("0"), 0.05)
 
 
+async def test_messages_to_skip_are_not_decoded(lab: Lab) -> None:
+    sender, receiver = await lab.member("sender"), await lab.member("receiver")
+    heard: list[str] = []
+    skipped: list[bytes] = []
+
+    def skip(data: bytes) -> bool:
+        if b"own" in data:
+            skipped.append(data)
+        return b"own" in data
+
+    await receiver.bus.subscribe(HEARTBEAT, lambda message: heard.append(message.id), skip=skip)
+    for name in ("a", "own", "b"):
+        sender.bus.publish(HEARTBEAT, beat(name), "ingress")
+    await eventually(lambda: heard == ["a", "b"])
+    assert skipped == [encode(beat("own"))]
+
+
 async def test_what_follows_an_answer_comes_after_it_and_its_fault_costs_nothing(lab: Lab) -> None:
     server, asker = await lab.member("server"), await lab.member("asker")
     seen: list[str] = []

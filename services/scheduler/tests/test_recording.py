@@ -23,12 +23,12 @@ from penstock.scheduler.pool import Floats
 from penstock.scheduler.prefix_index import PrefixIndex
 from penstock.scheduler.recording import (
     BadInputs,
+    NumbersOf,
     PageWriter,
     Ring,
     decide_again,
-    facts_of,
     inputs_of,
-    record,
+    recording_of,
     verdict_of,
 )
 from penstock.scheduler.scheduler import schedule
@@ -113,8 +113,9 @@ class World:
         decision = schedule(
             request, self.view, self.index, self.catalog, default="random", replicas=rng.choice((1, 3))
         )
-        recording = record(request, decision, "i", ViewAge(), loads)
-        writer.add(facts_of(request, decision, loads), decision)
+        numbers = NumbersOf(loads).decision(decision)
+        recording = recording_of(request, decision, numbers, "i", ViewAge())
+        writer.add(request, decision, numbers)
         self.terms[number] = decision.terms
         if isinstance(decision.outcome, Placement):
             self.index.insert(decision.hashes, decision.slot, decision.outcome.matched_blocks)

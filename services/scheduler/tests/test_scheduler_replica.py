@@ -67,6 +67,26 @@ def test_writers_are_followed_apart_and_in_bounded_number() -> None:
     assert reader.missed(PlacedFeed("s2", "1", 9, (placed(),))) == 0
 
 
+def test_own_messages_are_known_by_their_head_alone() -> None:
+    reader = FeedReader(OWN)
+    for count in (0, 1, 20, MAX_BATCH):
+        for first in (1, 200, 2**39):
+            message = encode(PlacedFeed("s1", "1", first, (placed(tail=bytes(64)),) * count))
+            assert reader.own_placements(message) == count
+    long = Identity("scheduler", "s" * 128, "1")
+    assert FeedReader(long).own_placements(encode(PlacedFeed(long.id, "1", 1, (placed(),)))) == 1
+    of_others = [
+        encode(PlacedFeed("s2", "1", 1, (placed(),))),
+        encode(PlacedFeed("s1", "2", 1, (placed(),))),
+        encode(PlacedFeed("s11", "1", 1, (placed(),))),
+        encode(PlacedFeed("s1", "1", 1, (placed(),) * (MAX_BATCH + 1))),
+        encode(PlacedFeed("s1", "1", 1, (placed(),)))[:20],
+        b"s1",
+        b"",
+    ]
+    assert [reader.own_placements(message) for message in of_others] == [-1] * len(of_others)
+
+
 def replica(*instances: str) -> Replica:
     one = Replica(OWN, Catalog(Thresholds()), "least-request", 10_000)
     if instances:

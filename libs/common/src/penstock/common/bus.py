@@ -129,9 +129,14 @@ class Bus(Protocol):
         """
 
     async def subscribe(
-        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+        self,
+        subject: Subject[M],
+        handler: Callable[[M], None],
+        *tokens: str,
+        skip: Callable[[bytes], bool] | None = None,
     ) -> Subscription:
-        """Deliver every message; without tokens, of all names of the subject."""
+        """Deliver every message; without tokens, of all names of the subject. Those for whose bytes `skip`
+        says True are not decoded, nor handed on."""
 
     async def serve(
         self,

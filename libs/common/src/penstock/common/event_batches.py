@@ -20,8 +20,8 @@ WRITER, INCARNATION, SEQUENCE, PREVIOUS = (
 )
 MESSAGE_ID = "Nats-Msg-Id"
 
-# Subject, Unix seconds, data.
-Emitted = tuple[str, float, msgspec.Struct]
+# Subject, Unix seconds, data in JSON; and the data itself where something of it is still asked for.
+Emitted = tuple[str, float, bytes, msgspec.Struct | None]
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -26,7 +26,7 @@ from penstock.common.event_batches import (
     Place,
     SpooledMessage,
 )
-from penstock.common.event_packing import Batches, rfc3339
+from penstock.common.event_packing import Batches, emitted, rfc3339
 from penstock.common.open_requests import OpenRequests
 from penstock.common.routing_events import (
     ADMITTED,
@@ -126,7 +126,7 @@ class EventWriter:
         if batch is None:
             batch = self._open[key] = []
             self._wake.set()
-        batch.append((subject, self._wall_clock(), data))
+        batch.append(emitted(subject, self._wall_clock(), data, keep=self._spool is not None))
         if len(batch) < MAX_BATCH_EVENTS:
             return
         if self._spool is None:
@@ -224,8 +224,9 @@ class EventWriter:
                 self._first_segment = first
                 self._forget_segments(first)
         for _, batch in batches:
-            for _, _, data in batch:
-                self._requests.take(data)
+            for _, _, _, data in batch:
+                if data is not None:
+                    self._requests.take(data)
         if bool(fault) is not bool(self._spool_fault):
             self._spool_fault = fault
             self._say("audit spool", bool(fault), fault or "the disk takes events again")

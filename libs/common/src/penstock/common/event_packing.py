@@ -28,6 +28,16 @@ _encode: Final = msgspec.json.Encoder().encode
 ROUND_BYTES: Final = 48
 
 
+def emitted(subject: str, moment: float, data: msgspec.Struct, *, keep: bool) -> Emitted:
+    """An event as it waits for its message, with its data if that is to be kept.
+
+    In JSON it is one object: its parts would have left the processor's cache by then, and each would have to
+    come back to be told, and again to be freed."""
+    if type(data) is Witnessed:
+        return subject, moment, _encode(data.data), data
+    return subject, moment, _encode(data), data if keep else None
+
+
 class Batches:
     """One writer's numbers and its chain."""
 
@@ -48,16 +58,15 @@ class Batches:
         """The messages of a batch. Sequences are given here, so that those of a message are consecutive."""
         first, pieces, size = self.sequence + 1, list[bytes](), 0
         messages: list[Message] = []
-        for subject, moment, data in batch:
+        for subject, moment, told, data in batch:
             self.sequence += 1
             ms = int(moment * 1000)
             if ms != self._moment_ms:
                 self._moment_ms, self._moment = ms, b',"time":"%b","data":' % rfc3339(ms)
             if type(data) is Witnessed:
-                known, data = self._witnessed(kind, data, subject), data.data
+                known = self._witnessed(kind, data, subject)
             else:
                 known = self._known(kind, subject)
-            told = _encode(data)
             length = len(known) + len(told) + ROUND_BYTES
             if pieces and size + length > MAX_BATCH_BYTES:
                 messages.append(self._enclose(kind, model, first, self.sequence - 1, pieces))

@@ -1,10 +1,13 @@
-"""Entries of the ledger's books: small records of which there are many."""
+"""Small records of which there are many: entries of the ledger's books, heads of messages."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
-from penstock.common.model import InstanceId
+from penstock.common.messages import MAX_BATCH, Count
+from penstock.common.model import InstanceId, ShortName
 
 
 class Work(msgspec.Struct, gc=False):
@@ -51,3 +54,12 @@ class Books(msgspec.Struct):
     open_pieces: int = 0
     # Instances by decisions that it was answered and did not report, the last ones: it may have died first.
     unconfirmed: dict[str, str] = {}
+
+
+class FeedHead(msgspec.Struct, frozen=True, array_like=True):
+    """A PlacedFeed whose placements are counted, not read."""
+
+    replica: ShortName
+    incarnation: ShortName
+    first_sequence: Count
+    placed: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=MAX_BATCH)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import msgspec
 
@@ -23,26 +24,27 @@ from penstock.scheduler.entries import Orphan
 from penstock.scheduler.policies.custom import Policy, PolicyFault
 from penstock.scheduler.recording import (
     BadInputs,
+    Numbers,
+    NumbersOf,
     PageWriter,
     Ring,
     decide_again,
-    facts_of,
     inputs_of,
-    made_by,
-    record,
     recording_of,
     verdict_of,
 )
 from penstock.scheduler.replica import Replica
 from penstock.scheduler.telling import Teller, placement_event, rejection_event, with_prefill
 
-OFF, SAMPLED, FULL = "off", "sampled", "full"
+OFF: Final = "off"
+SAMPLED: Final = "sampled"
+FULL: Final = "full"
 # One decision in so many goes into the log with its inputs, by its seed: the same ones whoever asks.
-SAMPLE_EVERY = 100
+SAMPLE_EVERY: Final = 100
 # Rejections and fallbacks that do so in a second; under a flood of them the others go without.
-TOLD_PER_S = 50
+TOLD_PER_S: Final = 50
 # Events above it would not fit their stream with what surrounds them.
-MAX_INPUTS_BYTES = 192 * 1024
+MAX_INPUTS_BYTES: Final = 192 * 1024
 # Candidates of a decision, and decisions of a request, that an answer shows.
 MAX_CANDIDATES, MAX_DECISIONS = 1000, 16
 
@@ -51,30 +53,33 @@ class Explaining:
     """`mode` is OFF, SAMPLED or FULL; OFF keeps nothing. `now` is a monotonic clock in seconds."""
 
     def __init__(self, own: Identity, replica: Replica, mode: str, custom: Mapping[str, Policy]) -> None:
-        self._own, self._replica, self._mode, self._custom = own, replica, mode, custom
+        self._own, self._replica, self._custom = own, replica, custom
+        self._keeps, self._full = mode != OFF, mode == FULL
         self.ring = Ring()
-        self._page = PageWriter()
+        self._page, self._numbers = PageWriter(), NumbersOf(replica.view.loads)
         self._second, self._told = 0, 0
 
-    def keep(
-        self, batch: ScheduleBatch, request: ScheduleRequest, decision: Decision, view: ViewAge, now: float
-    ) -> Inputs | None:
-        """Keep a decision, before it is reserved; its inputs if its event is to hold them."""
-        if self._mode == OFF:
-            return None
-        facts = facts_of(request, decision, self._replica.view.loads)
-        self._page.add(facts, decision)
-        if decision.seed % SAMPLE_EVERY and self._mode != FULL and not self._is_told(decision, now):
-            return None
-        prefill_by = made_by(decision.prefill) if decision.prefill is not None else None
-        return fitting(inputs_of(recording_of(facts, batch.ingress, view, made_by(decision), prefill_by)))
+    def numbers(self, decision: Decision) -> Numbers | None:
+        """What a decision was made on, before it is reserved; None if nothing is kept."""
+        return self._numbers.decision(decision) if self._keeps else None
 
-    def begin(self) -> None:
-        """A message is decided: what became of the one before, if it broke off, is not known."""
-        self._page.clear()
+    def keep(
+        self,
+        batch: ScheduleBatch,
+        request: ScheduleRequest,
+        decision: Decision,
+        numbers: Numbers,
+        view: ViewAge,
+        now: float,
+    ) -> Inputs | None:
+        """Keep a decision of `now`; its inputs if its event is to hold them."""
+        self._page.add(request, decision, numbers)
+        if decision.seed % SAMPLE_EVERY and not self._full and not self._is_told(decision, now):
+            return None
+        return fitting(inputs_of(recording_of(request, decision, numbers, batch.ingress, view)))
 
     def end(self, batch: ScheduleBatch, view: ViewAge) -> None:
-        """All of a message is decided."""
+        """All of a message is kept."""
         page = self._page.page(batch.ingress, view)
         if page is not None:
             self.ring.keep(page)
@@ -122,8 +127,10 @@ class Explaining:
     def _on_now(self, request: ScheduleRequest, now: float) -> ExplainReply:
         """Decided like any other, and neither reserved nor told."""
         decision = self._replica.decide(request, now)
-        view = self._replica.age(now)
-        return self._reply([self.explained(record(request, decision, "", view, self._replica.view.loads))])
+        numbers = self._numbers.decision(decision)
+        return self._reply(
+            [self.explained(recording_of(request, decision, numbers, "", self._replica.age(now)))]
+        )
 
     def explained(self, recording: Recording) -> Explained:
         """Every candidate, and whether the same comes out again."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
+from penstock.common.codec import DecodeError, decode
 from penstock.common.identity import Identity
 from penstock.common.messages import MAX_BATCH, MAX_WRITERS, KvEvents, Placed, PlacedFeed, WriterPosition
+from penstock.scheduler.entries import FeedHead
 
 # Half of what the subject allows: one placement is at most 17 KiB, its names included.
 MAX_FEED_BYTES = 128 * 1024
 # Placements that wait for a snapshot; with 64 new blocks each they take 35 MB.
 MAX_BACKLOG = 65_536
 PLACEMENT_BYTES = 512
+# Within them a message names its writer: a name takes 128 at most.
+HEAD_BYTES: Final = 144
 
 
 class FeedWriter:
@@ -52,6 +57,19 @@ class FeedReader:
     def __init__(self, own: Identity) -> None:
         self._own = own
         self._next: dict[tuple[str, str], int] = {}
+        self._id = own.id.encode()
+
+    def own_placements(self, message: bytes) -> int:
+        """How many placements a message of the feed holds if this replica wrote it, else -1. All else in it
+        is known, and to decode it costs more than what comes of it."""
+        if self._id not in message[:HEAD_BYTES]:
+            return -1
+        try:
+            head = decode(FeedHead, message)
+        except DecodeError:
+            return -1
+        own = head.replica == self._own.id and head.incarnation == self._own.incarnation
+        return len(head.placed) if own else -1
 
     def is_own(self, feed: PlacedFeed) -> bool:
         """Whether this replica wrote it: what it says is applied already."""

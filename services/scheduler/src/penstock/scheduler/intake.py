@@ -21,9 +21,12 @@ class Intake:
         bus: Bus,
         replica: str,
         answer: Callable[[ScheduleBatch], ScheduleReply | None],
+        then: Callable[[], None],
         teller: Teller,
     ) -> None:
-        self._bus, self._replica, self._answer, self._teller = bus, replica, answer, teller
+        """`then` is called once answers have left."""
+        self._bus, self._replica, self._answer, self._then = bus, replica, answer, then
+        self._teller = teller
         self._subscriptions: tuple[Subscription, ...] = ()
         self._closed = self._lagged = False
 
@@ -49,8 +52,8 @@ class Intake:
     async def _begin(self) -> None:
         """Join the queue group and answer to the replica's id."""
         self._subscriptions = (
-            await self._bus.serve(SCHEDULE_BY, self._answer, DEFAULT_SHARD, self._replica),
-            await self._bus.serve(SCHEDULE, self._answer, DEFAULT_SHARD),
+            await self._bus.serve(SCHEDULE_BY, self._answer, DEFAULT_SHARD, self._replica, then=self._then),
+            await self._bus.serve(SCHEDULE, self._answer, DEFAULT_SHARD, then=self._then),
         )
         if self._is_closed():
             await self._end()

@@ -13,7 +13,6 @@ Every feature has a maximum age and a fallback:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -144,10 +143,6 @@ class Loads:
         for name in self.NAMES:
             setattr(self, name, columns[name].array)
         self.cells = Cells(columns)
-
-    def copies(self, names: Sequence[str], slots: int) -> tuple[bytes, ...]:
-        """Arrays as they stand, the first `slots` of each, little-endian f64 by slot."""
-        return tuple([getattr(self, name)[:slots].tobytes() for name in names])
 
     def take(self, slot: int, requests: int, tokens: int, pending: int) -> None:
         """In flight on a slot, absolute."""

@@ -6,6 +6,7 @@ import dataclasses
 import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
@@ -15,50 +16,99 @@ from penstock.common.model import Endpoint, Instance
 from penstock.common.routing_events import Inputs, ViewAge
 from penstock.scheduler.candidates import Candidates
 from penstock.scheduler.chain import Hashes, unpack
-from penstock.scheduler.decisions import Case, Decision, Facts, MadeBy, Page, Recording
+from penstock.scheduler.decisions import Basis, Case, Decision, Facts, MadeBy, Page, Recording
 from penstock.scheduler.draws import seed_of
-from penstock.scheduler.loads import Loads
+from penstock.scheduler.loads import Cells, Loads
 from penstock.scheduler.policies.catalog import Catalog
 from penstock.scheduler.policies.custom import RECORDS, Policy
 from penstock.scheduler.policies.table import Thresholds
-from penstock.scheduler.pool import Floats, Pool, Rows, whole
+from penstock.scheduler.pool import Floats, Kept, Pool, Rows, whole
 from penstock.scheduler.scheduler import SHOWN, choose
+
+if TYPE_CHECKING:
+    from penstock.scheduler.profile import Profile
 
 RING_DECISIONS = 10_000
 # With cache-aware, 10,000 decisions of up to 500 instances; past that as many as fit.
 RING_BYTES = 128 * 1024 * 1024
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(list[Facts]).decode
+_pack: Final = msgspec.msgpack.Encoder().encode
+_unpack: Final = msgspec.msgpack.Decoder(list[Facts]).decode
 _ENDPOINT = Endpoint("unknown", 1)
 # Has no number at any slot.
 _MISSING = np.empty(0)
+# Arrays of Loads as a choice found them, by slot, and those of the choice of prefill's instance.
+Numbers = tuple[tuple[bytes, ...], tuple[bytes, ...]]
+_NO_NUMBERS: Final[Numbers] = ((), ())
 
 
 class BadInputs(ValueError):
     """The inputs do not fit together: they are not what a scheduler wrote."""
 
 
-def facts_of(request: ScheduleRequest, decision: Decision, loads: Loads) -> Facts:
-    """To be called before anything of the decision is reserved."""
-    basis, fault = decision.basis, decision.fault
-    if basis is None:
-        return Facts(request, decision.outcome, decision.policy, decision.seed, decision.excluded)
-    case, slots = basis.case, basis.kept.mask.bit_length()
-    # Positional, in the order of the fields: by name they cost three times as much.
-    return Facts(
+class NumbersOf:
+    """Copies the numbers that decisions are made on; of many, profile and candidates are the same."""
+
+    def __init__(self, loads: Loads) -> None:
+        self._loads = loads
+        self._cells: Cells | None = None
+        self._profile: Profile | None = None
+        self._kept: Kept | None = None
+        self._arrays: list[Floats] = []
+
+    def decision(self, decision: Decision) -> Numbers:
+        """To be called before anything of the decision is reserved."""
+        basis = decision.basis
+        if basis is None:
+            return _NO_NUMBERS
+        own = self._copies(basis.profile, basis.kept)
+        its = decision.prefill.basis if decision.prefill is not None else None
+        return own, self._copies(its.profile, its.kept) if its is not None else ()
+
+    def _copies(self, profile: Profile, kept: Kept) -> tuple[bytes, ...]:
+        """Little-endian f64 by slot."""
+        loads = self._loads
+        # Columns that have grown are others.
+        if profile is not self._profile or kept is not self._kept or loads.cells is not self._cells:
+            self._profile, self._kept, self._cells = profile, kept, loads.cells
+            slots = kept.mask.bit_length()
+            self._arrays = [getattr(loads, name)[:slots] for name in profile.arrays]
+        return tuple([array.tobytes() for array in self._arrays])
+
+
+def _fields(
+    request: ScheduleRequest, decision: Decision, basis: Basis, numbers: tuple[bytes, ...], mask_bytes: int
+) -> tuple[Any, ...]:
+    """The fields of Facts, in their order: packed they are the same, and a record costs twice a tuple."""
+    fault, case, terms = decision.fault, basis.case, decision.terms
+    return (
         request,
         decision.outcome,
         decision.policy,
         decision.seed,
         decision.excluded,
-        decision.terms[0].score if decision.terms else 0.0,
+        terms[0].score if terms else 0.0,
         str(fault) if fault is not None else "",
-        [(blocks, mask.to_bytes((slots + 7) >> 3, "little")) for blocks, mask in basis.steps],
+        [(blocks, mask.to_bytes(mask_bytes, "little")) for blocks, mask in basis.steps],
         case.turn,
         case.replicas,
-        loads.copies(basis.profile.arrays, slots),
-        facts_of(request, decision.prefill, loads) if decision.prefill is not None else None,
+        numbers,
     )
+
+
+def _row(request: ScheduleRequest, decision: Decision, numbers: tuple[bytes, ...]) -> tuple[Any, ...]:
+    """The same, also of a decision for which no instance was looked at."""
+    basis = decision.basis
+    if basis is None:
+        return request, decision.outcome, decision.policy, decision.seed, decision.excluded
+    return _fields(request, decision, basis, numbers, (basis.kept.mask.bit_length() + 7) >> 3)
+
+
+def facts_of(request: ScheduleRequest, decision: Decision, numbers: Numbers) -> Facts:
+    """What of a decision is kept."""
+    facts = Facts(*_row(request, decision, numbers[0]))
+    if decision.prefill is None or decision.basis is None:
+        return facts
+    return msgspec.structs.replace(facts, prefill=Facts(*_row(request, decision.prefill, numbers[1])))
 
 
 def made_by(decision: Decision) -> MadeBy:
@@ -66,52 +116,55 @@ def made_by(decision: Decision) -> MadeBy:
     return (decision.basis.profile, decision.basis.kept) if decision.basis is not None else None
 
 
-def recording_of(facts: Facts, ingress: str, view: ViewAge, by: MadeBy, prefill_by: MadeBy) -> Recording:
-    """Facts with what stands beside them."""
+def recording_of(
+    request: ScheduleRequest, decision: Decision, numbers: Numbers, ingress: str, view: ViewAge
+) -> Recording:
+    """One decision by itself."""
+    prefill_by = made_by(decision.prefill) if decision.prefill is not None else None
+    return _recording(facts_of(request, decision, numbers), ingress, view, made_by(decision), prefill_by)
+
+
+def _recording(facts: Facts, ingress: str, view: ViewAge, by: MadeBy, prefill_by: MadeBy) -> Recording:
     prefill = Recording(facts.prefill, ingress, view, prefill_by) if facts.prefill is not None else None
     return Recording(facts, ingress, view, by, prefill)
-
-
-def record(
-    request: ScheduleRequest, decision: Decision, ingress: str, view: ViewAge, loads: Loads
-) -> Recording:
-    """One decision by itself, to be called before anything of it is reserved."""
-    prefill_by = made_by(decision.prefill) if decision.prefill is not None else None
-    return recording_of(facts_of(request, decision, loads), ingress, view, made_by(decision), prefill_by)
 
 
 class PageWriter:
     """Gathers the decisions of one message."""
 
     def __init__(self) -> None:
-        self._facts: list[Facts] = []
+        self._rows: list[tuple[Any, ...]] = []
         self._made_by: list[MadeBy] = []
-        self._prefill_by: list[MadeBy] = []
-        self._divided = False
+        self._prefill_by: dict[int, MadeBy] = {}
         self._last: MadeBy = None
+        self._mask_bytes = 0
 
-    def add(self, facts: Facts, decision: Decision) -> None:
-        """One more."""
-        basis, last = decision.basis, self._last
-        if basis is not None and (last is None or last[0] is not basis.profile or last[1] is not basis.kept):
-            self._last = last = basis.profile, basis.kept
-        self._facts.append(facts)
-        self._made_by.append(last if basis is not None else None)
-        self._prefill_by.append(made_by(decision.prefill) if decision.prefill is not None else None)
-        self._divided = self._divided or decision.prefill is not None
+    def add(self, request: ScheduleRequest, decision: Decision, numbers: Numbers) -> None:
+        """One more; `numbers` are those that it was made on."""
+        basis, last, its = decision.basis, self._last, decision.prefill
+        if basis is None:
+            self._rows.append(_row(request, decision, ()))
+            self._made_by.append(None)
+        else:
+            if last is None or last[0] is not basis.profile or last[1] is not basis.kept:
+                self._last = last = basis.profile, basis.kept
+                self._mask_bytes = (basis.kept.mask.bit_length() + 7) >> 3
+            row = _fields(request, decision, basis, numbers[0], self._mask_bytes)
+            if its is not None:
+                self._prefill_by[len(self._rows)] = made_by(its)
+                row = (*row, _row(request, its, numbers[1]))
+            self._rows.append(row)
+            self._made_by.append(last)
 
     def page(self, ingress: str, view: ViewAge) -> Page | None:
         """What was added, None if nothing was; the next page begins."""
-        if not self._facts:
+        if not self._rows:
             return None
-        prefill_by = tuple(self._prefill_by) if self._divided else ()
-        page = Page(ingress, view, _pack(self._facts), tuple(self._made_by), prefill_by)
-        self.clear()
+        its = self._prefill_by
+        prefill_by = tuple([its.get(number) for number in range(len(self._rows))]) if its else ()
+        page = Page(ingress, view, _pack(self._rows), tuple(self._made_by), prefill_by)
+        self._rows, self._made_by, self._prefill_by = [], [], {}
         return page
-
-    def clear(self) -> None:
-        """Forget what was added."""
-        self._facts, self._made_by, self._prefill_by, self._divided = [], [], [], False
 
 
 class Ring:
@@ -154,7 +207,7 @@ class Ring:
                 if name in (facts.request.request_id, facts.request.decision_id):
                     prefill_by = page.prefill_by[number] if page.prefill_by else None
                     by = page.made_by[number]
-                    found.append(recording_of(facts, page.ingress, page.view, by, prefill_by))
+                    found.append(_recording(facts, page.ingress, page.view, by, prefill_by))
         return found
 
 

@@ -147,6 +147,14 @@ class Replica:
         """The messages that tell the siblings."""
         return self._writer.messages(placed, confirm_within_s(batch))
 
+    def came_back(self, message: bytes) -> bool:
+        """Whether a message of the feed is this replica's own, which says that its placements came back."""
+        placements = self._reader.own_placements(message)
+        if placements < 0:
+            return False
+        self._echo.came_back(placements)
+        return True
+
     def follow(self, feed: PlacedFeed, now: float) -> None:
         """Count what a sibling placed; one's own placements, coming back, are skipped."""
         if self._reader.is_own(feed):

@@ -21,10 +21,7 @@ from penstock.common.messages import (
     Heartbeat,
     KvEvents,
     LoadReport,
-    Placed,
     PlacedFeed,
-    Placement,
-    Rejection,
     ScheduleBatch,
     ScheduleReply,
     ScheduleRequest,
@@ -56,6 +53,7 @@ from penstock.scheduler.replica import Replica
 from penstock.scheduler.settings import SchedulerSettings
 from penstock.scheduler.telling import Teller
 from penstock.scheduler.tracing import DecisionTraces
+from penstock.scheduler.untold import Untold
 from penstock.scheduler.warming import Warming
 
 log = logging.getLogger(__name__)
@@ -110,12 +108,13 @@ class SchedulerService:
         self._profiles = ProfileKeeper(bus, catalog, self._teller, metrics, settings.profiles_file)
         self._absences = Absences(self._teller, self.replica.table, self.replica.peers)
         self._instruments = Instruments(metrics, self.replica, clock)
+        self._untold = Untold(bus, self.replica, self._explaining, self._teller, self._instruments)
         self._faults = PolicyFaults(self._teller, self._instruments.policy_faults)
         self._connected_at = clock()
         self._pulse = Pulse(TICK_S, settings.max_loop_lag_ms / 1000, loop_clock())
         self._loop_clock = loop_clock
         self._warming = Warming(bus, own, self.replica, clock)
-        self._intake = Intake(bus, own.id, self._on_schedule, self._teller)
+        self._intake = Intake(bus, own.id, self._on_schedule, self._untold.tell, self._teller)
         self._instruments.follow(self._warming, self._pulse, self._intake)
         self._warm = self._stale = False
         self._repaired_at = -math.inf
@@ -128,7 +127,7 @@ class SchedulerService:
         self._connection_changed(self._bus.connected)
         self._bus.on_connection(self._connection_changed)
         await self._bus.subscribe(LOAD, self._on_load)
-        await self._bus.subscribe(PLACED, self._on_placed, DEFAULT_SHARD)
+        await self._bus.subscribe(PLACED, self._on_placed, DEFAULT_SHARD, skip=self.replica.came_back)
         await self._bus.subscribe(STATUS, self._on_status)
         await self._bus.subscribe(KV, self._on_kv_events)
         await self._bus.subscribe(HEARTBEAT, self._on_heartbeat)
@@ -152,30 +151,26 @@ class SchedulerService:
         if batch.budget_ms <= 0 or self._stood_still():
             self._instruments.expired.value += 1
             return None
-        placed: list[Placed] = []
-        outcomes: dict[str, Placement | Rejection] = {}
         marks = self._traces.marks(batch) if batch.traces and self._traces is not None else None
         replica, started = self.replica, self._clock()
-        view = replica.age(started)
-        self._explaining.begin()
-        for request in _in_turn(batch.requests):
+        made = self._untold.begin(batch, replica.age(started))
+        requests = _in_turn(batch.requests)
+        for request in requests:
             decision = replica.decide(request, started)
-            inputs = self._explaining.keep(batch, request, decision, view, started)
-            placed += replica.reserve(batch, request, decision, started)
-            outcomes[request.decision_id] = decision.outcome
-            self._teller.decision(batch, request, decision, view, inputs)
+            numbers = self._explaining.numbers(decision)
+            made.placed += replica.reserve(batch, request, decision, started)
             if decision.fault is not None:
                 self._faults.failed(decision.fault, started)
             ended = self._clock()
-            self._instruments.decided(decision, ended - started)
+            made.decided.append((request, decision, numbers, ended - started, ended))
             if marks and self._traces is not None and (parent := marks.get(request.decision_id)):
                 self._traces.decided(parent, batch, request, decision, ended - started)
             started = ended
-        self._explaining.end(batch, view)
-        for feed in self.replica.feed(batch, placed):
-            self._bus.publish(PLACED, feed, DEFAULT_SHARD)
-        self._teller.settle()
-        return ScheduleReply(self._own.id, tuple(outcomes[one.decision_id] for one in batch.requests))
+        made.whole = True
+        if self._teller.first:
+            self._untold.tell()
+            self._teller.settle()
+        return ScheduleReply(self._own.id, made.outcomes(sorted_=requests is not batch.requests))
 
     def _on_snapshot(self, request: SnapshotRequest) -> SnapshotPiece:
         giver = self.replica.giver
@@ -305,6 +300,7 @@ class SchedulerService:
 
 def _in_turn(requests: Sequence[ScheduleRequest]) -> Sequence[ScheduleRequest]:
     """What prefill has computed goes ahead: it takes room there until it is fetched."""
-    if all(request.stage is not Stage.DECODE for request in requests):
-        return requests
-    return sorted(requests, key=lambda request: request.stage is not Stage.DECODE)
+    for request in requests:
+        if request.stage is Stage.DECODE:
+            return sorted(requests, key=lambda request: request.stage is not Stage.DECODE)
+    return requests

@@ -44,6 +44,11 @@ class Teller:
     def __init__(self, own: Identity, events: EventWriter) -> None:
         self._own, self._events = own, events
 
+    @property
+    def first(self) -> bool:
+        """Whether decisions have to be told before anybody acts on them."""
+        return self._events.spools
+
     def decision(
         self,
         batch: ScheduleBatch,
@@ -54,27 +59,49 @@ class Teller:
     ) -> None:
         """A placement or a rejection; `inputs` if they are to be in the log."""
         outcome, basis, fault = decision.outcome, decision.basis, decision.fault
-        # In the order of their fields: by name they cost three times as much.
+        weights = basis.profile.weights if basis is not None else {}
+        failed = str(fault) if fault is not None else ""
+        if isinstance(outcome, Placement):
+            # In the order of their fields: by name they cost three times as much.
+            placement = PlacementEvent(
+                outcome.decision_id,
+                request.request_id,
+                request.model,
+                outcome.instance,
+                outcome.policy,
+                self._own.id,
+                batch.ingress,
+                outcome.prefill_instance,
+                request.prompt_tokens,
+                outcome.matched_blocks,
+                len(request.block_hashes) // HASH_BYTES,
+                decision.terms,
+                decision.excluded,
+                decision.seed,
+                weights,
+                view,
+                failed,
+                inputs,
+                outcome.profile,
+            )
+            if decision.prefill is not None:
+                its = decision.prefill.basis
+                its_weights = its.profile.weights if its is not None else {}
+                placement = with_prefill(placement, decision.prefill.terms, its_weights)
+            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
+            return
         why = Reasons(
             decision.policy,
             decision.terms,
             decision.excluded,
             decision.seed,
-            basis.profile.weights if basis is not None else {},
+            weights,
             view,
-            str(fault) if fault is not None else "",
+            failed,
             inputs,
         )
-        if isinstance(outcome, Placement):
-            placement = placement_event(self._own.id, batch.ingress, request, outcome, why)
-            if decision.prefill is not None:
-                its = decision.prefill.basis
-                weights = its.profile.weights if its is not None else {}
-                placement = with_prefill(placement, decision.prefill.terms, weights)
-            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
-        else:
-            rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
-            self._events.emit(REJECTION, request.model, request.request_id, rejection)
+        rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
+        self._events.emit(REJECTION, request.model, request.request_id, rejection)
 
     def settle(self) -> None:
         """Have decisions on disk before anybody acts on them, where there is a spool."""
@@ -122,8 +149,7 @@ class Teller:
 def placement_event(
     replica: str, ingress: str, request: ScheduleRequest, outcome: Placement, why: Reasons
 ) -> PlacementEvent:
-    """The event of a placement."""
-    # In the order of their fields.
+    """The event of a placement, as it is told again."""
     return PlacementEvent(
         outcome.decision_id,
         request.request_id,

@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
+from penstock.common.adapters.memory_buckets import MemoryBucket
 from penstock.common.adapters.memory_streams import MemoryStream, MemoryStreams
-from penstock.common.bus import Change, Entry, Listing, Lost, M, Position, R, Stored, Taken, WatchEvent
+from penstock.common.bus import Change, Entry, Listing, M, R, Stored, Taken, WatchEvent
 from penstock.common.codec import DecodeError, decode, encode
 from penstock.common.errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge, RevisionConflict
 from penstock.common.subjects import Bucket, Counters, Service, Stream, Subject
@@ -30,7 +31,7 @@ class MemoryBroker:
     def __init__(self) -> None:
         self.up = True
         self.subscriptions: list[_Subscription] = []
-        self.buckets: dict[str, _Bucket] = {}
+        self.buckets: dict[str, MemoryBucket] = {}
         self.stored = MemoryStreams()
         # Sums by the name of the counters and the key.
         self.counters: dict[str, dict[str, int]] = {}
@@ -104,43 +105,6 @@ class _Subscription:
     async def close(self) -> None:
         if self in self._broker.subscriptions:
             self._broker.subscriptions.remove(self)
-
-
-class _Bucket:
-    _made = itertools.count(1)
-
-    def __init__(self) -> None:
-        self.exists = self.vouched = False
-        self.incarnation, self.sequence = "", 0
-        self.entries: dict[str, Entry] = {}
-        self.queues: list[asyncio.Queue[WatchEvent]] = []
-
-    def create(self) -> None:
-        self.exists, self.incarnation, self.sequence = True, f"memory-{next(self._made)}", 0
-        self.entries.clear()
-        self.reconnected()
-
-    def position(self) -> Position:
-        return Position(self.incarnation, self.sequence)
-
-    def lost(self, cause: str) -> None:
-        if self.vouched:
-            self.vouched = False
-            self.tell(Lost(cause))
-
-    def reconnected(self) -> None:
-        if self.exists:
-            self.vouched = True
-            self.tell(Listing(self.position(), dict(self.entries)))
-
-    def tell(self, event: WatchEvent) -> None:
-        for queue in self.queues:
-            if queue.full():
-                # A watcher this far behind starts over, as it would on NATS.
-                while not queue.empty():
-                    queue.get_nowait()
-                event = Listing(self.position(), dict(self.entries))
-            queue.put_nowait(event)
 
 
 class MemoryBus:
@@ -229,10 +193,15 @@ class MemoryBus:
         task.add_done_callback(self._calls.discard)
 
     async def subscribe(
-        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+        self,
+        subject: Subject[M],
+        handler: Callable[[M], None],
+        *tokens: str,
+        skip: Callable[[bytes], bool] | None = None,
     ) -> _Subscription:
         def handle(payload: bytes, reply: Callable[[bytes], None] | None) -> None:
-            self._guarded(subject, payload, handler)
+            if skip is None or not skip(payload):
+                self._guarded(subject, payload, handler)
 
         return self._subscribe(subject, "", handle, tokens)
 
@@ -384,8 +353,8 @@ class MemoryBus:
         if self in self._broker.buses:
             self._broker.buses.remove(self)
 
-    def _bucket(self, bucket: Bucket) -> _Bucket:
-        return self._broker.buckets.setdefault(bucket.name, _Bucket())
+    def _bucket(self, bucket: Bucket) -> MemoryBucket:
+        return self._broker.buckets.setdefault(bucket.name, MemoryBucket())
 
     def _require_up(self, what: str) -> None:
         if not self._broker.up:

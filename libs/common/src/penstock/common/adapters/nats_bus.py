@@ -76,9 +76,13 @@ class NatsBus:
         self._messages.call(service, message, tokens, deadline_s, settled)
 
     async def subscribe(
-        self, subject: Subject[M], handler: Callable[[M], None], *tokens: str
+        self,
+        subject: Subject[M],
+        handler: Callable[[M], None],
+        *tokens: str,
+        skip: Callable[[bytes], bool] | None = None,
     ) -> RawSubscription:
-        return await self._messages.subscribe(subject, handler, tokens)
+        return await self._messages.subscribe(subject, handler, tokens, skip)
 
     async def serve(
         self,

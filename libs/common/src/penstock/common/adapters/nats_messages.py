@@ -94,12 +94,17 @@ class NatsMessages:
         self._connection.call(subject, _checked(service.request, message), deadline_s, settle)
 
     async def subscribe(
-        self, subject: Subject[Any], handler: Callable[[Any], None], tokens: tuple[str, ...]
+        self,
+        subject: Subject[Any],
+        handler: Callable[[Any], None],
+        tokens: tuple[str, ...],
+        skip: Callable[[bytes], bool] | None,
     ) -> RawSubscription:
-        """Deliver every message."""
+        """Deliver every message but those to skip."""
 
         def handle(message: Message) -> None:
-            self.guarded(subject, message.data, handler)
+            if skip is None or not skip(message.data):
+                self.guarded(subject, message.data, handler)
 
         return await self._subscribe(subject, handle, tokens, "", None)
 
