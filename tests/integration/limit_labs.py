@@ -16,7 +16,7 @@ from penstock.ingress.adapters.limit_store import RedisLimitStore
 from penstock.ingress.adapters.parent_limits import CountCall, ParentCounts, ParentLimitStore
 from penstock.ingress.bus_limit_store import BusLimitStore
 from penstock.ingress.limit_settings import LimitSettings
-from penstock.ingress.limits import Correction, Part, Verdict, window
+from penstock.ingress.limits import MINUTE_S, Correction, Part, Verdict, window
 from penstock.ingress.ports import LimitStore, StoreLost
 
 STORES = ("memory", "redis", "nats")
@@ -87,6 +87,21 @@ async def within_a_minute(attempt: Callable[[str], Awaitable[None]]) -> None:
         else:
             return
     raise AssertionError("no attempt ended within a minute")
+
+
+# Of a minute, what a test needs that counts in one.
+ROOM_S = 20
+
+
+async def room_in_the_minute(redis: RedisServer) -> None:
+    """Wait until enough of the minute is left: what is given back after its end is added to no count."""
+
+    def there() -> bool:
+        with redis.client() as client:
+            seconds, _ = client.time()
+        return bool(int(seconds) % MINUTE_S <= MINUTE_S - ROOM_S)
+
+    await eventually(lambda: asyncio.to_thread(there))
 
 
 def ledger(redis: RedisServer, user: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from integration.limit_labs import ledger
+from integration.limit_labs import ledger, room_in_the_minute
 from integration.pd_stack import pd_stack
 from integration.redis_lab import RedisServer
 from integration.servers import eventually
@@ -85,6 +85,7 @@ async def test_a_request_that_was_retried_costs_what_the_engine_counted_that_ans
     ingress = stack.start_ingress("--retry-max-count", "2", *counting(redis))
     await stack.ready()
     stack.sims[0].kill()
+    await room_in_the_minute(redis)
     await ask_all(session, ingress.url, "retried")
     assert await metric(session, ingress.admin_port, "penstock_ingress_moves_total") > 0
     await becomes(redis, "retried", sum(await engine_tokens(session, stack.engines[1])))
@@ -105,6 +106,7 @@ async def test_a_request_that_fell_back_costs_what_the_fallback_counted(
     ingress = stack.start_ingress(*flags, *counting(redis))
     await stack.ready()
     stack.sims[0].kill()
+    await room_in_the_minute(redis)
     await ask_all(session, ingress.url, "fallen back")
     await becomes(redis, "fallen back", sum(await engine_tokens(session, stack.engines[1])))
 
@@ -116,6 +118,7 @@ async def test_a_divided_request_costs_its_prompt_once_and_what_decode_counted(
         await pd.ready(session)
         for model in ("nixl", "sglang"):
             steering = {"routing-strategy": "pd"}
+            await room_in_the_minute(redis)
             await ask_all(session, pd.urls["batched"], model, model, **steering)
             (prefill,), (decode,) = (pd.engines[model, role] for role in (Role.PREFILL, Role.DECODE))
             prompt, _ = await engine_tokens(session, prefill)
@@ -134,6 +137,7 @@ async def test_a_stream_whose_client_leaves_costs_what_the_engine_made_until_it_
     await stack.ready()
     body = {"model": MODEL, "messages": messages("go on " * 50), "max_tokens": 4000, "stream": True}
     url = f"{ingress.url}/v1/chat/completions"
+    await room_in_the_minute(redis)
     async with session.post(url, json=body, headers={"user": "left"}) as response:
         came = 0
         async for line in response.content:
