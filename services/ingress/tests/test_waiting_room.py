@@ -68,6 +68,27 @@ async def test_a_freed_slot_wakes_by_priority_then_by_turns_then_by_arrival(lab:
     assert limited.rejected
 
 
+async def test_a_slot_that_gets_free_while_the_first_asks_is_not_given_to_the_second(
+    lab: Lab, engine: Engine
+) -> None:
+    limited = Limited(lab)
+    client, peer = await lab.exchange(engine)
+    waiters = [await one_waits(lab, count, x_request_id=str(count)) for count in (1, 2)]
+    lab.bus.open.clear()
+    rejected = limited.rejected
+    lab.gateway.waiting.fleet_changed()
+    # It asked, too early, and does not know it yet.
+    await eventually(lambda: limited.rejected > rejected)
+    peer.answer()
+    await client.response()
+    lab.bus.open.set()
+    for number, waiter in enumerate(waiters, 1):
+        _, headers, _ = await peer.request()
+        assert headers["x-request-id"] == str(number)
+        peer.answer()
+        assert (await waiter.response()).status == 200
+
+
 @pytest.mark.parametrize("value", ["", "x", "1.5", "101", "-101", "1e1", "9" * 50])
 async def test_a_priority_that_is_none_is_refused(lab: Lab, engine: Engine, value: str) -> None:
     response = await (await lab.client()).ask(x_priority=value)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from penstock.common.messages import ScheduleRequest, Stage
-from penstock.common.model import InstanceId
+from penstock.common.model import Instance, InstanceId
 from penstock.common.telemetry import Metrics
 from penstock.ingress.failures import GatewayError
 from penstock.ingress.gateway import Gateway
-from penstock.ingress.waiting import Lines, Ticket
+from penstock.ingress.waiting import Line, Lines, Ticket
 from penstock.ingress.wishes import MAX_PRIORITY
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class WaitingRoom:
         self._woken: list[Ticket[Exchange]] = []
         # Those of them that ask without knowing of a free slot: if one gets an instance, the next one asks.
         self._probing: set[Ticket[Exchange]] = set()
+        # Where a slot became free while one of these asked: who gets it is decided once that one is answered.
+        self._early: dict[Ticket[Exchange], InstanceId] = {}
         self._next_probe = 0.0
         # Sends what changed in flight: a slot that a scheduler has not heard of is not free to it.
         self.tell_schedulers: Callable[[], None] = lambda: None
@@ -85,6 +87,9 @@ class WaitingRoom:
         else:
             self._probing.discard(ticket)
             ticket.line.back(ticket)
+            freed = self._early.pop(ticket, None)
+            if freed is not None:
+                self._freed(freed)
 
     def leave(self, exchange: Exchange, *, placed: bool = False) -> None:
         """It waits no more: it has an instance, or has ended. More than once is once."""
@@ -96,6 +101,7 @@ class WaitingRoom:
         exchange.waited_ms += int(waited_s * 1e6) / 1000
         asking, probing = ticket.asking, ticket in self._probing
         self._probing.discard(ticket)
+        freed = self._early.pop(ticket, None)
         self._lines.leave(ticket, now if placed else None)
         self._counted()
         if placed:
@@ -107,6 +113,8 @@ class WaitingRoom:
         # Room for one may be room for more; and where it is not room that was missing, nobody has to wait.
         if probing or (asking and not placed):
             self._wake(ticket.line.first(), probe=True)
+        if freed is not None:
+            self._freed(freed)
 
     def fleet_changed(self) -> None:
         """An instance came, left or recovered."""
@@ -129,14 +137,14 @@ class WaitingRoom:
     def _freed(self, instance_id: InstanceId) -> None:
         """A slot is free here: one request may have it."""
         instance = self._gateway.table.get(instance_id)
-        if instance is not None:
-            self._wake(
-                self._lines.first(
-                    lambda line: (
-                        instance.serves(line.model) and line.owner in ("", instance.owned_by(line.model))
-                    )
-                )
-            )
+        if instance is None:
+            return
+        for ticket in self._probing:
+            if _may_use(instance, ticket.line):
+                # It was first, and may have asked too early: nobody behind it is woken in its stead.
+                self._early[ticket] = instance_id
+                return
+        self._wake(self._lines.first(lambda line: _may_use(instance, line)))
 
     def _wake(self, ticket: Ticket[Exchange] | None, *, probe: bool = False) -> None:
         """Ask for it in a later turn of the loop: where a slot becomes free, its own affairs come first."""
@@ -200,6 +208,10 @@ class WaitingRoom:
             model = line.model if line.model in sums or len(sums) < SHOWN_MODELS else OTHER
             sums[model] = sums.get(model, 0) + len(line)
         return [((model,), float(count)) for model, count in sums.items()] or [(("",), 0.0)]
+
+
+def _may_use(instance: Instance, line: Line[Exchange]) -> bool:
+    return instance.serves(line.model) and line.owner in ("", instance.owned_by(line.model))
 
 
 def _key(request: ScheduleRequest) -> tuple[object, ...]:
