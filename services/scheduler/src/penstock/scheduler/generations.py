@@ -226,38 +226,35 @@ class Table(Generation):
         self._sets = [one & ~slots for one in self._sets]
         self._number_by_set = {self._sets[number]: number for number in range(1, len(self._sets))}
 
-    def _find(self, block: i64) -> i64:
-        """The number of the set that holds a block, 0 if it is not here."""
-        places, last = self._places, self._last_place
+    def _place(self, block: i64) -> i64:
+        """Where a block stands among the places, or would."""
+        places, keys, last = self._places, self._keys, self._last_place
         mixed = block * _MIX
         place = (mixed ^ ((mixed >> 32) & _LOW_HALF)) & last
         while True:
             at = i64(places[place])
-            if not at:
-                return 0
-            if self._keys[at - 1] == block:
-                return i64(self._numbers[at - 1])
+            if not at or keys[at - 1] == block:
+                return place
             place = (place + 1) & last
 
+    def _find(self, block: i64) -> i64:
+        """The number of the set that holds a block, 0 if it is not here."""
+        at = i64(self._places[self._place(block)])
+        return i64(self._numbers[at - 1]) if at else i64(0)
+
     def _put(self, block: i64, number: i32) -> None:
-        places, last = self._places, self._last_place
-        mixed = block * _MIX
-        place = (mixed ^ ((mixed >> 32) & _LOW_HALF)) & last
-        while True:
-            at = i64(places[place])
-            if not at:
-                break
-            if self._keys[at - 1] == block:
-                self._numbers[at - 1] = number
-                return
-            place = (place + 1) & last
+        place = self._place(block)
+        at = i64(self._places[place])
+        if at:
+            self._numbers[at - 1] = number
+            return
         if self._count == self._room:
             self._grow()
             self._put(block, number)
             return
         self._keys[self._count], self._numbers[self._count] = block, number
         self._count += 1
-        places[place] = i32(self._count)
+        self._places[place] = i32(self._count)
 
     def _grow(self) -> None:
         """Twice the room: half a million blocks take 10 ms."""

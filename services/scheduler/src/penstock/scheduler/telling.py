@@ -59,49 +59,27 @@ class Teller:
     ) -> None:
         """A placement or a rejection; `inputs` if they are to be in the log."""
         outcome, basis, fault = decision.outcome, decision.basis, decision.fault
-        weights = basis.profile.weights if basis is not None else {}
-        failed = str(fault) if fault is not None else ""
-        if isinstance(outcome, Placement):
-            # In the order of their fields: by name they cost three times as much.
-            placement = PlacementEvent(
-                outcome.decision_id,
-                request.request_id,
-                request.model,
-                outcome.instance,
-                outcome.policy,
-                self._own.id,
-                batch.ingress,
-                outcome.prefill_instance,
-                request.prompt_tokens,
-                outcome.matched_blocks,
-                len(request.block_hashes) // HASH_BYTES,
-                decision.terms,
-                decision.excluded,
-                decision.seed,
-                weights,
-                view,
-                failed,
-                inputs,
-                outcome.profile,
-            )
-            if decision.prefill is not None:
-                its = decision.prefill.basis
-                its_weights = its.profile.weights if its is not None else {}
-                placement = with_prefill(placement, decision.prefill.terms, its_weights)
-            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
-            return
+        # In the order of their fields: by name they cost three times as much.
         why = Reasons(
             decision.policy,
             decision.terms,
             decision.excluded,
             decision.seed,
-            weights,
+            basis.profile.weights if basis is not None else {},
             view,
-            failed,
+            str(fault) if fault is not None else "",
             inputs,
         )
-        rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
-        self._events.emit(REJECTION, request.model, request.request_id, rejection)
+        if isinstance(outcome, Placement):
+            placement = placement_event(self._own.id, batch.ingress, request, outcome, why)
+            if decision.prefill is not None:
+                its = decision.prefill.basis
+                weights = its.profile.weights if its is not None else {}
+                placement = with_prefill(placement, decision.prefill.terms, weights)
+            self._events.emit(PLACEMENT, request.model, request.request_id, placement)
+        else:
+            rejection = rejection_event(self._own.id, batch.ingress, request, outcome, why)
+            self._events.emit(REJECTION, request.model, request.request_id, rejection)
 
     def settle(self) -> None:
         """Have decisions on disk before anybody acts on them, where there is a spool."""
@@ -149,7 +127,7 @@ class Teller:
 def placement_event(
     replica: str, ingress: str, request: ScheduleRequest, outcome: Placement, why: Reasons
 ) -> PlacementEvent:
-    """The event of a placement, as it is told again."""
+    """The event of a placement."""
     return PlacementEvent(
         outcome.decision_id,
         request.request_id,
